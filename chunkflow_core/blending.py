@@ -1,0 +1,133 @@
+"""Weights of patches, and sums that do not depend on their order.
+
+The weight of a patch is a separable bump, normalised over the lattice. Since the lattice is a tensor product too, the sum
+of all weights at a voxel is a product of three one-dimensional sums, and the normalised weight a product of three vectors.
+
+Each weighted value is rounded to a multiple of one grid step before it is added. Sums of a few such multiples are exact in
+float32, hence the same in any order: across patches, blocks, donations and retries. Only multiplication by float32 weights,
+rounding half to even, and addition are used, which IEEE 754 defines to the last bit, so every processor agrees.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Context, Decimal
+from functools import cache, cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice import AxisLattice, BlockGrid
+
+MAX_PATCH = 2048
+"""Longest patch edge whose bump stays clear of the smallest float64 numbers."""
+
+NUMERICS_VERSION = 1
+"""To be raised with any change of this module that changes a bit of the output."""
+
+MANTISSA_BITS = 23
+
+_EXACT = Context(prec=40)
+
+
+@cache
+def bump(length: int) -> NDArray[np.float64]:
+    """The blending weight along one axis of a patch, before normalisation.
+
+    ``w(i) = exp(-1 / (1 - x²))`` with ``x = 2(i + 1)/(p + 1) - 1``, the test function of the field's "wu" patch mask; here in
+    the form ``exp(-(p + 1)² / (4 (i + 1)(p - i)))``. Computed in decimal, as ``exp`` of C libraries differs in the last bit
+    between processors.
+    """
+    if not 1 <= length <= MAX_PATCH:
+        raise ValueError(f"patch length must be 1 to {MAX_PATCH}, got {length}")
+    half = [
+        float(_EXACT.exp(_EXACT.divide(Decimal(-((length + 1) ** 2)), Decimal(4 * (i + 1) * (length - i)))))
+        for i in range((length + 1) // 2)
+    ]
+    return np.array(half + half[: length // 2][::-1])
+
+
+@cache
+def normalised_weight(axis: AxisLattice, position: int) -> NDArray[np.float32]:
+    """Weight along one axis of the patch at a lattice position, divided by the sum over all patches that exist there."""
+    weight = bump(axis.patch)
+    total = np.zeros(axis.patch)
+    for other in range(max(0, position - axis.reach), min(axis.count, position + axis.reach + 1)):
+        shift = (other - position) * axis.stride
+        low, high = max(0, shift), min(axis.patch, axis.patch + shift)
+        total[low:high] += weight[low - shift : high - shift]
+    return (weight / total).astype(np.float32)
+
+
+class Grid:
+    """The step to which contributions are rounded, for values within a declared range.
+
+    With ``R`` the smallest power of two that bounds the range, the step is ``2⁻²³·R``: a sum within ``±2R`` is at most
+    ``2²⁴`` steps, all of which float32 represents.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        """Make the grid for values in ``[low, high]``."""
+        bound = max(abs(low), abs(high))
+        mantissa, exponent = math.frexp(bound)
+        self.step = math.ldexp(1.0, (exponent - 1 if mantissa == 0.5 else exponent) - MANTISSA_BITS)
+
+
+class Slab:
+    """Sums over consecutive planes of a chunk, in grid steps; moves up along z as planes become final."""
+
+    def __init__(self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid) -> None:
+        """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped."""
+        self.grid, self.region, self.values = grid, region, values
+        self.sums = np.zeros((channels, min(depth, region.shape[0]), *region.shape[1:]), np.float32)
+        self.start = region.start[0]
+        self._scratch = np.empty((channels, *grid.patch), np.float32)
+
+    @cached_property
+    def _inverse_step(self) -> np.float32:
+        return np.float32(1 / self.values.step)
+
+    def add(self, position: Vector, patch: NDArray[np.float32]) -> None:
+        """Add a patch, weighted. ``patch``: float32 ``(channels, z, y, x)``, within the declared range."""
+        box = self.grid.patch_box(position)
+        inside = box & self.region.with_z(self.start, self.start + self.sums.shape[1])
+        if not inside:
+            return
+        z, y, x = (
+            normalised_weight(axis, k)[part]
+            for axis, k, part in zip(self.grid.axes, position, inside.slices(box.start), strict=True)
+        )
+        index = (slice(None), *inside.slices(box.start))
+        scratch = self._scratch[index]
+        np.multiply(patch[index], y[:, None] * x[None, :], out=scratch)
+        scratch *= (z * self._inverse_step)[:, None, None]
+        np.rint(scratch, out=scratch)
+        self.sums[(slice(None), *inside.slices((self.start, *self.region.start[1:])))] += scratch
+
+    def sum(self, box: Box) -> NDArray[np.float32]:
+        """A copy of the sums in ``box``: float32 ``(channels, z, y, x)`` in the units of the values."""
+        part: NDArray[np.float32] = self.sums[(slice(None), *box.slices((self.start, *self.region.start[1:])))]
+        return part * np.float32(self.values.step)
+
+    def advance(self, plane: int) -> None:
+        """Drop the planes below ``plane`` and make room above."""
+        keep = self.sums.shape[1] - (plane - self.start)
+        if keep > 0:
+            self.sums[:, :keep] = self.sums[:, -keep:]
+        self.sums[:, max(0, keep) :] = 0
+        self.start = plane
+
+
+def convert(sums: NDArray[np.float32], dtype: str, low: float, high: float) -> NDArray[np.float32 | np.uint8]:
+    """Convert complete sums to the output's dtype, once, after the last addition.
+
+    ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and clipped.
+    """
+    if dtype == "float32":
+        return sums
+    scaled = sums - np.float32(low) if low else sums.copy()
+    scaled *= np.float32(255 / (high - low))
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, 0, 255, out=scaled)
+    return scaled.astype(np.uint8)

@@ -1,0 +1,23 @@
+"""What runs a patch: one engine a module, found by its name in the spec."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.errors import SpecError
+from chunkflow_core.spec import VolumeSpec
+
+
+def load_engine(spec: VolumeSpec) -> Engine:
+    """The engine that the spec names, with its model loaded.
+
+    Raises:
+        SpecError: the model can't be used as the spec says.
+        MissingInputError: a model file isn't there.
+    """
+    module = import_module(f"{__name__}.{spec.model.engine}")
+    engine = module.load(spec)
+    if not isinstance(engine, Engine):
+        raise SpecError(f"model.engine: {spec.model.engine} is not an engine")
+    return engine

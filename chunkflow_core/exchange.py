@@ -1,0 +1,273 @@
+"""Donations and receipts: what blocks leave for each other in shared storage.
+
+Layout below ``<exchange>/<fingerprint>/``::
+
+    donations/<block-range>%<box-range>     weighted partial sums, self-describing, checksummed, compressed
+    receipts/infer/<block-range>.json       written last by inference-and-donate
+    receipts/blend/<block-range>.json       written last by receive-and-blend
+
+Files on a local disk are replaced in one step, so that a second attempt never shows a reader half a file. Object stores do
+that by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zstandard
+from cloudfiles import CloudFiles
+from numpy.typing import NDArray
+
+from chunkflow_core.errors import DataError, MissingInputError
+from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.lattice import Donation
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage import storage_errors
+
+Stage = Literal["infer", "blend"]
+
+_MAGIC = b"CFDONATE"
+_COMPRESSION_LEVEL = 1
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class DonationEntry:
+    """What a receipt says of one donation."""
+
+    key: str
+    receiver: Vector
+    checksum: str | None
+    """Of the stored file; None if all sums are zero, then nothing is stored."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that one stage of one block is complete."""
+
+    stage: Stage
+    block: Vector
+    box: str
+    """Range of the block, xyz."""
+    fingerprint: str
+    geometry: str
+    """``BlockGrid.digest`` of the block."""
+    run: str
+    """The run that made it."""
+    patches: int = 0
+    donations: tuple[DonationEntry, ...] = ()
+    consumed: dict[str, str] = field(default_factory=dict)
+    """For blend: range of each donor → digest of what it gave."""
+    storage_chunks: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Timings in seconds, host, versions: for people, never decisive."""
+
+    def given(self, receiver: Vector) -> str:
+        """Digest of all that this block donated to one receiver."""
+        entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
+        return _hash(json.dumps([self.geometry, entries]).encode())
+
+
+def encode(donation: Donation, sums: NDArray[np.float32], fingerprint: str) -> bytes:
+    """A donation as a file: magic, header length, header (JSON), payload (bytes of equal rank together, zstandard).
+
+    Args:
+        donation: what it is.
+        sums: float32 ``(channels, z, y, x)`` of the donation's box.
+        fingerprint: of the spec.
+    """
+    planes = np.ascontiguousarray(sums.astype("<f4", copy=False).reshape(-1, 1).view(np.uint8).T)
+    payload = zstandard.compress(planes.tobytes(), _COMPRESSION_LEVEL)
+    header = {
+        "donor": donation.donor,
+        "receiver": donation.receiver,
+        "key": donation.key,
+        "fingerprint": fingerprint,
+        "dtype": "<f4",
+        "shape": sums.shape,
+        "payload": _hash(payload),
+    }
+    text = json.dumps(header, sort_keys=True).encode()
+    return _MAGIC + struct.pack("<I", len(text)) + text + payload
+
+
+def check(data: bytes, donation: Donation, channels: int, fingerprint: str) -> bytes:
+    """The payload of a donation file; ``DataError`` unless it is intact and exactly the donation that is expected."""
+    try:
+        if data[:8] != _MAGIC:
+            raise ValueError("it does not begin as a donation")
+        (length,) = struct.unpack_from("<I", data, 8)
+        header = json.loads(data[12 : 12 + length])
+        payload = data[12 + length :]
+        if header["payload"] != _hash(payload):
+            raise ValueError("the checksum of its content does not match (truncated or corrupt)")
+        expected = {
+            "donor": list(donation.donor),
+            "receiver": list(donation.receiver),
+            "key": donation.key,
+            "fingerprint": fingerprint,
+            "dtype": "<f4",
+            "shape": [channels, *donation.box.shape],
+        }
+        for name, value in expected.items():
+            if header[name] != value:
+                raise ValueError(f"its {name} is {header[name]}, expected {value} (a foreign donation)")
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise DataError(f"donation {donation.key} can't be used: {error}") from error
+    return payload
+
+
+def decode(data: bytes, donation: Donation, channels: int, fingerprint: str) -> NDArray[np.float32]:
+    """The inverse of ``encode``: float32 ``(channels, z, y, x)``; ``DataError`` as ``check``."""
+    planes = np.frombuffer(zstandard.decompress(check(data, donation, channels, fingerprint)), np.uint8).reshape(4, -1)
+    return np.ascontiguousarray(planes.T).view("<f4").reshape(channels, *donation.box.shape)
+
+
+class Exchange:
+    """The folder of one fingerprint in the exchange."""
+
+    def __init__(self, spec: VolumeSpec) -> None:
+        """Open it; nothing is read or written yet."""
+        self.fingerprint, self.spec = spec.fingerprint, spec
+        self.path = f"{spec.exchange.path.rstrip('/')}/{self.fingerprint}"
+        self._files = CloudFiles(self.path, progress=False)
+
+    def put_donation(self, donation: Donation, sums: NDArray[np.float32]) -> DonationEntry:
+        """Store a donation, unless it is all zeros, and return its entry for the receipt."""
+        if not np.any(sums):
+            return DonationEntry(donation.key, donation.receiver, None, 0)
+        data = encode(donation, sums, self.fingerprint)
+        self._put(f"donations/{donation.key}", data)
+        return DonationEntry(donation.key, donation.receiver, _hash(data), len(data))
+
+    def get_donations(self, wanted: Iterable[tuple[Donation, DonationEntry]]) -> dict[str, bytes]:
+        """Fetch donations, as files, by key; those that are all zeros are left out. All are checked.
+
+        Raises:
+            MissingInputError: one isn't there.
+            DataError: one is not what its donor wrote.
+        """
+        entries = {d.key: (d, e) for d, e in wanted if e.checksum is not None}
+        with storage_errors(f"fetching donations from {self.path}"):
+            answers = self._files.get([f"donations/{key}" for key in entries], raise_errors=True)
+        found: dict[str, bytes] = {}
+        for answer in answers:
+            key = answer["path"].removeprefix("donations/")
+            donation, entry = entries[key]
+            content = answer["content"]
+            if content is None:
+                raise MissingInputError(f"donation {key} is missing in {self.path}. {self.remedy(donation.donor)}")
+            if _hash(content) != entry.checksum:
+                raise DataError(
+                    f"donation {key} in {self.path} is not what block {donation.donor} wrote (truncated, corrupt or "
+                    f"foreign: its checksum does not match the block's receipt). {self.remedy(donation.donor)}"
+                )
+            check(content, donation, self.spec.output.channels, self.fingerprint)
+            found[key] = content
+        return found
+
+    def remedy(self, donor: Vector) -> str:
+        """What a user can do when a block's donation is missing or wrong."""
+        index = " ".join(map(str, donor))
+        return (
+            f"Run its donor, block {donor}, again: python -m chunkflow_core.inference_and_donate SPEC --block {index} "
+            f"--force (in Airflow: trigger the volume with force on that block's bounding box)"
+        )
+
+    def donation_keys(self) -> set[str]:
+        """Keys of all donations there are."""
+        return {name.removeprefix("donations/") for name in self._list("donations/")}
+
+    def delete_donations(self, keys: Iterable[str]) -> None:
+        """Delete donations; those that aren't there are passed over."""
+        with storage_errors(f"deleting donations in {self.path}"):
+            self._files.delete([f"donations/{key}" for key in keys])
+
+    def put_receipt(self, receipt: Receipt) -> None:
+        """Store a receipt: the block's stage is complete from here on."""
+        content = json.dumps(asdict(receipt), sort_keys=True)
+        text = json.dumps(
+            {"checksum": _hash(content.encode()), "receipt": json.loads(content)}, sort_keys=True, indent=1
+        )
+        self._put(_receipt_name(receipt.stage, receipt.box), text.encode())
+
+    def receipt(self, stage: Stage, box: Box) -> Receipt | None:
+        """The receipt of a block's stage; None if there is none, or none that is intact and of this fingerprint."""
+        with storage_errors(f"reading receipts in {self.path}"):
+            content = self._files.get(_receipt_name(stage, box.key))
+        return self._parse(content)
+
+    def receipts(self, stage: Stage) -> dict[Vector, Receipt]:
+        """All intact receipts of a stage, by block index."""
+        names = [name for name in self._list(f"receipts/{stage}/") if name.endswith(".json")]
+        with storage_errors(f"reading receipts in {self.path}"):
+            answers = self._files.get(names) if names else []
+        parsed = (self._parse(answer["content"]) for answer in answers)
+        return {receipt.block: receipt for receipt in parsed if receipt is not None}
+
+    def delete_receipts(self) -> int:
+        """Delete all receipts, blends first, and return how many there were."""
+        names = self._list("receipts/blend/") + self._list("receipts/infer/")
+        with storage_errors(f"deleting receipts in {self.path}"):
+            self._files.delete(names)
+        return len(names)
+
+    def check_writable(self) -> None:
+        """``StorageError`` if nothing can be written here."""
+        name = f"probe-{uuid.uuid4().hex}"
+        self._put(name, b"")
+        with storage_errors(f"deleting {self.path}/{name}"):
+            self._files.delete(name)
+
+    def _list(self, prefix: str) -> list[str]:
+        with storage_errors(f"listing {self.path}/{prefix}"):
+            return [name for name in self._files.list(prefix=prefix) if not name.endswith(_PARTIAL)]
+
+    def _parse(self, content: bytes | None) -> Receipt | None:
+        if content is None:
+            return None
+        try:
+            record = json.loads(content)
+            fields = record["receipt"]
+            if _hash(json.dumps(fields, sort_keys=True).encode()) != record["checksum"]:
+                return None
+            if fields["fingerprint"] != self.fingerprint:
+                return None
+            entries = tuple(DonationEntry(**{**e, "receiver": vector(e["receiver"])}) for e in fields["donations"])
+            return Receipt(**{**fields, "block": vector(fields["block"]), "donations": entries})
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _put(self, name: str, content: bytes) -> None:
+        with storage_errors(f"writing {self.path}/{name}"):
+            if self.path.startswith("file://"):
+                self._replace_file(name, content)
+            else:
+                self._files.put(name, content, compress=None, cache_control="no-cache")
+
+    def _replace_file(self, name: str, content: bytes) -> None:
+        target = Path(self.path.removeprefix("file://")).expanduser() / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{uuid.uuid4().hex}{_PARTIAL}")
+        try:
+            partial.write_bytes(content)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _receipt_name(stage: Stage, box_key: str) -> str:
+    return f"receipts/{stage}/{box_key}.json"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,70 @@
+"""What a precomputed layer's ``info`` says about one scale, read without importing cloudvolume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chunkflow_core.errors import MissingInputError, StorageError
+from chunkflow_core.geometry import Box, Vector, vector
+
+
+@dataclass(frozen=True, slots=True)
+class LayerScale:
+    """One scale of a layer. Order z, y, x."""
+
+    bounds: Box
+    resolution: tuple[float, ...]
+    """Voxel size in nm, as the layer gives it."""
+    chunk: Vector
+    """Storage chunk size."""
+    dtype: str
+    channels: int
+
+
+def read_info(path: str) -> dict[str, Any]:
+    """The layer's ``info``.
+
+    Raises:
+        MissingInputError: there is no layer at ``path``, or its ``info`` is not JSON.
+        StorageError: the storage did not answer.
+    """
+    path = path.removeprefix("precomputed://")
+    try:
+        if path.startswith("file://"):
+            text: bytes | None = (Path(path.removeprefix("file://")).expanduser() / "info").read_bytes()
+        else:
+            from cloudfiles import CloudFiles  # a second of imports that a DAG of file:// layers need not pay
+
+            text = CloudFiles(path).get("info")
+    except FileNotFoundError:
+        text = None
+    except Exception as error:
+        raise StorageError(f"{path}: cannot read the layer's info: {error}") from error
+    if text is None:
+        raise MissingInputError(f"{path}: there is no layer here (no info file). Check the path of the spec")
+    try:
+        info: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise MissingInputError(f"{path}: the layer's info file is not JSON: {error}") from error
+    return info
+
+
+def read_scale(path: str, mip: int) -> LayerScale:
+    """One scale of the layer at ``path``; errors as ``read_info``, also for a mip that the layer does not have."""
+    info = read_info(path)
+    scales = info.get("scales", [])
+    if mip >= len(scales):
+        raise MissingInputError(f"{path}: mip {mip} does not exist; the layer has mips 0 to {len(scales) - 1}")
+    scale = scales[mip]
+    start = vector(reversed(scale.get("voxel_offset", [0, 0, 0])))
+    size = vector(reversed(scale["size"]))
+    return LayerScale(
+        bounds=Box(start, vector(a + n for a, n in zip(start, size, strict=True))),
+        resolution=tuple(reversed(scale["resolution"])),
+        chunk=vector(reversed(scale["chunk_sizes"][0])),
+        dtype=info["data_type"],
+        channels=info["num_channels"],
+    )

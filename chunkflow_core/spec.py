@@ -1,0 +1,441 @@
+"""The volume spec: one YAML file that says everything about a run. Parsed, validated, completed, fingerprinted.
+
+This module is imported whenever Airflow parses its DAG files, so it imports neither torch nor cloudvolume.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from chunkflow_core.blending import MAX_PATCH, NUMERICS_VERSION
+from chunkflow_core.errors import MissingInputError, SpecError
+from chunkflow_core.geometry import AXES, Box, Vector, vector
+from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.layer_info import LayerScale, read_scale
+
+ENGINES = ("identity", "pytorch")
+"""Names of the engines; each is a module of ``chunkflow_core.engines``."""
+
+STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
+"""The default storage chunk is the divisor of the block that is nearest to this, per axis."""
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_PROTOCOL = re.compile(r"(precomputed://)?(file|gs|s3|s3\w*|https?|mem|matrix|tigerdata|cave\+https?)://.+")
+
+
+def _three_integers(value: Any) -> Any:
+    ok = isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int for v in value)
+    if not ok:
+        raise ValueError("expected three integers in the order z, y, x, such as [16, 128, 128]")
+    return tuple(value)
+
+
+def _three_positive_integers(value: Any) -> Any:
+    value = _three_integers(value)
+    if min(value) < 1:
+        raise ValueError("expected three integers >= 1 in the order z, y, x")
+    return value
+
+
+def _storage_path(value: Any) -> Any:
+    if not isinstance(value, str) or not _PROTOCOL.fullmatch(value):
+        raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
+    return value
+
+
+def _two_corners(value: Any) -> Any:
+    if not (isinstance(value, list | tuple) and len(value) == 2):
+        raise ValueError("expected two corners in voxels, [[z, y, x] start, [z, y, x] stop]")
+    start, stop = map(_three_integers, value)
+    if any(a >= b for a, b in zip(start, stop, strict=True)):
+        raise ValueError("expected start < stop on every axis")
+    return (start, stop)
+
+
+Size = Annotated[Vector, BeforeValidator(_three_positive_integers)]
+Offset = Annotated[Vector, BeforeValidator(_three_integers)]
+StoragePath = Annotated[str, BeforeValidator(_storage_path)]
+Corners = Annotated[tuple[Vector, Vector], BeforeValidator(_two_corners)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class InputSpec(_Section):
+    """The layer to read."""
+
+    path: StoragePath
+    mip: int = Field(0, ge=0)
+    padding: Literal["reflect", "edge", "constant"] = "reflect"
+    """How patches are filled where they reach past the input layer (numpy's modes; ``constant`` is 0)."""
+    fill_missing: bool = False
+    """Whether storage chunks that aren't there are read as zeros; otherwise they are an error."""
+
+
+class OutputSpec(_Section):
+    """The layer to write."""
+
+    path: StoragePath
+    channels: int = Field(1, ge=1)
+    dtype: Literal["uint8", "float32"] = "uint8"
+    chunk_size: Size | None = None
+    compression: Literal["gzip", "br", "zstd", "none"] = "gzip"
+    range: Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
+        0.0,
+        1.0,
+    )
+    """The values that the model can give; sets the exact grid of the sums and what uint8 0 and 255 mean."""
+
+    @field_validator("range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError("expected [low, high], finite, low < high")
+        return value
+
+
+class ExchangeSpec(_Section):
+    """Where blocks leave donations and receipts for each other."""
+
+    path: StoragePath
+    donations: Literal["delete", "keep"] = "delete"
+    """What cleanup does with donations once every block that needs them is complete."""
+
+
+class ModelSpec(_Section):
+    """The convnet and how it is run."""
+
+    engine: Literal["identity", "pytorch"]
+    path: str | None = None
+    """Model file, relative to the spec's folder."""
+    weights: str | None = None
+    """Checkpoint, relative to the spec's folder."""
+    batch_size: int = Field(1, ge=1)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int = Field(1, ge=1)
+    """CPU threads of one process. Fixed rather than taken from the machine, since it can decide a sum's order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    activation: Literal["none", "sigmoid"] = "none"
+    """Applied to the network's output."""
+    output: str | int | None = None
+    """Which of several outputs to take: a key or an index. Default: the first of a list, the fitting one of a dict."""
+    batch_statistics: bool = False
+    """Normalise by the statistics of the patch itself instead of those of the training (needs ``batch_size: 1``)."""
+    trust: bool = False
+    """Allow checkpoints that run code when they are loaded (pickles)."""
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> ModelSpec:
+        if self.engine != "identity" and self.path is None:
+            raise ValueError(f"path: missing; the engine {self.engine} needs a model file")
+        if self.engine == "identity" and (self.path or self.weights):
+            raise ValueError("path, weights: the identity engine takes none")
+        if self.batch_statistics and self.batch_size != 1:
+            raise ValueError(
+                "batch_size: with batch_statistics it must be 1, or a patch's output would depend on its neighbours"
+            )
+        return self
+
+
+class RunnerSpec(_Section):
+    """What runs the blocks of the Airflow DAG."""
+
+    kind: Literal["local"] = "local"
+    parallel: int | None = Field(None, ge=1)
+    """Blocks at a time; default: as many as Airflow has slots."""
+    pool: str = "default_pool"
+    """Airflow pool that inference tasks take a slot of."""
+    retries: int = Field(3, ge=0)
+    retry_delay: float = Field(30.0, ge=0)
+    """Seconds before the first retry; doubles with each."""
+
+
+class VolumeSpec(_Section):
+    """Everything about one volume. Sizes in voxels, order z, y, x."""
+
+    name: str
+    input: InputSpec
+    output: OutputSpec
+    exchange: ExchangeSpec
+    roi: Corners | None = None
+    patch_size: Size
+    output_patch_size: Size | None = None
+    patch_overlap: Offset
+    block_size: Size
+    model: ModelSpec
+    runner: RunnerSpec = RunnerSpec()
+    schedule: str | None = None
+    """Cron expression or preset such as ``@weekly``."""
+    folder: str = Field(".", exclude=True)
+    """Folder of the spec file, to which the model's paths are relative; set on loading."""
+
+    @field_validator("name")
+    @classmethod
+    def _identifier(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]{1,200}", value, re.ASCII):
+            raise ValueError("expected 1 to 200 letters, digits, dots, dashes and underscores (it names the DAG)")
+        return value
+
+    @model_validator(mode="after")
+    def _geometry(self) -> VolumeSpec:
+        output = self.output_size
+        for a, n in enumerate(AXES):
+            patch, overlap, block = output[a], self.patch_overlap[a], self.block_size[a]
+            if patch > MAX_PATCH:
+                raise ValueError(f"patch_size: {patch} along {n}, expected at most {MAX_PATCH}")
+            if patch > self.patch_size[a] or (self.patch_size[a] - patch) % 2:
+                raise ValueError(
+                    f"output_patch_size: {patch} along {n}, expected at most patch_size {self.patch_size[a]} and smaller "
+                    "by an even number (the same margin on both sides)"
+                )
+            if not 0 <= overlap < patch:
+                raise ValueError(f"patch_overlap: {overlap} along {n}, expected 0 to {patch - 1} (less than the patch)")
+            chunk = self.output.chunk_size[a] if self.output.chunk_size else 1
+            _check_block(n, block, patch - overlap, chunk, overlap)
+        paths = {"input": self.input.path, "output": self.output.path, "exchange": self.exchange.path}
+        for (first, one), (second, other) in [
+            ((a, p), (b, q)) for a, p in paths.items() for b, q in paths.items() if a < b
+        ]:
+            if one.rstrip("/") == other.rstrip("/"):
+                raise ValueError(f"{second}.path: {other} is {first}.path too, expected another place")
+        return self
+
+    @property
+    def output_size(self) -> Vector:
+        """Size of the patches that the model gives."""
+        return self.output_patch_size or self.patch_size
+
+    @property
+    def halo(self) -> Vector:
+        """Context that an input patch has around its output patch, per side."""
+        return vector((i - o) // 2 for i, o in zip(self.patch_size, self.output_size, strict=True))
+
+    @property
+    def storage_chunk(self) -> Vector:
+        """Storage chunk size of the output layer."""
+        return self.output.chunk_size or vector(map(_divisor_near, self.block_size, STORAGE_CHUNK_TARGET))
+
+    @cached_property
+    def input_scale(self) -> LayerScale:
+        """Bounds, resolution and dtype of the input layer; ``MissingInputError`` if it can't be read."""
+        return read_scale(self.input.path, self.input.mip)
+
+    @cached_property
+    def grid(self) -> BlockGrid:
+        """The lattice and its blocks. Reads the input layer's bounds if the spec has no ``roi``."""
+        roi = Box(*self.roi) if self.roi else self.input_scale.bounds
+        return BlockGrid(roi, self.output_size, self.patch_overlap, self.block_size, self.storage_chunk)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the output's numbers, and of where they go: names the folder in the exchange.
+
+        The ROI's end is left out, so that a growing volume keeps its finished blocks: what of it matters is in each
+        block's own digest (``BlockGrid.digest``).
+        """
+        model = self.model.model_dump(exclude={"path", "weights", "device"})
+        facts = {
+            "numerics": NUMERICS_VERSION,
+            "input": self.input.model_dump(),
+            "output": self.output.model_dump(exclude={"compression"}),
+            "origin": self.grid.roi.start,
+            "patch": [self.patch_size, self.output_size, self.patch_overlap],
+            "block": self.block_size,
+            "chunk": self.storage_chunk,
+            "model": model,
+            "files": [_digest(path) for path in self.model_files],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def model_path(self, name: str) -> Path:
+        """Path of a model file of the spec on this machine; ``MissingInputError`` if there is none."""
+        path = Path(self.folder) / Path(name).expanduser()
+        if not path.is_file():
+            raise MissingInputError(f"model file {path} does not exist (model.path and model.weights of the spec)")
+        return path
+
+    @property
+    def model_files(self) -> list[Path]:
+        """The files that make the model: weights, model file, and the siblings that it imports."""
+        files = [self.model_path(self.model.weights)] if self.model.weights else []
+        if self.model.path:
+            path = self.model_path(self.model.path)
+            files += _with_imported_siblings(path) if path.suffix == ".py" else [path]
+        return files
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
+    """Read a spec file.
+
+    Args:
+        path: YAML file; values may contain ``${ENVIRONMENT_VARIABLE}``.
+        overrides: ``key.sub=value`` texts, the value in YAML; they replace what the file says.
+
+    Raises:
+        SpecError: naming file, key, value and what was expected.
+    """
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot read the volume spec: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: expected keys and values (name, input, output, …), got {data!r:.60}")
+    for override in overrides:
+        _apply(data, override)
+    return parse_spec(_substitute(data, str(path)), source=str(path), folder=str(path.resolve().parent))
+
+
+def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".") -> VolumeSpec:
+    """Validate the content of a spec; ``SpecError`` as in ``load_spec``, ``source`` naming where it came from."""
+    if "folder" in data:
+        raise SpecError(f"{source}: folder: unknown key")
+    try:
+        return VolumeSpec.model_validate({**data, "folder": folder})
+    except ValidationError as error:
+        raise SpecError("\n".join(f"{source}: {line}" for line in map(_explain, error.errors()))) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without silently repeated keys."""
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"--set {override}: expected key=value, such as model.threads=2")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise SpecError(f"--set {override}: {parent} is a value, it has no keys below it")
+    data[last] = value
+
+
+def _substitute(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _substitute(v, f"{where}: {k}" if ": " not in where else f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list):
+        return [_substitute(v, where) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise SpecError(f"{where}: {value}: the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors: key, value, what was expected."""
+    location = [str(part) for part in error["loc"] if part not in ("int", "str")]
+    key, message, value = ".".join(location), error["msg"].removeprefix("Value error, "), error["input"]
+    if error["type"] == "missing":
+        return f"{key}: missing; this key is required"
+    if error["type"] == "extra_forbidden":
+        known = _fields(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "value_error" and (not key or isinstance(value, dict)):
+        return f"{key}.{message}" if key else message
+    shown = json.dumps(value, default=str)
+    return f"{key}: {shown if len(shown) < 80 else shown[:77] + '...'}: {message[:1].lower() + message[1:]}"
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    section: Any = VolumeSpec
+    for name in location:
+        section = section.model_fields[name].annotation
+    return [name for name in section.model_fields if name != "folder"]
+
+
+def _check_block(axis: str, block: int, stride: int, chunk: int, overlap: int) -> None:
+    step = math.lcm(stride, chunk)
+    least = max(step, -(-overlap // step) * step)
+    if block % step == 0 and block >= least:
+        return
+    nearest = sorted({max(least, block // step * step), max(least, -(-block // step) * step)})
+    parts = f"the stride {stride} (patch - overlap)" + (f" and of output.chunk_size {chunk}" if chunk > 1 else "")
+    raise ValueError(
+        f"block_size: {block} along {axis}, expected a multiple of {parts}, at least the overlap {overlap}; "
+        f"nearest: {' or '.join(map(str, nearest))}"
+    )
+
+
+def _divisor_near(block: int, target: int) -> int:
+    return min((d for d in range(1, block + 1) if block % d == 0), key=lambda d: (abs(math.log(d / target)), d))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_imported_siblings(path: Path) -> list[Path]:
+    """A Python file and, recursively, the files beside it that it imports; sorted, each once."""
+    found: set[Path] = set()
+    todo = [path]
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in _imported_names(file):
+            base = path.parent / name
+            todo += [p for p in [base.with_suffix(".py")] if p.is_file()]
+            todo += sorted(base.rglob("*.py")) if (base / "__init__.py").is_file() else []
+    return sorted(found)
+
+
+def _imported_names(file: Path) -> set[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()  # the engine reports it when it loads the file
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    return names

@@ -1,0 +1,250 @@
+"""The two stages of a block, as plain functions: idempotent, complete once their receipt is written."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from time import perf_counter, time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.blending import convert
+from chunkflow_core.engines import load_engine
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.errors import MissingInputError
+from chunkflow_core.exchange import DonationEntry, Exchange, Receipt, decode
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.inference import ChunkInference, Timings
+from chunkflow_core.lattice import Block, Donation
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.volumes import InputLayer, OutputLayer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended."""
+
+    receipt: Receipt | None
+    """None where there is nothing to do: a block without lower neighbours receives nothing."""
+    up_to_date: bool
+    """Whether it had been done before."""
+
+
+class Workspace:
+    """What the stages of one spec share within a process, each opened when first needed."""
+
+    def __init__(self, spec: VolumeSpec) -> None:
+        self.spec = spec
+
+    @cached_property
+    def input(self) -> InputLayer:
+        """The layer to read."""
+        return InputLayer(self.spec)
+
+    @cached_property
+    def output(self) -> OutputLayer:
+        """The layer to write."""
+        return OutputLayer(self.spec)
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """Where donations and receipts are."""
+        return Exchange(self.spec)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs patches."""
+        return load_engine(self.spec)
+
+    @cached_property
+    def inference(self) -> ChunkInference:
+        """Runs and sums patches."""
+        return ChunkInference(self.spec, self.engine, self.input, self.input.scale.chunk[0])
+
+
+def inference_and_donate(
+    workspace: Workspace,
+    index: Vector,
+    *,
+    run: str = "",
+    force: bool = False,
+    patch_done: Callable[[], None] = lambda: None,
+) -> StageResult:
+    """First stage: run a block's patches, write its core, donate the rest, write the receipt.
+
+    Args:
+        workspace: of the spec.
+        index: of the block, zyx.
+        run: names the run; a receipt of the same run counts as done even if forced.
+        force: do it again although there is a receipt.
+        patch_done: called after each patch.
+
+    Raises:
+        MissingInputError, DataError, StorageError: see their exit codes.
+    """
+    spec, exchange = workspace.spec, workspace.exchange
+    block = spec.grid.block(index)
+    geometry = spec.grid.digest(block)
+    done = exchange.receipt("infer", block.box)
+    if done is not None and done.geometry == geometry and (not force or (run and done.run == run)):
+        return StageResult(done, up_to_date=True)
+    started, timings = perf_counter(), Timings()
+    entries: list[DonationEntry] = []
+    chunks = 0
+    with ThreadPoolExecutor(2, thread_name_prefix="write") as pool:
+        writing: list[Future[Any]] = []
+        for piece, sums in workspace.inference.block(block, timings, patch_done):
+            entries += _wait(writing, timings)  # so that no more than two pieces are in memory
+            writing = [pool.submit(_give, workspace, timings, d, sums(d.box)) for d in piece.donations]
+            if piece.core:
+                data = _convert(spec, sums(piece.core))
+                writing.append(pool.submit(_write, workspace, timings, piece.core, data))
+                chunks += sum(1 for _ in workspace.output.expected_chunks(piece.core))
+            log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
+        entries += _wait(writing, timings)
+    receipt = Receipt(
+        stage="infer",
+        block=index,
+        box=block.box.key,
+        fingerprint=exchange.fingerprint,
+        geometry=geometry,
+        run=run,
+        patches=block.patches,
+        donations=tuple(entries),
+        storage_chunks=chunks,
+        facts=_facts(timings, started) | workspace.engine.description,
+    )
+    exchange.put_receipt(receipt)
+    return StageResult(receipt, up_to_date=False)
+
+
+def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", force: bool = False) -> StageResult:
+    """Second stage: fetch all donations for a block, add them, write its frame, write the receipt.
+
+    Nothing is written before every donation has been fetched and verified. Arguments as ``inference_and_donate``.
+
+    Raises:
+        MissingInputError: a donor has no receipt, or a donation isn't there.
+        DataError: a donation is not what its donor wrote.
+        StorageError: see its exit code.
+    """
+    spec, exchange = workspace.spec, workspace.exchange
+    block = spec.grid.block(index)
+    if not block.frame:
+        return StageResult(None, up_to_date=True)
+    started, timings = perf_counter(), Timings()
+    donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
+    consumed = {receipt.box: receipt.given(index) for receipt in donors}
+    geometry = spec.grid.digest(block)
+    done = exchange.receipt("blend", block.box)
+    current = done is not None and done.geometry == geometry and done.consumed == consumed
+    if done is not None and current and (not force or (run and done.run == run)):
+        return StageResult(done, up_to_date=True)
+    wanted = [pair for receipt in donors for pair in _donations(workspace, receipt, block)]
+    files = timings.measure("read", lambda: exchange.get_donations(wanted))
+    donations = [donation for donation, _ in wanted if donation.key in files]
+    chunks = 0
+    for piece in spec.grid.pieces(block):
+        boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
+        given = timings.measure("read", partial(_decode, workspace, piece.box, donations, files)) if boxes else []
+        for box in boxes:
+            sums = timings.measure("blend", partial(_sum, spec.output.channels, box, given))
+            _write(workspace, timings, box, _convert(spec, sums))
+            chunks += sum(1 for _ in workspace.output.expected_chunks(box))
+        log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
+    receipt = Receipt(
+        stage="blend",
+        block=index,
+        box=block.box.key,
+        fingerprint=exchange.fingerprint,
+        geometry=geometry,
+        run=run,
+        consumed=consumed,
+        storage_chunks=chunks,
+        facts=_facts(timings, started),
+    )
+    exchange.put_receipt(receipt)
+    return StageResult(receipt, up_to_date=False)
+
+
+def _decode(
+    workspace: Workspace, planes: Box, donations: list[Donation], files: dict[str, bytes]
+) -> list[tuple[Box, NDArray[np.float32]]]:
+    """The donations that touch some planes, with their sums."""
+    channels, fingerprint = workspace.spec.output.channels, workspace.exchange.fingerprint
+    return [(d.box, decode(files[d.key], d, channels, fingerprint)) for d in donations if d.box & planes]
+
+
+def _sum(channels: int, box: Box, given: list[tuple[Box, NDArray[np.float32]]]) -> NDArray[np.float32]:
+    """All that was given for a box, added up. Exact, so the order is of no matter."""
+    total = np.zeros((channels, *box.shape), np.float32)
+    for source, sums in given:
+        common = source & box
+        total[(slice(None), *common.slices(box.start))] += sums[(slice(None), *common.slices(source.start))]
+    return total
+
+
+def _donor_receipt(workspace: Workspace, donor: Vector) -> Receipt:
+    grid, exchange = workspace.spec.grid, workspace.exchange
+    block = grid.block(donor)
+    receipt = exchange.receipt("infer", block.box)
+    if receipt is None or receipt.geometry != grid.digest(block):
+        raise MissingInputError(
+            f"block {donor} has not donated yet: {exchange.path} holds no valid receipt of it. {exchange.remedy(donor)}"
+        )
+    return receipt
+
+
+def _donations(workspace: Workspace, receipt: Receipt, block: Block) -> list[tuple[Donation, DonationEntry]]:
+    entries = {entry.key: entry for entry in receipt.donations}
+    donations = workspace.spec.grid.donations(receipt.block, block.index)
+    missing = [donation.key for donation in donations if donation.key not in entries]
+    if missing:
+        raise MissingInputError(
+            f"the receipt of block {receipt.block} lacks the donation {missing[0]}. "
+            f"{workspace.exchange.remedy(receipt.block)}"
+        )
+    return [(donation, entries[donation.key]) for donation in donations]
+
+
+def _give(workspace: Workspace, timings: Timings, donation: Donation, sums: NDArray[np.float32]) -> DonationEntry:
+    entry: DonationEntry = timings.measure("donate", lambda: workspace.exchange.put_donation(donation, sums))
+    return entry
+
+
+def _write(workspace: Workspace, timings: Timings, box: Box, data: NDArray[Any]) -> None:
+    timings.measure("write", lambda: workspace.output.write(box, data))
+
+
+def _convert(spec: VolumeSpec, sums: NDArray[np.float32]) -> NDArray[Any]:
+    return convert(sums, spec.output.dtype, *spec.output.range)
+
+
+def _wait(writing: list[Future[Any]], timings: Timings) -> list[DonationEntry]:
+    results = timings.measure("wait for output", lambda: [future.result() for future in writing])
+    return [result for result in results if isinstance(result, DonationEntry)]
+
+
+def _z(box: Box) -> tuple[int, int]:
+    return box.start[0], box.stop[0]
+
+
+def _facts(timings: Timings, started: float) -> dict[str, Any]:
+    return {
+        "seconds": {phase: round(value, 4) for phase, value in timings.seconds.items()},
+        "wall": round(perf_counter() - started, 4),
+        "finished": round(time(), 3),
+        "host": socket.gethostname(),
+        "processor": platform.processor() or platform.machine(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

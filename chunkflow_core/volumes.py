@@ -1,0 +1,201 @@
+"""CloudVolume layers behind z, y, x: open, create, read with padding, write aligned.
+
+Arrays are ``(channels, z, y, x)``. CloudVolume's are ``(x, y, z, channels)`` in Fortran order, so a transposition is enough
+and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from cloudfiles import CloudFiles
+from cloudvolume import CloudVolume
+from numpy.typing import NDArray
+
+from chunkflow_core.errors import DataError, SpecError
+from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.layer_info import LayerScale, read_scale
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage import storage_errors
+
+
+class InputLayer:
+    """The layer to read; voxels outside it are padded."""
+
+    def __init__(self, spec: VolumeSpec) -> None:
+        """Open the layer; ``MissingInputError`` if it isn't there."""
+        self.path, self.padding = spec.input.path, spec.input.padding
+        self.scale: LayerScale = spec.input_scale
+        with storage_errors(f"opening {self.path}"):
+            self._volume = CloudVolume(
+                self.path, mip=spec.input.mip, fill_missing=spec.input.fill_missing, progress=False, bounded=True
+            )
+        kind = np.dtype(self.scale.dtype).kind
+        if kind not in "uif":
+            raise DataError(f"{self.path}: dtype {self.scale.dtype} is not a number type")
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Voxels of ``box``, ``(channels, z, y, x)``, in the layer's dtype; padded outside the layer's bounds.
+
+        Raises:
+            MissingInputError: a storage chunk isn't there and ``fill_missing`` is off.
+            StorageError: the storage does not answer.
+        """
+        maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
+        source = Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
+        with storage_errors(f"reading {self.path} at {source}"):
+            data: NDArray[Any] = np.asarray(self._volume[tuple(reversed(source.slices((0, 0, 0))))]).T
+        for a, indices in enumerate(maps):
+            if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
+                data = np.take(data, indices - source.start[a], axis=a + 1)
+        if self.padding == "constant" and box not in self.scale.bounds:
+            inside = (box & self.scale.bounds).slices(box.start)
+            padded = np.zeros_like(data)
+            padded[(slice(None), *inside)] = data[(slice(None), *inside)]
+            return padded
+        return data
+
+    def _source(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
+        """For each position of a range, the position inside the layer whose voxel it gets."""
+        low, high = self.scale.bounds.start[axis], self.scale.bounds.stop[axis]
+        positions = np.arange(start, stop) - low
+        if self.padding == "reflect":
+            period = max(1, 2 * (high - low - 1))
+            positions = np.abs(positions) % period
+            return low + np.minimum(positions, period - positions)
+        return low + np.clip(positions, 0, high - low - 1)
+
+
+class OutputLayer:
+    """The layer to write: whole storage chunks only."""
+
+    def __init__(self, spec: VolumeSpec) -> None:
+        """Open the layer; ``MissingInputError`` if ``prepare`` has not made it, ``SpecError`` if it does not fit."""
+        self.path, self.channels = spec.output.path, spec.output.channels
+        self.scale = check_output(spec)
+        compression = spec.output.compression
+        with storage_errors(f"opening {self.path}"):
+            self._volume = CloudVolume(
+                self.path,
+                progress=False,
+                bounded=True,
+                non_aligned_writes=False,
+                compress=False if compression == "none" else compression,
+            )
+
+    def write(self, box: Box, data: NDArray[Any]) -> None:
+        """Write ``data``, ``(channels, z, y, x)`` in the layer's dtype, to a box of whole storage chunks.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        with storage_errors(f"writing {self.path} at {box}"):
+            self._volume[tuple(reversed(box.slices((0, 0, 0))))] = np.ascontiguousarray(data).T
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
+        with storage_errors(f"reading {self.path} at {box}"):
+            data: NDArray[Any] = np.asarray(self._volume[tuple(reversed(box.slices((0, 0, 0))))]).T
+        return data
+
+    def stored_chunks(self) -> set[str]:
+        """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``."""
+        with storage_errors(f"listing {self.path}"):
+            return {name.rpartition("/")[2] for name in _files(self.path).list(prefix=f"{self._volume.key}/")}
+
+    def expected_chunks(self, box: Box) -> Iterator[Box]:
+        """The storage chunks of a box that is made of whole ones."""
+        origin, bounds = self.scale.bounds.start, self.scale.bounds
+        ranges = [
+            [
+                (p, min(p + c, bounds.stop[a]))
+                for p in range(box.start[a] - (box.start[a] - origin[a]) % c, box.stop[a], c)
+            ]
+            for a, c in enumerate(self.scale.chunk)
+        ]
+        for z in ranges[0]:
+            for y in ranges[1]:
+                for x in ranges[2]:
+                    yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+
+
+def output_exists(spec: VolumeSpec) -> bool:
+    """Whether there is a layer at the output's path."""
+    with storage_errors(f"looking for {spec.output.path}"):
+        return bool(_files(spec.output.path).exists("info"))
+
+
+def create_output(spec: VolumeSpec) -> None:
+    """Make the output layer: one scale, of the ROI's size, at the input's voxel size."""
+    grid, resolution = spec.grid, spec.input_scale.resolution
+    info = CloudVolume.create_new_info(
+        num_channels=spec.output.channels,
+        layer_type="image",
+        data_type=spec.output.dtype,
+        encoding="raw",
+        resolution=list(reversed(resolution)),
+        voxel_offset=list(reversed(grid.roi.start)),
+        volume_size=list(reversed(grid.roi.shape)),
+        chunk_size=list(reversed(spec.storage_chunk)),
+    )
+    with storage_errors(f"creating {spec.output.path}"):
+        volume = CloudVolume(spec.output.path, info=info, progress=False)
+        volume.provenance.description = f"{spec.name}: {spec.model.engine} inference of {spec.input.path}"
+        volume.provenance.sources = [spec.input.path]
+        volume.provenance.processing = [
+            {
+                "method": {
+                    "task": "chunkflow-airflow",
+                    "fingerprint": spec.fingerprint,
+                    "spec": spec.model_dump(mode="json"),
+                }
+            }
+        ]
+        volume.commit_info()
+        volume.commit_provenance()
+
+
+def check_output(spec: VolumeSpec) -> LayerScale:
+    """The output layer's scale; ``SpecError`` if the layer there has another shape than the spec says."""
+    scale = read_scale(spec.output.path, 0)
+    roi = spec.grid.roi
+    wanted: dict[str, tuple[object, object]] = {
+        "dtype": (scale.dtype, spec.output.dtype),
+        "channels": (scale.channels, spec.output.channels),
+        "chunk_size": (scale.chunk, spec.storage_chunk),
+        "bounds": (str(scale.bounds), str(roi)),
+    }
+    for what, (there, expected) in wanted.items():
+        if there != expected:
+            raise SpecError(
+                f"output.path: the layer at {spec.output.path} has {what} {there}, the spec says {expected}. "
+                "Give another path, or delete that layer"
+            )
+    return scale
+
+
+def create_layer(
+    path: str, data: NDArray[Any], *, resolution: Vector, chunk: Vector, offset: Vector = (0, 0, 0)
+) -> None:
+    """Store an array as a new layer. ``data``: ``(channels, z, y, x)``; ``resolution`` in nm, ``chunk`` in voxels, zyx."""
+    info = CloudVolume.create_new_info(
+        num_channels=data.shape[0],
+        layer_type="image",
+        data_type=str(data.dtype),
+        encoding="raw",
+        resolution=list(reversed(resolution)),
+        voxel_offset=list(reversed(offset)),
+        volume_size=list(reversed(data.shape[1:])),
+        chunk_size=list(reversed(chunk)),
+    )
+    with storage_errors(f"creating {path}"):
+        volume = CloudVolume(path, info=info, progress=False)
+        volume.commit_info()
+        volume.commit_provenance()
+        volume[:, :, :] = np.ascontiguousarray(data).T
+
+
+def _files(path: str) -> CloudFiles:
+    return CloudFiles(path.removeprefix("precomputed://"))
