@@ -33,6 +33,7 @@ from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import storage_errors
 
 Stage = Literal["infer", "blend"]
+STAGES: tuple[Stage, Stage] = ("infer", "blend")
 
 _MAGIC = b"CFDONATE"
 _COMPRESSION_LEVEL = 1
@@ -182,6 +183,12 @@ class Exchange:
             f"Run its donor, block {donor}, again: python -m chunkflow_core.inference_and_donate SPEC --block {index} "
             f"--force (in Airflow: trigger the volume with force on that block's bounding box)"
         )
+
+    def has_donations(self, receipt: Receipt) -> bool:
+        """Whether all donations of a receipt are still there."""
+        names = [f"donations/{entry.key}" for entry in receipt.donations if entry.checksum is not None]
+        with storage_errors(f"looking for donations in {self.path}"):
+            return not names or all(self._files.exists(names).values())
 
     def donation_keys(self) -> set[str]:
         """Keys of all donations there are."""

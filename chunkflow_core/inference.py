@@ -61,7 +61,7 @@ class ChunkInference:
         self.values = Grid(*spec.output.range)
 
     def block(
-        self, block: Block, timings: Timings, patch_done: Callable[[], None]
+        self, block: Block, timings: Timings, patch_done: Callable[[], object]
     ) -> Iterator[tuple[Piece, Callable[[Box], NDArray[np.float32]]]]:
         """Run a block's patches; yield each final piece and a function that copies the sums of a box in it.
 
@@ -102,7 +102,7 @@ class ChunkInference:
         positions: Iterable[Vector],
         planes: tuple[Box, NDArray[Any]],
         timings: Timings,
-        patch_done: Callable[[], None],
+        patch_done: Callable[[], object],
     ) -> None:
         size = self.spec.model.batch_size
         remaining = iter(positions)

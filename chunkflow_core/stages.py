@@ -78,7 +78,7 @@ def inference_and_donate(
     *,
     run: str = "",
     force: bool = False,
-    patch_done: Callable[[], None] = lambda: None,
+    patch_done: Callable[[], object] = lambda: None,
 ) -> StageResult:
     """First stage: run a block's patches, write its core, donate the rest, write the receipt.
 
@@ -96,7 +96,8 @@ def inference_and_donate(
     block = spec.grid.block(index)
     geometry = spec.grid.digest(block)
     done = exchange.receipt("infer", block.box)
-    if done is not None and done.geometry == geometry and (not force or (run and done.run == run)):
+    current = done is not None and done.geometry == geometry
+    if done is not None and current and (not force or (run and done.run == run and exchange.has_donations(done))):
         return StageResult(done, up_to_date=True)
     started, timings = perf_counter(), Timings()
     entries: list[DonationEntry] = []

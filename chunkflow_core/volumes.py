@@ -46,7 +46,7 @@ class InputLayer:
         maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
         source = Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
         with storage_errors(f"reading {self.path} at {source}"):
-            data: NDArray[Any] = np.asarray(self._volume[tuple(reversed(source.slices((0, 0, 0))))]).T
+            data: NDArray[Any] = np.asarray(self._volume[_xyz(source)]).T
         for a, indices in enumerate(maps):
             if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
                 data = np.take(data, indices - source.start[a], axis=a + 1)
@@ -92,12 +92,12 @@ class OutputLayer:
             StorageError: the storage does not answer.
         """
         with storage_errors(f"writing {self.path} at {box}"):
-            self._volume[tuple(reversed(box.slices((0, 0, 0))))] = np.ascontiguousarray(data).T
+            self._volume[_xyz(box)] = np.ascontiguousarray(data).T
 
     def read(self, box: Box) -> NDArray[Any]:
         """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
         with storage_errors(f"reading {self.path} at {box}"):
-            data: NDArray[Any] = np.asarray(self._volume[tuple(reversed(box.slices((0, 0, 0))))]).T
+            data: NDArray[Any] = np.asarray(self._volume[_xyz(box)]).T
         return data
 
     def stored_chunks(self) -> set[str]:
@@ -121,40 +121,29 @@ class OutputLayer:
                     yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
 
 
-def output_exists(spec: VolumeSpec) -> bool:
-    """Whether there is a layer at the output's path."""
-    with storage_errors(f"looking for {spec.output.path}"):
-        return bool(_files(spec.output.path).exists("info"))
+def layer_exists(path: str) -> bool:
+    """Whether there is a layer at a path."""
+    with storage_errors(f"looking for {path}"):
+        return bool(_files(path).exists("info"))
 
 
 def create_output(spec: VolumeSpec) -> None:
     """Make the output layer: one scale, of the ROI's size, at the input's voxel size."""
-    grid, resolution = spec.grid, spec.input_scale.resolution
-    info = CloudVolume.create_new_info(
-        num_channels=spec.output.channels,
-        layer_type="image",
-        data_type=spec.output.dtype,
-        encoding="raw",
-        resolution=list(reversed(resolution)),
-        voxel_offset=list(reversed(grid.roi.start)),
-        volume_size=list(reversed(grid.roi.shape)),
-        chunk_size=list(reversed(spec.storage_chunk)),
+    record = {"task": "chunkflow-airflow", "fingerprint": spec.fingerprint, "spec": spec.model_dump(mode="json")}
+    NewLayer(
+        spec.output.path,
+        spec.grid.roi.shape,
+        dtype=spec.output.dtype,
+        resolution=spec.input_scale.resolution,
+        chunk=spec.storage_chunk,
+        offset=spec.grid.roi.start,
+        channels=spec.output.channels,
+        provenance={
+            "description": f"{spec.name}: {spec.model.engine} inference of {spec.input.path}",
+            "sources": [spec.input.path],
+            "processing": [{"method": record}],
+        },
     )
-    with storage_errors(f"creating {spec.output.path}"):
-        volume = CloudVolume(spec.output.path, info=info, progress=False)
-        volume.provenance.description = f"{spec.name}: {spec.model.engine} inference of {spec.input.path}"
-        volume.provenance.sources = [spec.input.path]
-        volume.provenance.processing = [
-            {
-                "method": {
-                    "task": "chunkflow-airflow",
-                    "fingerprint": spec.fingerprint,
-                    "spec": spec.model_dump(mode="json"),
-                }
-            }
-        ]
-        volume.commit_info()
-        volume.commit_provenance()
 
 
 def check_output(spec: VolumeSpec) -> LayerScale:
@@ -176,25 +165,49 @@ def check_output(spec: VolumeSpec) -> LayerScale:
     return scale
 
 
-def create_layer(
-    path: str, data: NDArray[Any], *, resolution: Vector, chunk: Vector, offset: Vector = (0, 0, 0)
-) -> None:
-    """Store an array as a new layer. ``data``: ``(channels, z, y, x)``; ``resolution`` in nm, ``chunk`` in voxels, zyx."""
-    info = CloudVolume.create_new_info(
-        num_channels=data.shape[0],
-        layer_type="image",
-        data_type=str(data.dtype),
-        encoding="raw",
-        resolution=list(reversed(resolution)),
-        voxel_offset=list(reversed(offset)),
-        volume_size=list(reversed(data.shape[1:])),
-        chunk_size=list(reversed(chunk)),
-    )
-    with storage_errors(f"creating {path}"):
-        volume = CloudVolume(path, info=info, progress=False)
-        volume.commit_info()
-        volume.commit_provenance()
-        volume[:, :, :] = np.ascontiguousarray(data).T
+class NewLayer:
+    """A layer that is being made, of one scale."""
+
+    def __init__(
+        self,
+        path: str,
+        shape: Vector,
+        *,
+        dtype: str,
+        resolution: tuple[float, ...],
+        chunk: Vector,
+        offset: Vector = (0, 0, 0),
+        channels: int = 1,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        """Write ``info`` and ``provenance``. Sizes in voxels, ``resolution`` in nm, all zyx."""
+        info = CloudVolume.create_new_info(
+            num_channels=channels,
+            layer_type="image",
+            data_type=dtype,
+            encoding="raw",
+            resolution=list(reversed(resolution)),
+            voxel_offset=list(reversed(offset)),
+            volume_size=list(reversed(shape)),
+            chunk_size=list(reversed(chunk)),
+        )
+        self.path = path
+        with storage_errors(f"creating {path}"):
+            self._volume = CloudVolume(path, info=info, progress=False)
+            for key, value in (provenance or {}).items():
+                setattr(self._volume.provenance, key, value)
+            self._volume.commit_info()
+            self._volume.commit_provenance()
+
+    def write(self, box: Box, data: NDArray[Any]) -> None:
+        """Write ``data``, ``(channels, z, y, x)``, to a box of whole storage chunks."""
+        with storage_errors(f"writing {self.path} at {box}"):
+            self._volume[_xyz(box)] = np.ascontiguousarray(data).T
+
+
+def _xyz(box: Box) -> tuple[slice, slice, slice]:
+    z, y, x = box.slices((0, 0, 0))
+    return x, y, z
 
 
 def _files(path: str) -> CloudFiles:

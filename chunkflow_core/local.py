@@ -1,0 +1,113 @@
+"""Runs a plan on this machine, in this process or in several, without Airflow."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from chunkflow_core.errors import ChunkflowError, StorageError
+from chunkflow_core.exchange import Receipt, Stage
+from chunkflow_core.geometry import Vector
+from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.planner import Plan
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+
+Task = tuple[Stage, Vector]
+
+
+class Schedule:
+    """Which task can start: blends as soon as their donors are done, before further inference."""
+
+    def __init__(self, grid: BlockGrid, due: Plan) -> None:
+        """Start with nothing done."""
+        infer = set(due.infer)
+        self._infer = list(reversed(due.infer))
+        self._waiting = {r: {d for d in grid.donors(r) if d in infer} for r in due.blend}
+        self._ready = [r for r, donors in self._waiting.items() if not donors]
+        for receiver in self._ready:
+            del self._waiting[receiver]
+
+    def next(self) -> Task | None:
+        """A task that can start now; None if there is none at the moment."""
+        if self._ready:
+            return ("blend", self._ready.pop())
+        if self._infer:
+            return ("infer", self._infer.pop())
+        return None
+
+    def done(self, task: Task) -> None:
+        """Say that a task has ended well."""
+        stage, index = task
+        if stage == "blend":
+            return
+        for receiver in [r for r, donors in self._waiting.items() if index in donors]:
+            self._waiting[receiver].discard(index)
+            if not self._waiting[receiver]:
+                del self._waiting[receiver]
+                self._ready.append(receiver)
+
+
+def run_here(
+    workspace: Workspace, due: Plan, run: str, patch_done: Callable[[], object]
+) -> Iterator[tuple[Task, Receipt | None]]:
+    """Do all that is due in this process; yield each task when it is done. ``patch_done`` is called after each patch."""
+    schedule = Schedule(workspace.spec.grid, due)
+    while task := schedule.next():
+        receipt = _execute(workspace, task, run, patch_done)
+        schedule.done(task)
+        yield task, receipt
+
+
+def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Iterator[tuple[Task, Receipt | None]]:
+    """Do all that is due in ``workers`` processes; yield each task when it is done.
+
+    Raises:
+        ChunkflowError: the first that a task ended with, after those still running have ended.
+        StorageError: a worker process was killed.
+    """
+    schedule = Schedule(spec.grid, due)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _open_workspace, (spec,)) as pool:
+        running: dict[Future[Receipt | None], Task] = {}
+        while True:
+            while len(running) < workers and (task := schedule.next()):
+                running[pool.submit(_execute_in_worker, task, run)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                try:
+                    receipt = future.result()
+                except BrokenProcessPool as error:
+                    raise StorageError(
+                        f"a worker process was killed, probably for want of memory (last: {task[0]} of block {task[1]}). "
+                        "Run again with fewer --workers; what is done is kept"
+                    ) from error
+                schedule.done(task)
+                yield task, receipt
+
+
+def _execute(workspace: Workspace, task: Task, run: str, patch_done: Callable[[], object]) -> Receipt | None:
+    stage, index = task
+    try:
+        if stage == "infer":
+            return inference_and_donate(workspace, index, run=run, force=True, patch_done=patch_done).receipt
+        return receive_and_blend(workspace, index, run=run, force=True).receipt
+    except ChunkflowError as error:
+        error.args = (f"{stage} of block {index}: {error}",)
+        raise
+
+
+_workspace: Workspace | None = None
+
+
+def _open_workspace(spec: VolumeSpec) -> None:
+    global _workspace  # the one object that a worker process keeps between its tasks
+    _workspace = Workspace(spec)
+
+
+def _execute_in_worker(task: Task, run: str) -> Receipt | None:
+    assert _workspace is not None
+    return _execute(_workspace, task, run, lambda: None)

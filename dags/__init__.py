@@ -1,0 +1,1 @@
+"""DAGs generated from volume specs."""

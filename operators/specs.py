@@ -1,0 +1,45 @@
+"""Finds the volume specs and makes their DAGs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from airflow.sdk import DAG
+
+from chunkflow_core.errors import ChunkflowError
+from chunkflow_core.spec import load_spec
+from operators.dag import volume_dag
+
+
+def volume_dags(
+    default: Path, *, only_dag: str | None = None, only_task: str | None = None
+) -> Iterator[DAG | ChunkflowError]:
+    """One DAG for each spec; for a spec that can't be used, an error that names its file and what is wrong.
+
+    Args:
+        default: folder with ``*.yaml``, unless ``CHUNKFLOW_VOLUMES`` lists others, separated by colons.
+        only_dag: make this one only.
+        only_task: build only this task of it; see ``volume_dag``.
+    """
+    seen: dict[str, Path] = {}
+    for file in _spec_files(default):
+        try:
+            spec = load_spec(file)
+            if spec.name in seen:
+                raise ChunkflowError(
+                    f"{file}: name: {spec.name} is the name of {seen[spec.name]} too, expected another"
+                )
+            seen[spec.name] = file
+            if only_dag in (None, spec.name):
+                yield volume_dag(spec, file, only_task=only_task)
+        except ChunkflowError as error:
+            yield error
+        except Exception as error:  # Airflow's own, such as for a schedule that is none
+            yield ChunkflowError(f"{file}: {type(error).__name__}: {error}")
+
+
+def _spec_files(default: Path) -> Iterator[Path]:
+    for folder in (os.environ.get("CHUNKFLOW_VOLUMES") or str(default)).split(os.pathsep):
+        yield from sorted(Path(folder).resolve().glob("*.yaml"))
