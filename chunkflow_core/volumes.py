@@ -46,7 +46,7 @@ class InputLayer:
         maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
         source = Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
         with storage_errors(f"reading {self.path} at {source}"):
-            data: NDArray[Any] = np.asarray(self._volume[_xyz(source)]).T
+            data = _read(self._volume, source, self.scale.bounds)
         for a, indices in enumerate(maps):
             if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
                 data = np.take(data, indices - source.start[a], axis=a + 1)
@@ -97,8 +97,7 @@ class OutputLayer:
     def read(self, box: Box) -> NDArray[Any]:
         """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
         with storage_errors(f"reading {self.path} at {box}"):
-            data: NDArray[Any] = np.asarray(self._volume[_xyz(box)]).T
-        return data
+            return _read(self._volume, box, self.scale.bounds)
 
     def stored_chunks(self) -> set[str]:
         """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``."""
@@ -203,6 +202,13 @@ class NewLayer:
         """Write ``data``, ``(channels, z, y, x)``, to a box of whole storage chunks."""
         with storage_errors(f"writing {self.path} at {box}"):
             self._volume[_xyz(box)] = np.ascontiguousarray(data).T
+
+
+def _read(volume: CloudVolume, box: Box, bounds: Box) -> NDArray[Any]:
+    # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of the storage chunk.
+    larger = (box.grown((1, 1, 1), (1, 1, 1)) & bounds) if box.voxels == 1 else box
+    data: NDArray[Any] = np.asarray(volume[_xyz(larger)]).T
+    return data[(slice(None), *box.slices(larger.start))]
 
 
 def _xyz(box: Box) -> tuple[slice, slice, slice]:

@@ -1,0 +1,244 @@
+"""The promise: however the volume is cut, the output is bit for bit the one of a single dense computation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from cloudfiles.interfaces import MemoryInterface
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.geometry import Box
+from chunkflow_core.spec import VolumeSpec, parse_spec
+from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.volumes import NewLayer, create_output
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random volume and how it is cut."""
+
+    size: tuple[int, ...]
+    roi: tuple[tuple[int, ...], tuple[int, ...]]
+    patch: tuple[int, ...]
+    halo: tuple[int, ...]
+    overlap: tuple[int, ...]
+    block: tuple[int, ...]
+    chunk: tuple[int, ...]
+    input_chunk: tuple[int, ...]
+    padding: str
+    dtype: str
+    batch: int
+    seed: int
+
+
+@st.composite
+def axes(draw: st.DrawFn) -> tuple[int, ...]:
+    """One axis: volume size, ROI start and stop, patch, halo, overlap, block, storage chunk, input chunk."""
+    patch = draw(st.integers(1, 9))
+    overlap = draw(st.integers(0, patch - 1))
+    stride = patch - overlap
+    chunk = draw(st.integers(1, 8))
+    step = math.lcm(stride, chunk)
+    least = -(-max(overlap, 1) // step)
+    block = step * draw(st.integers(least, least + 2))
+    size = draw(st.integers(1, 26))
+    start = draw(st.integers(0, size - 1))
+    stop = draw(st.integers(start + 1, size))
+    return size, start, stop, patch, draw(st.integers(0, 2)), overlap, block, chunk, draw(st.integers(1, 9))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Three axes and the rest."""
+    size, start, stop, patch, halo, overlap, block, chunk, input_chunk = zip(
+        *(draw(axes()) for _ in range(3)), strict=True
+    )
+    return Case(
+        size, (start, stop), patch, halo, overlap, block, chunk, input_chunk,
+        padding=draw(st.sampled_from(["reflect", "edge", "constant"])),
+        dtype=draw(st.sampled_from(["uint8", "float32"])),
+        batch=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
+
+
+def spec_of(case: Case, place: str, **model: object) -> VolumeSpec:
+    """The case as a volume spec; output and exchange are its own."""
+    return parse_spec(
+        {
+            "name": "case",
+            "input": {"path": f"{place}/input", "padding": case.padding},
+            "output": {"path": f"{place}/output", "channels": 2, "dtype": case.dtype, "chunk_size": list(case.chunk)},
+            "exchange": {"path": f"{place}/exchange"},
+            "roi": [list(corner) for corner in case.roi],
+            "patch_size": [p + 2 * h for p, h in zip(case.patch, case.halo, strict=True)],
+            "output_patch_size": list(case.patch),
+            "patch_overlap": list(case.overlap),
+            "block_size": list(case.block),
+            "model": {"engine": "identity", "batch_size": case.batch, **model},
+        }
+    )
+
+
+class Mixing(Engine):
+    """A nonlinear stand-in for a convnet: depends on the position in the patch and on the context around each voxel."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.stack([mix(patch, self.case) for patch in patches])
+
+
+def mix(patch: NDArray[np.float32], case: Case) -> NDArray[np.float32]:
+    """The function that ``Mixing`` computes, for one patch."""
+    rng = np.random.default_rng(case.seed)
+    kernel = rng.random((2, 3), dtype=np.float32)
+    mean = np.ascontiguousarray(patch[0]).mean(dtype=np.float64).astype(np.float32)
+    index = tuple(slice(h, h + p) for h, p in zip(case.halo, case.patch, strict=True))
+    position = rng.random(case.patch, dtype=np.float32)
+    return np.stack(
+        [(k[0] * patch[0][index] + k[1] * mean + k[2] * position) / np.float32(3.5) for k in kernel]
+    ).astype(np.float32)
+
+
+@contextmanager
+def counted_writes() -> Iterator[Counter[str]]:
+    """Count what reaches the storage, file by file."""
+    counts: Counter[str] = Counter()
+    original = MemoryInterface.put_file
+
+    def put_file(self: MemoryInterface, file_path: str, *args: object, **options: object) -> object:
+        counts[self.get_path_to_file(file_path)] += 1
+        return original(self, file_path, *args, **options)
+
+    MemoryInterface.put_file = put_file
+    try:
+        yield counts
+    finally:
+        MemoryInterface.put_file = original
+
+
+def patch_counts(case: Case) -> list[int]:
+    """Patches along each axis: just enough to cover the ROI."""
+    length = np.subtract(case.roi[1], case.roi[0])
+    stride = np.subtract(case.patch, case.overlap)
+    return [max(1, math.ceil(n)) for n in (length - case.overlap) / stride]
+
+
+def dense(case: Case, volume: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What one machine with endless memory gives: every patch added into one array. Written without the library.
+
+    The input is padded with ``np.pad``, weights are summed over the dense lattice, sums are kept as integers.
+    """
+    start, stop = np.array(case.roi)
+    patch, overlap, halo = np.array(case.patch), np.array(case.overlap), np.array(case.halo)
+    length, stride = stop - start, patch - overlap
+    counts = np.array(patch_counts(case))
+    extent = (counts - 1) * stride + patch
+    low = np.maximum(0, halo - start)
+    high = np.maximum(0, start + extent + halo - np.array(case.size))
+    padded = np.pad(volume, list(zip(low, high, strict=True)), mode=case.padding).astype(np.float32) / np.float32(255)
+
+    def bump(p: int) -> NDArray[np.float64]:
+        x = [2 * (i + 1) / (p + 1) - 1 for i in range(p)]
+        return np.array([math.exp(-1 / (1 - v * v)) for v in x])
+
+    weights = []
+    for axis in range(3):
+        total = np.zeros(extent[axis])
+        for k in range(counts[axis]):
+            total[k * stride[axis] : k * stride[axis] + patch[axis]] += bump(patch[axis])
+        weights.append(
+            [
+                (bump(patch[axis]) / total[k * stride[axis] : k * stride[axis] + patch[axis]]).astype(np.float32)
+                for k in range(counts[axis])
+            ]
+        )
+    sums = np.zeros((2, *extent), np.int64)
+    for k in itertools.product(*map(range, counts)):
+        at = np.array(k) * stride
+        source = tuple(
+            slice(a, b) for a, b in zip(start + low + at - halo, start + low + at + patch + halo, strict=True)
+        )
+        output = mix(padded[source][None], case)
+        z, y, x = (weights[a][k[a]] for a in range(3))
+        weighted = output * (y[:, None] * x[None, :]) * (z * np.float32(2**23))[:, None, None]
+        sums[(slice(None), *(slice(a, a + p) for a, p in zip(at, patch, strict=True)))] += np.rint(weighted).astype(
+            np.int64
+        )
+    z, y, x = length
+    return (sums[:, :z, :y, :x] / 2**23).astype(np.float32)
+
+
+def run_case(
+    case: Case, volume: NDArray[np.uint8], order: list[int], engine: Engine | None
+) -> tuple[NDArray[np.generic], Counter[str], int, VolumeSpec]:
+    """Run all blocks in some order, each blend as soon as it can be; return output, writes, patches run."""
+    place = f"mem://case{next(_numbers)}"
+    layer = NewLayer(f"{place}/input", case.size, dtype="uint8", resolution=(40, 4, 4), chunk=case.input_chunk)
+    layer.write(Box((0, 0, 0), case.size), volume[None])
+    spec = spec_of(case, place)
+    create_output(spec)
+    workspace = Workspace(spec)
+    if engine is not None:
+        workspace.__dict__["engine"] = engine
+    patches: Counter[str] = Counter()
+    blocks = list(spec.grid.indices())
+    with counted_writes() as writes:
+        done: set[tuple[int, ...]] = set()
+        blended: set[tuple[int, ...]] = set()
+        for number in order:
+            if number < len(blocks):
+                inference_and_donate(workspace, blocks[number], patch_done=lambda: patches.update(run=1))
+                done.add(blocks[number])
+                for receiver in spec.grid.receivers(blocks[number]):
+                    if done.issuperset(spec.grid.donors(receiver)) and receiver not in blended:
+                        receive_and_blend(workspace, receiver)
+                        blended.add(receiver)
+    return workspace.output.read(spec.grid.roi), writes, patches["run"], spec
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=cases(), data=st.data())
+def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> None:
+    volume = np.random.default_rng(case.seed).integers(0, 256, case.size, dtype=np.uint8)
+    order = data.draw(st.permutations(range(60)))
+    blocks = math.prod(spec_of(case, "mem://unused").grid.shape)
+    order += list(range(60, blocks))
+
+    output, writes, patches, spec = run_case(case, volume, order, Mixing(case))
+
+    expected = dense(case, volume)
+    if case.dtype == "uint8":
+        expected = np.clip(np.rint(expected * np.float32(255)), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(output, expected)
+    assert patches == math.prod(patch_counts(case)) == spec.grid.patches
+    chunks = {path: n for path, n in writes.items() if path.startswith("output/") and "-" in path.rsplit("/", 1)[1]}
+    expected_chunks = math.prod(-(-(b - a) // c) for a, b, c in zip(*case.roi, case.chunk, strict=True))
+    assert len(chunks) == expected_chunks
+    assert set(chunks.values()) == {1}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=cases())
+def test_identity_gives_the_input_back(case: Case) -> None:
+    case = replace(case, dtype="uint8")
+    volume = np.random.default_rng(case.seed).integers(0, 256, case.size, dtype=np.uint8)
+    blocks = math.prod(spec_of(case, "mem://unused").grid.shape)
+
+    output, *_ = run_case(case, volume, list(range(blocks)), None)
+
+    inside = volume[tuple(slice(a, b) for a, b in zip(*case.roi, strict=True))]
+    np.testing.assert_array_equal(output, np.stack([inside, inside]))
