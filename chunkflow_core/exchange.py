@@ -172,7 +172,10 @@ class Exchange:
                     f"donation {key} in {self.path} is not what block {donation.donor} wrote (truncated, corrupt or "
                     f"foreign: its checksum does not match the block's receipt). {self.remedy(donation.donor)}"
                 )
-            check(content, donation, self.spec.output.channels, self.fingerprint)
+            try:
+                check(content, donation, self.spec.output.channels, self.fingerprint)
+            except DataError as error:
+                raise DataError(f"{error}. {self.remedy(donation.donor)}") from error
             found[key] = content
         return found
 
@@ -198,6 +201,12 @@ class Exchange:
         """Delete donations; those that aren't there are passed over."""
         with storage_errors(f"deleting donations in {self.path}"):
             self._files.delete([f"donations/{key}" for key in keys])
+
+    def delete_partials(self) -> None:
+        """Delete what writers that were killed have left behind on a local disk."""
+        if self.path.startswith("file://"):
+            for file in Path(self.path.removeprefix("file://")).expanduser().rglob(f".*{_PARTIAL}"):
+                file.unlink(missing_ok=True)
 
     def put_receipt(self, receipt: Receipt) -> None:
         """Store a receipt: the block's stage is complete from here on."""

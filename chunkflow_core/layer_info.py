@@ -28,7 +28,7 @@ def read_info(path: str) -> dict[str, Any]:
     """The layer's ``info``.
 
     Raises:
-        MissingInputError: there is no layer at ``path``, or its ``info`` is not JSON.
+        MissingInputError: there is no layer at ``path``, or its ``info`` is not that of a layer.
         StorageError: the storage did not answer.
     """
     path = path.removeprefix("precomputed://")
@@ -39,7 +39,7 @@ def read_info(path: str) -> dict[str, Any]:
             from cloudfiles import CloudFiles  # a second of imports that a DAG of file:// layers need not pay
 
             text = CloudFiles(path).get("info")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         text = None
     except Exception as error:
         raise StorageError(f"{path}: cannot read the layer's info: {error}") from error
@@ -49,16 +49,27 @@ def read_info(path: str) -> dict[str, Any]:
         info: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise MissingInputError(f"{path}: the layer's info file is not JSON: {error}") from error
+    if not isinstance(info, dict) or not info.get("scales"):
+        raise MissingInputError(f"{path}: the info file is not that of a precomputed layer, it lists no scales")
     return info
 
 
 def read_scale(path: str, mip: int) -> LayerScale:
     """One scale of the layer at ``path``; errors as ``read_info``, also for a mip that the layer does not have."""
     info = read_info(path)
-    scales = info.get("scales", [])
+    scales = info["scales"]
     if mip >= len(scales):
         raise MissingInputError(f"{path}: mip {mip} does not exist; the layer has mips 0 to {len(scales) - 1}")
-    scale = scales[mip]
+    try:
+        return _scale(info, scales[mip])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise MissingInputError(
+            f"{path}: the info file is not that of a precomputed layer, its mip {mip} can't be understood "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
     start = vector(reversed(scale.get("voxel_offset", [0, 0, 0])))
     size = vector(reversed(scale["size"]))
     return LayerScale(

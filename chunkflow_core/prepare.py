@@ -53,9 +53,10 @@ def cleanup(spec: VolumeSpec) -> int:
     A donation is needed until the receiver's receipt says that it consumed just this. Interrupted at any point, it leaves
     donations too many, never too few.
     """
+    exchange = Exchange(spec)
+    exchange.delete_partials()
     if spec.exchange.donations == "keep":
         return 0
-    exchange = Exchange(spec)
     state = State.read(exchange)
     spent = [
         entry.key

@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import os
+import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +34,7 @@ STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """The default storage chunk is the divisor of the block that is nearest to this, per axis."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-_PROTOCOL = re.compile(r"(precomputed://)?(file|gs|s3|s3\w*|https?|mem|matrix|tigerdata|cave\+https?)://.+")
+_PROTOCOL = re.compile(r"(precomputed://)?(file://[/~]|(gs|s3|s3\w*|https?|mem|matrix|tigerdata|cave\+https?)://).+")
 
 
 def _three_integers(value: Any) -> Any:
@@ -50,7 +51,8 @@ def _three_positive_integers(value: Any) -> Any:
     return value
 
 
-def _storage_path(value: Any) -> Any:
+def check_storage_path(value: Any) -> Any:
+    """The value, if it is the address of a place in storage; ``ValueError`` if not. Local ones have to be absolute."""
     if not isinstance(value, str) or not _PROTOCOL.fullmatch(value):
         raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
     return value
@@ -65,9 +67,22 @@ def _two_corners(value: Any) -> Any:
     return (start, stop)
 
 
+def _low_and_high(value: Any) -> Any:
+    ok = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) in (int, float) for v in value)
+    if not ok or not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] < value[1]):
+        raise ValueError("expected [low, high], two finite numbers, low < high")
+    return tuple(map(float, value))
+
+
+def _key_or_index(value: Any) -> Any:
+    if value is not None and type(value) not in (str, int):
+        raise ValueError("expected the key or the index of one of the model's outputs")
+    return value
+
+
 Size = Annotated[Vector, BeforeValidator(_three_positive_integers)]
 Offset = Annotated[Vector, BeforeValidator(_three_integers)]
-StoragePath = Annotated[str, BeforeValidator(_storage_path)]
+StoragePath = Annotated[str, BeforeValidator(check_storage_path)]
 Corners = Annotated[tuple[Vector, Vector], BeforeValidator(_two_corners)]
 
 
@@ -94,19 +109,8 @@ class OutputSpec(_Section):
     dtype: Literal["uint8", "float32"] = "uint8"
     chunk_size: Size | None = None
     compression: Literal["gzip", "br", "zstd", "none"] = "gzip"
-    range: Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
-        0.0,
-        1.0,
-    )
+    range: Annotated[tuple[float, float], BeforeValidator(_low_and_high)] = (0.0, 1.0)
     """The values that the model can give; sets the exact grid of the sums and what uint8 0 and 255 mean."""
-
-    @field_validator("range")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        low, high = value
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError("expected [low, high], finite, low < high")
-        return value
 
 
 class ExchangeSpec(_Section):
@@ -132,7 +136,7 @@ class ModelSpec(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation: Literal["none", "sigmoid"] = "none"
     """Applied to the network's output."""
-    output: str | int | None = None
+    output: Annotated[str | int | None, BeforeValidator(_key_or_index)] = None
     """Which of several outputs to take: a key or an index. Default: the first of a list, the fitting one of a dict."""
     batch_statistics: bool = False
     """Normalise by the statistics of the patch itself instead of those of the training (needs ``batch_size: 1``)."""
@@ -212,7 +216,7 @@ class VolumeSpec(_Section):
         for (first, one), (second, other) in [
             ((a, p), (b, q)) for a, p in paths.items() for b, q in paths.items() if a < b
         ]:
-            if one.rstrip("/") == other.rstrip("/"):
+            if _normalised(one) == _normalised(other):
                 raise ValueError(f"{second}.path: {other} is {first}.path too, expected another place")
         return self
 
@@ -296,7 +300,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
     except OSError as error:
         raise SpecError(f"{path}: cannot read the volume spec: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise SpecError(f"{path}: not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected keys and values (name, input, output, …), got {data!r:.60}")
     for override in overrides:
@@ -322,6 +326,8 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a list or mapping can't be a key", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
         seen.add(key)
@@ -338,10 +344,14 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise SpecError(f"--set {override}: the value is not valid YAML") from error
+        value = text  # such as @daily or */5 * * * *, which in YAML would need quotes
+        if text.startswith(("[", "{", '"', "'")):
+            raise SpecError(f"--set {override}: the value is not valid YAML: {_yaml_problem(error)}") from error
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:  # not there, or a section without keys
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise SpecError(f"--set {override}: {parent} is a value, it has no keys below it")
     data[last] = value
@@ -369,22 +379,40 @@ def _explain(error: Any) -> str:
     key, message, value = ".".join(location), error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] == "missing":
         return f"{key}: missing; this key is required"
+    if error["type"] == "model_type":
+        message = f"expected a section with keys below it ({', '.join(_fields(location))})"
     if error["type"] == "extra_forbidden":
         known = _fields(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
-    if error["type"] == "value_error" and (not key or isinstance(value, dict)):
+    if error["type"] == "value_error" and _fields(location):  # of a whole section: the message begins with the key
         return f"{key}.{message}" if key else message
-    shown = json.dumps(value, default=str)
+    shown = json.dumps(value, default=str, ensure_ascii=False)
     return f"{key}: {shown if len(shown) < 80 else shown[:77] + '...'}: {message[:1].lower() + message[1:]}"
 
 
 def _fields(location: Sequence[str]) -> list[str]:
+    """Keys of the section at a location; none if there is a value."""
     section: Any = VolumeSpec
     for name in location:
         section = section.model_fields[name].annotation
-    return [name for name in section.model_fields if name != "folder"]
+    return [name for name in getattr(section, "model_fields", ()) if name != "folder"]
+
+
+def _yaml_problem(error: Exception) -> str:
+    """In one line, where and what."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    parts = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {', '.join(parts)}"
+
+
+def _normalised(path: str) -> str:
+    """A storage path without what makes no difference."""
+    protocol, _, place = path.removeprefix("precomputed://").partition("://")
+    return f"{protocol}://{posixpath.normpath(place).lstrip('/')}"
 
 
 def _check_block(axis: str, block: int, stride: int, chunk: int, overlap: int) -> None:
@@ -401,7 +429,8 @@ def _check_block(axis: str, block: int, stride: int, chunk: int, overlap: int) -
 
 
 def _divisor_near(block: int, target: int) -> int:
-    return min((d for d in range(1, block + 1) if block % d == 0), key=lambda d: (abs(math.log(d / target)), d))
+    small = [d for d in range(1, math.isqrt(block) + 1) if block % d == 0]
+    return min([*small, *(block // d for d in small)], key=lambda d: (abs(math.log(d / target)), d))
 
 
 def _digest(path: Path) -> str:
@@ -421,7 +450,7 @@ def _with_imported_siblings(path: Path) -> list[Path]:
         for name in _imported_names(file):
             base = path.parent / name
             todo += [p for p in [base.with_suffix(".py")] if p.is_file()]
-            todo += sorted(base.rglob("*.py")) if (base / "__init__.py").is_file() else []
+            todo += sorted(base.rglob("*.py")) if base.is_dir() else []  # a package, with or without __init__.py
     return sorted(found)
 
 

@@ -1,0 +1,162 @@
+"""A donation that is missing or wrong stops receive-and-blend, which then has written nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from volume import files_below, output_of, write_volume
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.exchange import Exchange, Receipt, decode, encode
+from chunkflow_core.inference_and_donate import main as infer
+from chunkflow_core.lattice import Donation
+from chunkflow_core.receive_and_blend import main as blend
+from chunkflow_core.spec import VolumeSpec, load_spec
+
+RECEIVER = (1, 1, 1)
+DONOR = (0, 1, 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A volume whose blocks have donated and not been blended."""
+    spec = write_volume(tmp_path)
+    assert main(["prepare", str(spec)]) == 0
+    for index in load_spec(spec).grid.indices():
+        assert infer([str(spec), "--block", *map(str, index)]) == 0
+    return tmp_path
+
+
+def one_donation(spec: VolumeSpec) -> tuple[Donation, Path]:
+    """A donation of DONOR for RECEIVER, and its file."""
+    donation = spec.grid.donations(DONOR, RECEIVER)[0]
+    return donation, Path(Exchange(spec).path.removeprefix("file://")) / "donations" / donation.key
+
+
+def flip_a_bit(spec: VolumeSpec) -> None:
+    _, file = one_donation(spec)
+    data = bytearray(file.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(spec: VolumeSpec) -> None:
+    _, file = one_donation(spec)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def empty(spec: VolumeSpec) -> None:
+    one_donation(spec)[1].write_bytes(b"")
+
+
+def remove(spec: VolumeSpec) -> None:
+    one_donation(spec)[1].unlink()
+
+
+def of_another_fingerprint(spec: VolumeSpec) -> None:
+    """Intact, of the right box, but of another model or geometry."""
+    donation, file = one_donation(spec)
+    file.write_bytes(encode(donation, np.ones((2, *donation.box.shape), np.float32), "0123456789abcdef"))
+
+
+def of_another_box(spec: VolumeSpec) -> None:
+    """The file of another donation under this one's name."""
+    other = spec.grid.donations((1, 0, 1), RECEIVER)[0]
+    _, file = one_donation(spec)
+    shutil.copy(file.with_name(other.key), file)
+
+
+def of_another_block_with_its_receipt(spec: VolumeSpec) -> None:
+    """Even the donor's receipt vouches for the wrong file."""
+    of_another_box(spec)
+    donation, _ = one_donation(spec)
+    exchange = Exchange(spec)
+    receipt = exchange.receipt("infer", spec.grid.block(DONOR).box)
+    other = exchange.receipt("infer", spec.grid.block((1, 0, 1)).box)
+    assert receipt is not None and other is not None
+    checksum = {entry.key: entry.checksum for entry in other.donations}
+    wrong = spec.grid.donations((1, 0, 1), RECEIVER)[0].key
+    entries = tuple(
+        type(entry)(entry.key, entry.receiver, checksum[wrong], entry.bytes) if entry.key == donation.key else entry
+        for entry in receipt.donations
+    )
+    exchange.put_receipt(Receipt(**{**vars(receipt), "donations": entries}))
+
+
+def receipt_missing(spec: VolumeSpec) -> None:
+    (
+        Path(Exchange(spec).path.removeprefix("file://")) / f"receipts/infer/{spec.grid.block(DONOR).box.key}.json"
+    ).unlink()
+
+
+def receipt_altered(spec: VolumeSpec) -> None:
+    file = Path(Exchange(spec).path.removeprefix("file://")) / f"receipts/infer/{spec.grid.block(DONOR).box.key}.json"
+    record = json.loads(file.read_text())
+    record["receipt"]["donations"] = []
+    file.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("harm", "code"),
+    [
+        (flip_a_bit, 65),
+        (truncate, 65),
+        (empty, 65),
+        (of_another_fingerprint, 65),
+        (of_another_box, 65),
+        (of_another_block_with_its_receipt, 65),
+        (remove, 66),
+        (receipt_missing, 66),
+        (receipt_altered, 66),
+    ],
+)
+def test_wrong_donation(
+    folder: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[VolumeSpec], None], code: int
+) -> None:
+    path = folder / "spec.yaml"
+    spec = load_spec(path)
+    harm(spec)
+    before = files_below(folder / "output")
+    capsys.readouterr()
+
+    assert blend([str(path), "--block", *map(str, RECEIVER)]) == code
+
+    message = capsys.readouterr().err
+    assert str(DONOR) in message
+    assert "inference_and_donate SPEC --block 0 1 1 --force" in message
+    assert "Traceback" not in message
+    assert files_below(folder / "output") == before, "nothing may be written"
+    assert not list((folder / "exchange").rglob("receipts/blend/*"))
+
+    assert infer([str(path), "--block", *map(str, DONOR), "--force"]) == 0, "the remedy it names"
+    for index in spec.grid.indices():
+        assert blend([str(path), "--block", *map(str, index)]) == 0
+    expected = output_of(path)
+    assert main(["run", str(path), "--force"]) == 0
+    np.testing.assert_array_equal(output_of(path), expected)
+
+
+def test_zero_donations_are_not_stored(tmp_path: Path) -> None:
+    path = write_volume(tmp_path, input={"path": f"file://{tmp_path}/input", "fill_missing": True})
+    shutil.rmtree(next(p for p in (tmp_path / "input").iterdir() if p.is_dir()))
+
+    assert main(["run", str(path)]) == 0
+
+    assert not list((tmp_path / "exchange").rglob("donations/*"))
+    assert not output_of(path).any()
+
+
+def test_codec_gives_back_the_bits(folder: Path) -> None:
+    spec = load_spec(folder / "spec.yaml")
+    donation = spec.grid.donations((0, 0, 0), (1, 1, 1))[0]
+    sums = np.random.default_rng(0).standard_normal((2, *donation.box.shape)).astype(np.float32)
+    sums[0, 0, 0, 0] = -0.0
+
+    again = decode(encode(donation, sums, "f"), donation, 2, "f")
+
+    assert again.tobytes() == sums.tobytes()
