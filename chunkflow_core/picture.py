@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Box
+from chunkflow_core.geometry import Box, vector
+from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.stages import Workspace
 
 MAX_SIDE = 2048
@@ -27,10 +28,10 @@ def draw(workspace: Workspace, path: Path, *, z: int | None = None) -> None:
     Args:
         workspace: of the spec.
         path: of the picture.
-        z: section; default: the middle of the ROI.
+        z: section; default: one in the middle of the volume, above the margin of its layer of blocks if there is one.
     """
     grid = workspace.spec.grid
-    z = (grid.roi.start[0] + grid.roi.stop[0]) // 2 if z is None else z
+    z = _middle(grid) if z is None else z
     height, width = (min(n, MAX_SIDE) for n in grid.roi.shape[1:])
     _, y, x = grid.roi.start
     section = Box((z, y, x), (z + 1, y + height, x + width))
@@ -45,6 +46,11 @@ def draw(workspace: Workspace, path: Path, *, z: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _middle(grid: BlockGrid) -> int:
+    block = grid.block(vector(n // 2 for n in grid.shape))
+    return ((block.core or block.box).start[0] + block.box.stop[0]) // 2
 
 
 def _show(axes: Axes, image: NDArray[Any], section: Box, title: str) -> None:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from airflow.sdk import DAG, Asset, BaseOperator, Param, TaskGroup
+from airflow.sdk.exceptions import AirflowException
 
+from chunkflow_core.errors import SpecError
 from chunkflow_core.geometry import AXES, Vector
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec
@@ -48,11 +51,11 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         only_task: build only this task, without its neighbours: all that the task's own process needs.
 
     Raises:
-        ValueError: the volume has too many blocks for one DAG.
+        SpecError: the volume has too many blocks for one DAG, or its schedule is none.
     """
-    blocks = len(list(spec.grid.indices())) if only_task is None else 0
+    blocks = prod(spec.grid.shape)
     if blocks > MAX_BLOCKS:
-        raise ValueError(
+        raise SpecError(
             f"{file}: block_size: {spec.block_size} makes {blocks} blocks, expected at most {MAX_BLOCKS} in a DAG; "
             "give larger blocks (memory does not grow with their depth) or a smaller roi"
         )
@@ -81,6 +84,13 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
             tasks.build_all()
         else:
             tasks.build(only_task)
+    try:
+        dag.validate()  # Airflow does it later, but then an error disables all volumes
+    except AirflowException as error:
+        raise SpecError(
+            f'{file}: schedule: "{spec.schedule}": expected null, a cron expression such as "0 3 * * 1", or a preset such '
+            f"as @weekly ({error})"
+        ) from error
     return dag
 
 

@@ -36,7 +36,7 @@ def volume_dags(
                 yield volume_dag(spec, file, only_task=only_task)
         except ChunkflowError as error:
             yield error
-        except Exception as error:  # Airflow's own, such as for a schedule that is none
+        except Exception as error:  # whatever is wrong with one volume, the others go on
             yield ChunkflowError(f"{file}: {type(error).__name__}: {error}")
 
 

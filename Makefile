@@ -1,0 +1,38 @@
+# make demo    a sample volume through a private Airflow on this machine, verified, with a picture
+# make airflow the same Airflow, kept running to click around in (Ctrl-C ends it)
+# make test    lint, types and all tests
+# make clean   remove what demo and test have made (not the virtual environment)
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/installed
+DEMO := $(CURDIR)/.demo
+
+.PHONY: demo airflow test lint clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py --home $(DEMO) $(if $(INPUT),--input '$(INPUT)') $(if $(MIP),--mip $(MIP)) $(if $(ROI),--roi '$(ROI)')
+
+airflow: $(INSTALLED)
+	@mkdir -p $(DEMO)/volumes
+	@CHUNKFLOW_VOLUMES=$(CURDIR)/dags/volumes:$(DEMO)/volumes $(BIN)/chunkflow-airflow up --home $(DEMO)/airflow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Installed with the tested pins. A changed setup.cfg or constraints.txt installs again.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later with venv is needed: apt install python3.11 python3.11-venv, or make PYTHON=…"; exit 1; }
+	@echo "installing into .venv (some minutes when the packages are not cached) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[airflow,ingest,test]'
+	@touch $@

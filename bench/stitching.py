@@ -1,0 +1,129 @@
+"""What everything around the forward passes costs: seconds of a whole block over seconds of its forward passes alone.
+
+    python bench/stitching.py [--rounds 3] [--threads 1] [--output docs/stitching.json]
+
+Real layers on disk are read and written. Both are timed in turn in one run, so that the ratio holds on a noisy machine. Then
+the identity engine, which leaves nothing but the stitching: output voxels per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from chunkflow_core.geometry import Box, Vector, indices
+from chunkflow_core.spec import VolumeSpec, parse_spec
+from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.volumes import NewLayer, create_output
+
+UNET = Path(__file__).resolve().parents[1] / "examples" / "unet"
+PATCH: Vector = (16, 128, 128)
+OVERLAP: Vector = (4, 32, 32)
+
+
+def make_volume(folder: Path, shape: Vector, channels: int, model: dict[str, object]) -> VolumeSpec:
+    """Write random input and return a spec of one block, which has lower neighbours, so that it donates all it can."""
+    data = np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
+    layer = NewLayer(f"file://{folder}/input", shape, dtype="uint8", resolution=(50, 4, 4), chunk=(16, 128, 128))
+    layer.write(Box((0, 0, 0), shape), data)
+    stride = [p - o for p, o in zip(PATCH, OVERLAP, strict=True)]
+    block = [(n - o) // s // 2 * s for n, o, s in zip(shape, OVERLAP, stride, strict=True)]
+    return parse_spec(
+        {
+            "name": "bench",
+            "input": {"path": f"file://{folder}/input"},
+            "output": {"path": f"file://{folder}/output", "channels": channels},
+            "exchange": {"path": f"file://{folder}/exchange"},
+            "patch_size": list(PATCH),
+            "patch_overlap": list(OVERLAP),
+            "block_size": block,
+            "model": model,
+        }
+    )
+
+
+def forward_alone(workspace: Workspace, block: Vector) -> float:
+    """Seconds of a block's forward passes, the patches being in memory already."""
+    spec = workspace.spec
+    owner = spec.grid.block(block)
+    patches = []
+    for position in indices(owner.first_patch, owner.stop_patch):
+        patch = workspace.input.read(spec.grid.patch_box(position)).astype(np.float32) / 255
+        patches.append(patch[None])
+    return timed(lambda: [workspace.engine(patch) for patch in patches])
+
+
+def whole_block(workspace: Workspace, block: Vector) -> float:
+    """Seconds of inference and donation of a block: reading, forward passes, blending, writing, donating."""
+    return timed(lambda: inference_and_donate(workspace, block, force=True))
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(shape: Vector, channels: int, model: dict[str, object], rounds: int) -> dict[str, float]:
+    """Both times of the block in the middle, in turn; medians."""
+    folder = Path(tempfile.mkdtemp(prefix="stitching-"))
+    try:
+        spec = make_volume(folder, shape, channels, model)
+        create_output(spec)
+        workspace, block = Workspace(spec), (1, 1, 1)
+        forward_alone(workspace, block)
+        pairs = [(whole_block(workspace, block), forward_alone(workspace, block)) for _ in range(rounds)]
+        voxels = spec.grid.block(block).chunk.voxels
+        return {
+            "patches": spec.grid.block(block).patches,
+            "voxels": voxels,
+            "whole_seconds": statistics.median(whole for whole, _ in pairs),
+            "forward_seconds": statistics.median(alone for _, alone in pairs),
+            "ratio": statistics.median(whole / alone for whole, alone in pairs),
+            "voxels_per_second": voxels / statistics.median(whole for whole, _ in pairs),
+        }
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> int:
+    """Run both measurements and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of the network (default: 1)")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    options = parser.parse_args()
+    unet = {
+        "engine": "pytorch",
+        "path": str(UNET / "model.py"),
+        "weights": str(UNET / "model.pt"),
+        "threads": options.threads,
+    }
+    results = {
+        "unet": measure((52, 608, 608), 1, unet, options.rounds),
+        "identity": measure((100, 1184, 1184), 3, {"engine": "identity"}, options.rounds),
+    }
+    for name, figures in results.items():
+        print(
+            f"{name:<9} {figures['patches']:.0f} patches: whole block {figures['whole_seconds']:.2f} s, forward passes alone "
+            f"{figures['forward_seconds']:.2f} s, ratio {figures['ratio']:.3f}; {figures['voxels_per_second'] / 1e6:.1f} Mvoxel/s"
+        )
+    if options.output:
+        facts = {"machine": platform.processor() or platform.machine(), "threads": options.threads, "results": results}
+        options.output.write_text(json.dumps(facts, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What tests of all three packages share: a small real volume with its spec, and the commands as users call them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.geometry import Box
+from chunkflow_core.volumes import NewLayer
+
+SHAPE = (20, 48, 40)
+
+Outcome = subprocess.CompletedProcess[str]
+
+
+def _write_layer(path: Path, dtype: str = "uint8") -> None:
+    data = np.random.default_rng(1).integers(0, 256, (1, *SHAPE), np.uint8).astype(dtype)
+    layer = NewLayer(f"file://{path}", SHAPE, dtype=dtype, resolution=(40, 4, 4), chunk=(8, 16, 16))
+    layer.write(Box((0, 0, 0), SHAPE), data)
+
+
+@pytest.fixture(scope="session")
+def random_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer of 20 × 48 × 40 random voxels, uint8; shared by all tests, not to be changed."""
+    path = tmp_path_factory.mktemp("layers") / "random"
+    _write_layer(path)
+    return path
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path, random_layer: Path) -> Callable[..., Path]:
+    """Writes a good spec of 2 × 2 × 2 blocks into ``tmp_path``; keyword arguments replace keys (``model={…}`` as a whole).
+
+    A keyword with the value ``...`` removes the key.
+    """
+
+    def make(**changes: Any) -> Path:
+        content = {
+            "name": "small",
+            "input": {"path": f"file://{random_layer}"},
+            "output": {"path": f"file://{tmp_path}/output", "chunk_size": [6, 12, 12]},
+            "exchange": {"path": f"file://{tmp_path}/exchange"},
+            "patch_size": [8, 16, 16],
+            "patch_overlap": [2, 4, 4],
+            "block_size": [12, 24, 24],
+            "model": {"engine": "identity"},
+        }
+        path = tmp_path / "spec.yaml"
+        kept = {key: value for key, value in (content | changes).items() if value is not ...}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def chunkflow(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a ``chunkflow-core`` command in this process; gives exit code and what it printed.
+
+    Exit code 1 and a traceback are for the unforeseen, so no test may ever see them.
+    """
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        texts = [str(argument) for argument in arguments]
+        try:
+            code = main(texts)
+        except SystemExit as ending:  # argparse
+            code = int(ending.code or 0)
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err, printed.err
+        return subprocess.CompletedProcess(texts, code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs ``python ARGUMENTS`` as a process of its own, in an empty folder."""
+
+    def call(*arguments: object) -> Outcome:
+        command = [sys.executable, *map(str, arguments)]
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
+
+    return call

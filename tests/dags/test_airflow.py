@@ -1,0 +1,260 @@
+"""Volumes through a real Airflow: scheduler, API server, LocalExecutor, and the stage commands as processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tifffile
+import yaml
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.geometry import Box
+from chunkflow_core.spec import load_spec
+from chunkflow_core.stages import Workspace
+from chunkflow_core.volumes import NewLayer
+from operators.service import ApiError, Client, start
+
+pytestmark = pytest.mark.airflow
+
+ROOT = Path(__file__).resolve().parents[2]
+EM = Path(os.environ.get("CHUNKFLOW_EM_DATA", ROOT.parent / "shared" / "em"))
+UNET = ROOT / "examples" / "unet"
+RUN_LIMIT = 300.0
+"""Seconds after which a run counts as stuck."""
+
+NAN_IN_ONE_BLOCK = """
+import torch
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return torch.where(x.amax() > 0.999, torch.nan, x)
+
+InstantiatedModel = Model()
+"""
+
+NEVER_ENDING = """
+import time
+
+class PatchInferencer:
+    def __init__(self, weights):
+        pass
+
+    def __call__(self, patch):
+        if patch.max() > 0:
+            time.sleep(3600)
+        return patch
+"""
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """An Airflow and the folder of its specs."""
+
+    client: Client
+    folder: Path
+
+    def trigger(self, name: str, **conf: Any) -> str:
+        """Start a run; its id."""
+        return str(self.client.post(f"dags/{name}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"])
+
+    def wait(self, name: str, run: str) -> str:
+        """Wait until a run has ended; its state."""
+        until(lambda: self.client.get(f"dags/{name}/dagRuns/{run}")["state"] in ("success", "failed"), RUN_LIMIT)
+        return str(self.client.get(f"dags/{name}/dagRuns/{run}")["state"])
+
+    def tasks(self, name: str, run: str) -> dict[str, dict[str, Any]]:
+        """Task instances of a run by task id."""
+        path = f"dags/{name}/dagRuns/{run}/taskInstances"
+        return {task["task_id"]: task for task in self.client.pages(path, "task_instances")}
+
+    def log(self, name: str, run: str, task: str, attempt: int) -> str:
+        """The log of one try."""
+        path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
+        return str(self.client.get(path, full_content=True))
+
+
+def until(condition: Callable[[], Any], seconds: float) -> Any:
+    """Wait for a condition; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+    return value
+
+
+def stage_processes(spec: Path) -> list[psutil.Process]:
+    """Running inference commands of a spec."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "chunkflow_core.inference_and_donate" in line and str(spec) in line and "operators.launch" not in line:
+            found.append(process)
+    return found
+
+
+def write_spec(folder: Path, name: str, data: Path, **changes: Any) -> Path:
+    spec = {
+        "name": name,
+        "input": {"path": f"file://{data}"},
+        "output": {"path": f"file://{folder}/{name}/output", "chunk_size": [12, 96, 96]},
+        "exchange": {"path": f"file://{folder}/{name}/exchange"},
+        "patch_size": [16, 128, 128],
+        "patch_overlap": [4, 32, 32],
+        "block_size": [24, 192, 192],
+        "runner": {"kind": "local", "retry_delay": 1},
+    }
+    path = folder / "volumes" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(spec | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
+    folder = tmp_path_factory.mktemp("airflow")
+    if EM.is_dir():
+        stack = tifffile.imread(EM / "isbi2012_image.tif")[:, :320, :320]
+        NewLayer(f"file://{folder}/em", stack.shape, dtype="uint8", resolution=(50, 4, 4), chunk=(16, 128, 128)).write(
+            Box((0, 0, 0), stack.shape), stack[None]
+        )
+        unet = {"engine": "pytorch", "path": str(UNET / "model.py"), "weights": str(UNET / "model.pt")}
+        write_spec(folder, "em", folder / "em", model=unet)
+    shape = (12, 60, 20)
+    noise = np.random.default_rng(0).integers(1, 255, (1, *shape), dtype=np.uint8)
+    noise[0, 0, 59, 0] = 255
+    NewLayer(f"file://{folder}/noise", shape, dtype="uint8", resolution=(40, 4, 4), chunk=(12, 20, 20)).write(
+        Box((0, 0, 0), shape), noise
+    )
+    small = {"patch_size": [12, 20, 20], "patch_overlap": [0, 10, 0], "block_size": [12, 10, 20]}
+    for name, code in {"poison": NAN_IN_ONE_BLOCK, "endless": NEVER_ENDING}.items():
+        (folder / f"{name}.py").write_text(code)
+        output = {"path": f"file://{folder}/{name}/output"}
+        model = {"engine": "pytorch", "path": str(folder / f"{name}.py")}
+        write_spec(folder, name, folder / "noise", output=output, model=model, **small)
+    (folder / "volumes" / "broken.yaml").write_text("name: broken\ninput: {path: nowhere}\n")
+    environment = {"CHUNKFLOW_VOLUMES": str(folder / "volumes")}
+    with start(folder / "home", environment=environment, with_parent=True) as service, Client(service) as client:
+        until(lambda: {"poison", "endless"} <= {dag["dag_id"] for dag in client.pages("dags", "dags")}, 60)
+        yield Volumes(client, folder)
+
+
+def test_a_broken_spec_is_an_import_error_that_names_file_and_key(volumes: Volumes) -> None:
+    errors = until(lambda: volumes.client.get("importErrors")["import_errors"], 60)
+    assert [error["filename"] for error in errors] == ["chunkflow_spec_errors.py"]
+    assert (
+        f'{volumes.folder}/volumes/broken.yaml: input.path: "nowhere": expected a storage path'
+        in errors[0]["stack_trace"]
+    )
+    assert not volumes.client.get("dags/poison")["has_import_errors"]
+
+
+@pytest.mark.em
+@pytest.mark.skipif(not EM.is_dir(), reason=f"no electron microscopy in {EM}; set CHUNKFLOW_EM_DATA")
+class TestRealStack:
+    """One stack, one network, every way of running it."""
+
+    def test_one_answer(self, volumes: Volumes) -> None:
+        """The DAG, with a process killed on the way, and the command, however it cuts and however many processes."""
+        spec = volumes.folder / "volumes" / "em.yaml"
+        run = volumes.trigger("em")
+        victim = until(lambda: stage_processes(spec), RUN_LIMIT)[0]
+        arguments = victim.cmdline()
+        block = "_".join(arguments[arguments.index("--block") + 1 :][:3])
+        victim.kill()
+
+        assert volumes.wait("em", run) == "success"
+
+        tasks = volumes.tasks("em", run)
+        assert {task["state"] for task in tasks.values()} == {"success"}
+        assert {name: task["try_number"] for name, task in tasks.items() if task["try_number"] > 1} == {
+            f"infer.{block}": 2
+        }
+        assert "killed (memory, eviction) (exit code 137, worth a retry)" in volumes.log("em", run, f"infer.{block}", 1)
+        answer = files(volumes.folder / "em" / "output")
+        assert len(answer) == 3 * 4 * 4
+        for variant, settings in {
+            "one": ["--workers", "1"],
+            "two": ["--workers", "2"],
+            "small": ["--set", "block_size=[12, 96, 96]"],
+            "large": ["--workers", "2", "--set", "block_size=[36, 288, 288]"],
+        }.items():
+            place = [f"output.path=file://{volumes.folder}/{variant}/output"]
+            assert main(["run", str(spec), *settings, "--set", *place, "--seams", "1"]) == 0
+            assert files(volumes.folder / variant / "output") == answer, variant
+        other = ["output.chunk_size=[24, 48, 64]", f"output.path=file://{volumes.folder}/other/output"]
+        overrides = [word for text in other for word in ("--set", text)]
+        assert main(["run", str(spec), "--workers", "2", *overrides]) == 0
+        np.testing.assert_array_equal(whole(spec, other), whole(spec, []))
+
+    def test_again_does_nothing(self, volumes: Volumes) -> None:
+        before = files(volumes.folder / "em" / "output")
+        run = volumes.trigger("em")
+
+        assert volumes.wait("em", run) == "success"
+
+        states = {name: task["state"] for name, task in volumes.tasks("em", run).items()}
+        assert {state for name, state in states.items() if "." in name} == {"skipped"}
+        assert {state for name, state in states.items() if "." not in name} == {"success"}
+        assert files(volumes.folder / "em" / "output") == before
+
+    def test_forcing_a_part(self, volumes: Volumes) -> None:
+        """The last block again: it, and, as donations were cleaned up, its donors; only it is blended."""
+        before = files(volumes.folder / "em" / "output")
+        run = volumes.trigger("em", force=True, z_start=29, y_start=319, x_start=319)
+
+        assert volumes.wait("em", run) == "success"
+
+        done = {name for name, task in volumes.tasks("em", run).items() if task["state"] == "success" and "." in name}
+        assert done == {f"infer.{z}_{y}_{x}" for z in (0, 1) for y in (0, 1) for x in (0, 1)} | {"blend.1_1_1"}
+        assert files(volumes.folder / "em" / "output") == before
+
+    def test_the_form_refuses_what_is_outside(self, volumes: Volumes) -> None:
+        with pytest.raises(ApiError, match="321"):
+            volumes.trigger("em", x_stop=321)
+
+
+def test_wrong_data_fails_at_once_and_names_the_patch(volumes: Volumes) -> None:
+    run = volumes.trigger("poison")
+
+    assert volumes.wait("poison", run) == "failed"
+
+    tasks = volumes.tasks("poison", run)
+    assert tasks["prepare"]["state"] == "success"
+    failed = {name: task for name, task in tasks.items() if task["state"] == "failed"}
+    assert set(failed) == {"infer.0_4_0"}
+    assert failed["infer.0_4_0"]["try_number"] == 1, "a retry can't help"
+    assert tasks["infer.0_0_0"]["state"] == "success"
+    assert tasks["blend.0_3_0"]["state"] == "success", "what does not depend on it goes on"
+    assert tasks["blend.0_4_0"]["state"] == "upstream_failed"
+    log = volumes.log("poison", run, "infer.0_4_0", 1)
+    assert "NaN or infinity for the patch at lattice position (0, 4, 0)" in log
+    assert "exit code 65, a retry can't help" in log
+
+
+def test_marking_a_task_ends_its_process(volumes: Volumes) -> None:
+    spec = volumes.folder / "volumes" / "endless.yaml"
+    run = volumes.trigger("endless")
+    until(lambda: stage_processes(spec), RUN_LIMIT)
+
+    volumes.client.patch(f"dags/endless/dagRuns/{run}", {"state": "failed"})
+
+    until(lambda: not stage_processes(spec), 60)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The storage chunks of a layer, byte for byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/*")}
+
+
+def whole(spec: Path, overrides: list[str]) -> np.ndarray:
+    """The whole output."""
+    loaded = load_spec(spec, overrides)
+    return Workspace(loaded).output.read(loaded.grid.roi)
