@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import uuid
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from chunkflow_core.commandline import (
     set_up_logging,
     spec_of,
 )
-from chunkflow_core.errors import DataError
+from chunkflow_core.errors import DataError, UsageError
+from chunkflow_core.spec import check_storage_path
 
 # torch and cloudvolume take seconds to import: each command imports what it needs once its arguments are right
 
@@ -148,12 +150,20 @@ def report_command(options: argparse.Namespace) -> None:
 
 def picture_command(options: argparse.Namespace) -> None:
     """Draw one section of input, output and blocks."""
-    spec = spec_of(options)
+    spec, file = spec_of(options), Path(options.file)
+    low, high = spec.grid.roi.start[0], spec.grid.roi.stop[0]
+    if options.z is not None and not low <= options.z < high:
+        raise UsageError(f"--z: there is no section {options.z}; the ROI has {low} to {high - 1}")
+    if file.suffix.lower() != ".png":
+        raise UsageError(f"{file}: expected a name that ends in .png")
     from chunkflow_core.picture import draw
     from chunkflow_core.stages import Workspace
 
-    draw(Workspace(spec), Path(options.file), z=options.z)
-    print(options.file)
+    try:
+        draw(Workspace(spec), file, z=options.z)
+    except OSError as error:
+        raise UsageError(f"{file}: can't be written: {error.strerror}") from error
+    print(file)
 
 
 def ingest_command(options: argparse.Namespace) -> None:
@@ -166,7 +176,7 @@ def ingest_command(options: argparse.Namespace) -> None:
         ingest(
             stack,
             options.layer,
-            resolution=vector(options.voxel_size),
+            resolution=tuple(options.voxel_size),
             chunk=vector(options.chunk_size),
             offset=vector(options.offset),
             overwrite=options.overwrite,
@@ -253,15 +263,15 @@ def _verify(workspace: object, options: argparse.Namespace) -> None:
 
 def _add_seams(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--seams", type=int, default=2, metavar="N", help="seams between blocks to compute again (default: 2)"
+        "--seams", type=_not_negative, default=2, metavar="N", help="seams between blocks to compute again (default: 2)"
     )
 
 
 def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", metavar="SOURCE", help="stack.tif, folder of images, file.h5:dataset, or stack.npy; zyx")
-    sub.add_argument("layer", metavar="LAYER", help='layer to make, such as "file:///data/em"')
+    sub.add_argument("layer", type=_layer, metavar="LAYER", help='layer to make, such as "file:///data/em"')
     sub.add_argument(
-        "--voxel-size", type=int, nargs=3, required=True, metavar=("Z", "Y", "X"), help="in nm, such as 40 4 4"
+        "--voxel-size", type=_voxel_size, nargs=3, required=True, metavar=("Z", "Y", "X"), help="in nm, such as 40 4 4"
     )
     sub.add_argument(
         "--chunk-size",
@@ -282,6 +292,28 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return value
+
+
+def _voxel_size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected nanometres, more than 0")
+    return int(value) if value.is_integer() else value
+
+
+def _layer(text: str) -> str:
+    try:
+        check_storage_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return text
 
 
 def _size(size: Sequence[int]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -99,12 +101,16 @@ def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[st
     """Run a command and return its exit code. A user's mistake is told in a line, never with a traceback."""
     try:
         command(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
     except ChunkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; what is complete is kept, run again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads the output (head, less) has gone; Python would complain again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception:
         traceback.print_exc()
         return 1

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from cloudfiles import CloudFiles
 from numpy.typing import NDArray
 
-from chunkflow_core.errors import DataError, MissingInputError, UsageError
-from chunkflow_core.geometry import Box, Vector, ceil_to, vector
+from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, UsageError
+from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.layer_info import read_info
+from chunkflow_core.storage import storage_errors
 from chunkflow_core.volumes import NewLayer, layer_exists
 
+_T = TypeVar("_T")
+
 IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+
+DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32")
+"""What a precomputed layer can hold."""
+
+HELD_BYTES = 1 << 28
+"""Memory of the sections that are held at a time, unless one storage chunk's depth of them is more."""
 
 
 class Stack(ABC):
     """A source of sections."""
 
-    shape: Vector
-    """Size zyx."""
-    dtype: np.dtype[Any]
+    def __init__(self, name: str, shape: Vector, dtype: np.dtype[Any]) -> None:
+        """Of a size, zyx, and dtype; ``DataError`` if no layer can hold it."""
+        self.name, self.shape, self.dtype = name, shape, dtype.newbyteorder("=")
+        if self.dtype.name not in DTYPES:
+            raise DataError(
+                f"{name}: dtype {dtype} can't be stored in a layer, convert it to one of {', '.join(DTYPES)}"
+            )
+        if 0 in shape:
+            raise DataError(f"{name}: holds no voxel, its size is {shape}")
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -34,32 +53,38 @@ class _ArrayStack(Stack):
     """Anything that is sliced like an array: npy (memory-mapped) and HDF5 datasets."""
 
     def __init__(self, array: Any, name: str) -> None:
-        if array.ndim != 3:
-            raise DataError(f"{name}: has {array.ndim} dimensions {array.shape}, expected 3 (z, y, x)")
-        self._array, self.shape, self.dtype = array, vector(array.shape), array.dtype
+        if len(array.shape) != 3:
+            raise DataError(f"{name}: has {len(array.shape)} dimensions {array.shape}, expected 3 (z, y, x)")
+        super().__init__(name, vector(array.shape), array.dtype)
+        self._array = array
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        return np.asarray(self._array[start:stop])
+        return _readable(
+            lambda: np.asarray(self._array[start:stop], self.dtype), f"{self.name}: sections {start}–{stop}"
+        )
 
 
 class _SectionStack(Stack):
     """One image a section, read by a function of its number."""
 
     def __init__(self, count: int, section: Callable[[int], NDArray[Any]], name: str) -> None:
-        first = section(0)
+        first = _readable(lambda: section(0), f"{name}: section 0")
         if first.ndim != 2:
             raise DataError(f"{name}: sections have the shape {first.shape}, expected grey images (y, x)")
-        self._section, self._name = section, name
-        self.shape, self.dtype = (count, first.shape[0], first.shape[1]), first.dtype
+        super().__init__(name, (count, first.shape[0], first.shape[1]), first.dtype)
+        self._section = section
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        sections = [self._section(z) for z in range(start, stop)]
-        for z, section in enumerate(sections, start):
-            if section.shape != self.shape[1:] or section.dtype != self.dtype:
-                raise DataError(
-                    f"{self._name}: section {z} is {section.dtype} {section.shape}, the first one {self.dtype} {self.shape[1:]}"
-                )
-        return np.stack(sections)
+        return np.stack([self._read(z) for z in range(start, stop)])
+
+    def _read(self, z: int) -> NDArray[Any]:
+        section = _readable(lambda: self._section(z), f"{self.name}: section {z}")
+        dtype = section.dtype.newbyteorder("=")
+        if section.shape != self.shape[1:] or dtype != self.dtype:
+            raise DataError(
+                f"{self.name}: section {z} is {dtype} {section.shape}, the first {self.dtype} {self.shape[1:]}"
+            )
+        return section.astype(dtype, copy=False)
 
 
 def open_stack(source: str) -> Stack:
@@ -67,33 +92,32 @@ def open_stack(source: str) -> Stack:
 
     Raises:
         MissingInputError: there is no such file or dataset.
-        DataError: it is not a three-dimensional stack.
-        UsageError: the format is unknown.
+        DataError: it is not a three-dimensional stack, or can't be read.
+        UsageError: the format is unknown, or what reads it is not installed.
     """
-    path, _, dataset = source.partition(":")
-    file = Path(path)
+    file, dataset = Path(source), ""
+    if not file.exists() and ":" in source:
+        path, _, dataset = source.rpartition(":")
+        file = Path(path)
     if not file.exists():
-        raise MissingInputError(f"{path} does not exist")
+        raise MissingInputError(f"{file} does not exist")
     if file.is_dir():
         return _folder(file)
     suffix = file.suffix.lower()
     if suffix == ".npy":
-        return _ArrayStack(np.load(file, mmap_mode="r"), path)
+        return _ArrayStack(_readable(lambda: np.lib.format.open_memmap(file, mode="r"), str(file)), str(file))
     if suffix in (".h5", ".hdf5", ".hdf"):
         return _hdf5(file, dataset)
     if suffix in (".tif", ".tiff"):
-        import tifffile
-
-        pages = tifffile.TiffFile(file).pages
-        return _SectionStack(len(pages), lambda z: np.asarray(pages[z].asarray()), path)
-    raise UsageError(f"{path}: unknown format, expected .tif, .tiff, .h5, .hdf5, .npy, or a folder of images")
+        return _tiff(file)
+    raise UsageError(f"{file}: unknown format, expected .tif, .tiff, .h5, .hdf5, .npy, or a folder of images")
 
 
 def ingest(
     source: Stack,
     path: str,
     *,
-    resolution: Vector,
+    resolution: tuple[float, ...],
     chunk: Vector,
     offset: Vector = (0, 0, 0),
     overwrite: bool = False,
@@ -113,10 +137,13 @@ def ingest(
     Raises:
         UsageError: there is a layer and ``overwrite`` is off.
     """
-    if layer_exists(path) and not overwrite:
-        raise UsageError(f"{path}: there is a layer here already; give another path, or --overwrite")
+    if layer_exists(path):
+        if not overwrite:
+            raise UsageError(f"{path}: there is a layer here already; give another path, or --overwrite")
+        _delete_voxels(path)
     layer = NewLayer(path, source.shape, dtype=str(source.dtype), resolution=resolution, chunk=chunk, offset=offset)
-    step = ceil_to(min(64, source.shape[0]), chunk[0])
+    layer_bytes = chunk[0] * source.shape[1] * source.shape[2] * source.dtype.itemsize
+    step = chunk[0] * max(1, HELD_BYTES // layer_bytes)
     for start in range(0, source.shape[0], step):
         stop = min(start + step, source.shape[0])
         box = Box(offset, vector(np.add(offset, source.shape).tolist())).with_z(offset[0] + start, offset[0] + stop)
@@ -124,38 +151,112 @@ def ingest(
         planes_done(stop - start)
 
 
+def _delete_voxels(path: str) -> None:
+    """Delete the storage chunks of a layer: what a new one does not overwrite would be left among its own."""
+    keys = [scale["key"] for scale in read_info(path)["scales"]]
+    with storage_errors(f"deleting the layer {path}"):
+        files = CloudFiles(path.removeprefix("precomputed://"))
+        for key in keys:
+            files.delete(files.list(prefix=f"{key}/"))
+
+
+def _readable(read: Callable[[], _T], name: str) -> _T:
+    """What ``read`` gives; ``DataError`` for whatever libraries raise of files that are damaged or of another kind."""
+    try:
+        return read()
+    except (ChunkflowError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{name} can't be read: {type(error).__name__}: {text}") from error
+
+
+def _reader(package: str) -> Any:
+    """A package that only this command needs."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UsageError(f"this needs the package {package}: pip install 'chunkflow-airflow[ingest]'") from error
+
+
+class _BrokenChain(logging.Filter):
+    """Catches what tifffile logs of a truncated file, of which it gives the sections that are left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self._logger = logging.getLogger("tifffile")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        broken = record.levelno >= logging.ERROR and "TiffPages" in record.getMessage()
+        if broken:
+            self.texts.append(" ".join(record.getMessage().split()))
+        return not broken
+
+    def __enter__(self) -> None:
+        self._logger.addFilter(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeFilter(self)
+
+
+def _tiff(file: Path) -> Stack:
+    tifffile = _reader("tifffile")
+    chain = _BrokenChain()
+    with chain:
+        tiff = _readable(lambda: tifffile.TiffFile(file), str(file))
+        pages, series = tiff.pages, _readable(lambda: tiff.series[0], str(file))
+        count = _readable(lambda: len(pages), str(file))
+    if chain.texts:
+        raise DataError(f"{file} can't be read to its end, it may be truncated: {chain.texts[0]}")
+    if series.ndim > 3:
+        raise DataError(f"{file}: has {series.ndim} dimensions {series.shape} ({series.axes}), expected 3 (z, y, x)")
+    if count == 1 and series.ndim == 3 and "S" not in series.axes:  # all sections behind one header
+        mapped = series.dataoffset is not None
+        return _ArrayStack(
+            _readable(lambda: tifffile.memmap(file, mode="r") if mapped else series.asarray(), str(file)), str(file)
+        )
+    return _SectionStack(count, lambda z: np.asarray(pages[z].asarray()), str(file))
+
+
 def _folder(folder: Path) -> Stack:
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGES), key=_natural)
+    found = (f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith("."))
+    files = sorted(found, key=_natural)
     if not files:
         raise MissingInputError(f"{folder}: no images in this folder ({', '.join(IMAGES)})")
-    return _SectionStack(len(files), lambda z: _image(files[z]), str(folder))
+    _reader("PIL")
+    return _SectionStack(len(files), lambda z: _readable(lambda: _image(files[z]), str(files[z])), str(folder))
 
 
 def _image(file: Path) -> NDArray[Any]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image)
-    except UnidentifiedImageError as error:
-        raise DataError(f"{file}: is not an image that can be read") from error
+    Image.MAX_IMAGE_PIXELS = None  # sections of electron microscopy are larger than what Pillow takes for an attack
+    with Image.open(file) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > 1:
+            raise DataError(f"{file}: holds {count} images, expected one; give the file instead of its folder")
+        if image.mode == "P":  # numbers of colours, not grey values
+            colours = np.asarray(image.convert("RGB"))
+            return colours[:, :, 0] if (colours == colours[:, :, :1]).all() else colours
+        return np.asarray(image)
 
 
-def _natural(file: Path) -> list[tuple[int, str]]:
+def _natural(file: Path) -> tuple[list[tuple[int, str]], str]:
     """Sort key with numbers by value: section 10 after section 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+    parts = re.split(r"([0-9]+)", file.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], file.name
 
 
 def _hdf5(file: Path, dataset: str) -> Stack:
-    import h5py
-
-    container = h5py.File(file, "r")
+    h5py = _reader("h5py")
+    container = _readable(lambda: h5py.File(file, "r"), str(file))
     if not dataset:
         names: list[str] = []
         container.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
         if len(names) != 1:
             raise UsageError(f"{file}: holds the datasets {names}; name one: {file}:DATASET")
         dataset = names[0]
-    if dataset not in container:
+    if not isinstance(container.get(dataset), h5py.Dataset):
         raise MissingInputError(f"{file}: has no dataset {dataset}")
     return _ArrayStack(container[dataset], f"{file}:{dataset}")

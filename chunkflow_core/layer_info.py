@@ -44,7 +44,9 @@ def read_info(path: str) -> dict[str, Any]:
     except Exception as error:
         raise StorageError(f"{path}: cannot read the layer's info: {error}") from error
     if text is None:
-        raise MissingInputError(f"{path}: there is no layer here (no info file). Check the path of the spec")
+        raise MissingInputError(
+            f"{path}: there is no layer here (no info file). Check the path; prepare makes output layers"
+        )
     try:
         info: dict[str, Any] = json.loads(text)
     except ValueError as error:

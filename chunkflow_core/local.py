@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from chunkflow_core.errors import ChunkflowError, StorageError
 from chunkflow_core.exchange import Receipt, Stage
@@ -69,24 +73,50 @@ def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Ite
         StorageError: a worker process was killed.
     """
     schedule = Schedule(spec.grid, due)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _open_workspace, (spec,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _open_workspace, (spec,)) as pool, _interruptible():
         running: dict[Future[Receipt | None], Task] = {}
         while True:
             while len(running) < workers and (task := schedule.next()):
-                running[pool.submit(_execute_in_worker, task, run)] = task
+                with _interrupts_held_back():  # until a starting worker can take them
+                    running[pool.submit(_execute_in_worker, task, run)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
-                try:
-                    receipt = future.result()
-                except BrokenProcessPool as error:
-                    raise StorageError(
-                        f"a worker process was killed, probably for want of memory (last: {task[0]} of block {task[1]}). "
-                        "Run again with fewer --workers; what is done is kept"
-                    ) from error
+                receipt = _result(future, task)
                 schedule.done(task)
                 yield task, receipt
+
+
+def _result(future: Future[Receipt | None], task: Task) -> Receipt | None:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise StorageError(
+            f"a worker process was killed, probably for want of memory (last: {task[0]} of block {task[1]}). "
+            "Run again with fewer --workers; what is done is kept"
+        ) from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End the workers at once, in the middle of a block, when the user interrupts."""
+    try:
+        yield
+    except (KeyboardInterrupt, GeneratorExit):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _execute(workspace: Workspace, task: Task, run: str, patch_done: Callable[[], object]) -> Receipt | None:
@@ -105,7 +135,18 @@ _workspace: Workspace | None = None
 
 def _open_workspace(spec: VolumeSpec) -> None:
     global _workspace  # the one object that a worker process keeps between its tasks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word: the command says it all
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _workspace = Workspace(spec)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the command is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(143)
 
 
 def _execute_in_worker(task: Task, run: str) -> Receipt | None:

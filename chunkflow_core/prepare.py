@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from time import perf_counter
+from typing import Any
+
+from cloudfiles import CloudFiles
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange import Exchange, Receipt
@@ -11,7 +15,8 @@ from chunkflow_core.geometry import Box, vector
 from chunkflow_core.planner import State
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace
-from chunkflow_core.volumes import check_output, create_output, layer_exists
+from chunkflow_core.storage import storage_errors
+from chunkflow_core.volumes import check_output, create_output, layer_exists, processing_step
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +24,8 @@ log = logging.getLogger(__name__)
 def prepare(workspace: Workspace) -> float:
     """Check input, model, exchange and output, and make the output layer if there is none.
 
-    If the output layer isn't there, receipts of an earlier one would be lies; they are deleted first.
+    Receipts would be lies if the output layer isn't there, or if a run with another fingerprint (another model, say) has
+    written to it since; then they are deleted first.
 
     Returns:
         Seconds of one forward pass of one batch.
@@ -38,6 +44,7 @@ def prepare(workspace: Workspace) -> float:
     exchange.check_writable()
     if layer_exists(spec.output.path):
         check_output(spec)
+        _claim_output(spec, exchange)
     else:
         discarded = exchange.delete_receipts()
         if discarded:
@@ -70,6 +77,41 @@ def cleanup(spec: VolumeSpec) -> int:
 
 def _is_consumed(donor: Receipt, receiver: Receipt | None) -> bool:
     return receiver is not None and receiver.consumed.get(donor.box) == donor.given(receiver.block)
+
+
+def _claim_output(spec: VolumeSpec, exchange: Exchange) -> None:
+    """See to it that the last step of the layer's provenance is this spec, and that no receipt is older than that."""
+    files = CloudFiles(spec.output.path.removeprefix("precomputed://"))
+    with storage_errors(f"reading the provenance of {spec.output.path}"):
+        provenance, last = _provenance(files.get("provenance"))
+    compression = last.get("spec", {}).get("output", {}).get("compression", spec.output.compression)
+    if compression != spec.output.compression and spec.output.path.startswith("file://"):
+        raise SpecError(
+            f"output.compression: the layer at {spec.output.path} is stored with {compression}, the spec says "
+            f"{spec.output.compression}. On a disk both would lie side by side, and the older be read. Give another path, "
+            "or delete that layer"
+        )
+    if last.get("fingerprint") == spec.fingerprint:
+        return
+    discarded = exchange.delete_receipts()
+    if discarded:
+        log.warning("another run has written to %s since: %d receipts are discarded", spec.output.path, discarded)
+    provenance["processing"].append(processing_step(spec))
+    with storage_errors(f"writing the provenance of {spec.output.path}"):
+        files.put_json("provenance", provenance, cache_control="no-cache")
+
+
+def _provenance(content: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A layer's provenance, and what its last step says if it was one of ours."""
+    try:
+        provenance = json.loads(content or b"{}")
+    except ValueError:
+        provenance = {}
+    if not isinstance(provenance, dict) or not isinstance(provenance.setdefault("processing", []), list):
+        provenance = {"processing": []}
+    steps = [step.get("method") for step in provenance["processing"] if isinstance(step, dict)]
+    last = steps[-1] if steps else None
+    return provenance, last if isinstance(last, dict) and last.get("task") == "chunkflow-airflow" else {}
 
 
 def _try_model(workspace: Workspace) -> float:

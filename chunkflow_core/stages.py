@@ -8,8 +8,10 @@ import resource
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
@@ -247,5 +249,14 @@ def _facts(timings: Timings, started: float) -> dict[str, Any]:
         "finished": round(time(), 3),
         "host": socket.gethostname(),
         "processor": platform.processor() or platform.machine(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
     }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    with suppress(OSError):  # Linux's rusage counts the memory of the process that started this one too
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

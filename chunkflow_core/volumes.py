@@ -128,7 +128,6 @@ def layer_exists(path: str) -> bool:
 
 def create_output(spec: VolumeSpec) -> None:
     """Make the output layer: one scale, of the ROI's size, at the input's voxel size."""
-    record = {"task": "chunkflow-airflow", "fingerprint": spec.fingerprint, "spec": spec.model_dump(mode="json")}
     NewLayer(
         spec.output.path,
         spec.grid.roi.shape,
@@ -140,9 +139,15 @@ def create_output(spec: VolumeSpec) -> None:
         provenance={
             "description": f"{spec.name}: {spec.model.engine} inference of {spec.input.path}",
             "sources": [spec.input.path],
-            "processing": [{"method": record}],
+            "processing": [processing_step(spec)],
         },
     )
+
+
+def processing_step(spec: VolumeSpec) -> dict[str, Any]:
+    """What the output layer's provenance says of being made from a spec."""
+    record = {"task": "chunkflow-airflow", "fingerprint": spec.fingerprint, "spec": spec.model_dump(mode="json")}
+    return {"method": record}
 
 
 def check_output(spec: VolumeSpec) -> LayerScale:

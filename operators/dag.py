@@ -85,7 +85,7 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         else:
             tasks.build(only_task)
     try:
-        dag.validate()  # Airflow does it later, but then an error disables all volumes
+        dag.validate()  # type: ignore[no-untyped-call]  # Airflow does it later, but then an error disables all volumes
     except AirflowException as error:
         raise SpecError(
             f'{file}: schedule: "{spec.schedule}": expected null, a cron expression such as "0 3 * * 1", or a preset such '

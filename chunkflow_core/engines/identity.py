@@ -17,7 +17,7 @@ class Identity(Engine):
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         cropped: NDArray[np.float32] = crop_to(patches, self._size)
-        return cropped[:, np.arange(self._channels) % cropped.shape[1]]
+        return np.ascontiguousarray(cropped[:, np.arange(self._channels) % cropped.shape[1]])
 
 
 def load(spec: VolumeSpec) -> Identity:

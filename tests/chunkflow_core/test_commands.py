@@ -530,3 +530,16 @@ def test_stages_in_processes_of_their_own(make_spec: MakeSpec, chunkflow: Comman
     outcome = python(PACKAGE / "receive_and_blend.py", spec, "--block", 0, 0, 1)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.startswith("block 0_0_1: donations of 2 blocks blended, 4 storage chunks written")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_of_the_output_that_goes_early(make_spec: MakeSpec, unbuffered: str) -> None:
+    """As in ``chunkflow-core plan SPEC | head -1``; here the reader does not even wait for the first line."""
+    command = [sys.executable, "-m", "chunkflow_core", "plan", make_spec()]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE

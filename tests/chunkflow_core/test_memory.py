@@ -15,10 +15,11 @@ from chunkflow_core.volumes import NewLayer
 
 SIDE = 448
 MEASURE = """
-import resource, sys
+import sys
 from chunkflow_core.inference_and_donate import main
+from chunkflow_core.stages import peak_memory
 code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory())
 sys.exit(code)
 """
 
@@ -44,7 +45,7 @@ def peak_of_one_block(folder: Path, depth: int) -> int:
     assert main(["prepare", str(path)]) == 0
     arguments = [sys.executable, "-c", MEASURE, str(path), "--block", "0", "0", "0"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
-    return int(done.stdout.splitlines()[-1]) * 1024
+    return int(done.stdout.splitlines()[-1])
 
 
 def test_a_block_four_times_as_deep_takes_no_more_memory(tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_paths_of_the_model_are_relative_to_the_spec(
     assert load_spec("spec.yaml").model_files == [tmp_path / "model.py"]
 
 
+def test_reading_a_spec_and_its_layer_imports_nothing_heavy(make_spec: MakeSpec, python: Command) -> None:
+    """Airflow does it for every DAG file, again and again."""
+    program = """
+import sys
+from chunkflow_core.spec import load_spec
+spec = load_spec(sys.argv[1])
+print(spec.fingerprint, spec.grid.shape, sorted({"torch", "cloudvolume", "cloudfiles"} & set(sys.modules)))
+"""
+    path = make_spec()
+    outcome = python("-c", program, path)
+    assert outcome.stdout == f"{load_spec(path).fingerprint} (2, 2, 2) []\n", outcome.stderr
+
+
 # --------------------------------------------------------------------------------------------------------- fingerprint
 
 

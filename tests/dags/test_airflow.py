@@ -40,7 +40,7 @@ class Model(torch.nn.Module):
 InstantiatedModel = Model()
 """
 
-NEVER_ENDING = """
+NEVER_ENDING_IN_ONE_BLOCK = """
 import time
 
 class PatchInferencer:
@@ -48,7 +48,7 @@ class PatchInferencer:
         pass
 
     def __call__(self, patch):
-        if patch.max() > 0:
+        if patch.max() > 0.999:
             time.sleep(3600)
         return patch
 """
@@ -134,7 +134,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
         Box((0, 0, 0), shape), noise
     )
     small = {"patch_size": [12, 20, 20], "patch_overlap": [0, 10, 0], "block_size": [12, 10, 20]}
-    for name, code in {"poison": NAN_IN_ONE_BLOCK, "endless": NEVER_ENDING}.items():
+    for name, code in {"poison": NAN_IN_ONE_BLOCK, "endless": NEVER_ENDING_IN_ONE_BLOCK}.items():
         (folder / f"{name}.py").write_text(code)
         output = {"path": f"file://{folder}/{name}/output"}
         model = {"engine": "pytorch", "path": str(folder / f"{name}.py")}

@@ -76,7 +76,7 @@ class Run:
     def wait_until_started(self, times: int = 1) -> psutil.Process:
         """The sleep below the waiting task, when that has been started so many times."""
         started = self.folder / "started"
-        assert wait_until(lambda: started.exists() and started.read_text().count("\n") == times, TIMEOUT)
+        assert wait_until(lambda: started.exists() and started.read_text().count("\n") >= times, TIMEOUT)
         return psutil.Process(int(started.read_text().split()[-1]))
 
     def go(self) -> None:
@@ -99,12 +99,12 @@ def everything(home: Path) -> list[psutil.Process]:
     return list(found.values())
 
 
-def assert_gone(found: list[psutil.Process], home: Path, timeout: float = TIMEOUT) -> None:
-    """Wait until neither those processes nor others of the service are alive."""
+def assert_gone(found: list[psutil.Process], home: Path, timeout: float = TIMEOUT, left: int = 0) -> None:
+    """Wait until none of those processes are alive, and only so many others of the service."""
     assert len(found) > 1
     wait_until(lambda: not any(is_alive(process) for process in found), timeout)
     assert [process for process in found if is_alive(process)] == []
-    assert processes.with_variable(SUPERVISED, str(home)) == []
+    assert len(processes.with_variable(SUPERVISED, str(home))) == left
 
 
 def wait_for_dags(client: Client) -> None:
@@ -308,31 +308,56 @@ def test_killed_scheduler_is_replaced_and_its_tasks_run_again(client: Client, ho
     assert wait_until(lambda: service._report(Home(home))["healthy"], TIMEOUT)  # type: ignore[index]
 
 
-def test_killed_supervisor_leaves_nothing(
-    client: Client, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_next_service_goes_on_where_one_was_killed_with_all_its_watchers(
+    client: Client,
+    home: Path,
+    dags: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(client, tmp_path / "run")
-    run.wait_until_started()
+    first = run.wait_until_started()
+    found = everything(home)
+    state = State.read(Home(home))
+    assert state is not None
+    for identity in (state.supervisor, state.guard):
+        os.kill(identity.pid, signal.SIGKILL)
+    # The kernel ends Airflow's processes, with the forked ones; not the program that a task has started.
+    airflow = [process for process in found if process not in (first, first.parent())]
+    assert_gone(airflow, home, left=2)
+    assert is_alive(first)
+    assert (home / "service.json").exists()
+    assert call(capsys, "status", "--home", home)[0] == 3
+    with pytest.raises(ServiceError, match="does not answer"):
+        client.get("dags")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    code, output, _ = call(capsys, "up", "--home", home, "--dags", dags, "--detach")
+    # The address is the same, so the client goes on, too.
+    assert code == 0 and state.url in output
+    assert not is_alive(first)
+    run.wait_until_started(times=2)
+    run.go()
+    assert run.wait_until_ended() == "success"
+
+
+def test_killed_supervisor_leaves_nothing(client: Client, home: Path, tmp_path: Path) -> None:
+    Run(client, tmp_path / "run").wait_until_started()
     found = everything(home)
     state = State.read(Home(home))
     assert state is not None
     os.kill(state.supervisor.pid, signal.SIGKILL)
     assert_gone(found, home)
-    assert call(capsys, "status", "--home", home)[0] == 3
-    with pytest.raises(ServiceError, match="does not answer"):
-        client.get("dags")
+    assert not (home / "service.json").exists()
 
 
-def test_down_leaves_nothing(home: Path, dags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, output, _ = call(capsys, "up", "--home", home, "--dags", dags, "--detach")
-    started = find(home)
-    assert code == 0 and started is not None and started.url in output
-    with Client(started) as opened:
-        run = Run(opened, tmp_path / "run")
-        run.wait_until_started()
-    found = everything(home)
-    assert call(capsys, "down", "--home", home)[:2] == (0, "stopped\n")
-    assert_gone(found, home, timeout=0)
+def test_stop_leaves_nothing(home: Path, dags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with start(home, dags=dags, environment=ENVIRONMENT) as started, Client(started) as client:
+        Run(client, tmp_path / "run").wait_until_started()
+        found = everything(home)
+        assert call(capsys, "down", "--home", home)[:2] == (0, "stopped\n")
+        assert_gone(found, home, timeout=0)
     # The task was asked to end, and could still tell that it did.
     assert "final_state=failed" in (home / "logs" / "scheduler.log").read_text()
     code, output, _ = call(capsys, "down", "--home", home)
