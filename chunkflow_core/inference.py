@@ -96,6 +96,20 @@ class ChunkInference:
             self._run(slab, [position], (box, self.reader.read(box)), Timings(), lambda: None)
         return slab.sum(window)
 
+    def try_patch(self, position: Vector) -> float:
+        """Run and check one patch, without blending it; seconds of the forward pass of its batch.
+
+        Raises:
+            DataError: the output is not as declared.
+        """
+        box = self._input_box(position)
+        batch = self._gather((position,), (box, self.reader.read(box)), self.spec.model.batch_size)
+        start = perf_counter()
+        outputs = self.engine(batch)
+        seconds = perf_counter() - start
+        self._check(position, outputs[0])
+        return seconds
+
     def _run(
         self,
         slab: Slab,

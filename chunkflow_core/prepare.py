@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from time import perf_counter
 from typing import Any
 
 from cloudfiles import CloudFiles
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange import Exchange, Receipt
-from chunkflow_core.geometry import Box, vector
+from chunkflow_core.geometry import vector
 from chunkflow_core.planner import State
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace
@@ -38,7 +37,8 @@ def prepare(workspace: Workspace) -> float:
     if roi not in bounds:
         raise SpecError(f"roi: {roi} reaches past the input layer {spec.input.path}, which has {bounds}")
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
-    seconds = _try_model(workspace)
+    middle = vector(axis.count // 2 for axis in spec.grid.axes)
+    seconds = workspace.inference.try_patch(middle)  # a wrong shape or range is known now
     log.info("model %s: %.3f s for a batch of %d", spec.model.engine, seconds, spec.model.batch_size)
     exchange = workspace.exchange
     exchange.check_writable()
@@ -112,12 +112,3 @@ def _provenance(content: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:
     steps = [step.get("method") for step in provenance["processing"] if isinstance(step, dict)]
     last = steps[-1] if steps else None
     return provenance, last if isinstance(last, dict) and last.get("task") == "chunkflow-airflow" else {}
-
-
-def _try_model(workspace: Workspace) -> float:
-    """Run one batch from the middle of the ROI, so that a wrong shape or range is known now."""
-    grid, inference = workspace.spec.grid, workspace.inference
-    centre = vector((a + b) // 2 for a, b in zip(grid.roi.start, grid.roi.stop, strict=True))
-    start = perf_counter()
-    inference.window(Box(centre, vector(c + 1 for c in centre)))
-    return perf_counter() - start

@@ -17,7 +17,8 @@ class Identity(Engine):
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         cropped: NDArray[np.float32] = crop_to(patches, self._size)
-        return np.ascontiguousarray(cropped[:, np.arange(self._channels) % cropped.shape[1]])
+        repeated: NDArray[np.float32] = cropped.take(np.arange(self._channels) % cropped.shape[1], axis=1)
+        return repeated
 
 
 def load(spec: VolumeSpec) -> Identity:
