@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
     workspace = Workspace(spec)
     prepare(workspace)
-    due = plan(spec.grid, Request(box, options.force), State.read(workspace.exchange))
+    due = plan(spec, Request(box, options.force), State.read(workspace.exchange))
     blocks = [spec.grid.block(index) for index in due.infer]
     print(f"{spec.name}: {len(due.infer)} blocks to infer, {len(due.blend)} to blend, {len(due.up_to_date)} up to date")
     name = f"run-{uuid.uuid4().hex[:12]}"
@@ -78,7 +78,7 @@ def plan_command(options: argparse.Namespace) -> None:
     from chunkflow_core.planner import Request, State, plan
 
     state = State.read(Exchange(spec))
-    due = plan(spec.grid, Request(box, options.force), state)
+    due = plan(spec, Request(box, options.force), state)
     costs = estimate(spec, due, state.inferred.values())
     if options.json:
         facts = {

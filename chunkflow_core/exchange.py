@@ -17,8 +17,10 @@ import json
 import struct
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import time
 from typing import Any, Literal
 
 import numpy as np
@@ -61,7 +63,7 @@ class Receipt:
     """Range of the block, xyz."""
     fingerprint: str
     geometry: str
-    """``BlockGrid.digest`` of the block."""
+    """``VolumeSpec.block_digest`` of the block."""
     run: str
     """The run that made it."""
     patches: int = 0
@@ -139,7 +141,7 @@ class Exchange:
     def __init__(self, spec: VolumeSpec) -> None:
         """Open it; nothing is read or written yet."""
         self.fingerprint, self.spec = spec.fingerprint, spec
-        self.path = f"{spec.exchange.path.rstrip('/')}/{self.fingerprint}"
+        self.path = f"{spec.exchange.path.removeprefix('precomputed://').rstrip('/')}/{self.fingerprint}"
         self._files = CloudFiles(self.path, progress=False)
 
     def put_donation(self, donation: Donation, sums: NDArray[np.float32]) -> DonationEntry:
@@ -188,10 +190,12 @@ class Exchange:
         )
 
     def has_donations(self, receipt: Receipt) -> bool:
-        """Whether all donations of a receipt are still there."""
-        names = [f"donations/{entry.key}" for entry in receipt.donations if entry.checksum is not None]
+        """Whether all donations of a receipt are still there, in their full size."""
+        sizes = {f"donations/{entry.key}": entry.bytes for entry in receipt.donations if entry.checksum is not None}
         with storage_errors(f"looking for donations in {self.path}"):
-            return not names or all(self._files.exists(names).values())
+            if not all(self._files.exists(list(sizes)).values()):
+                return False
+            return not sizes or dict(self._files.size(list(sizes))) == sizes
 
     def donation_keys(self) -> set[str]:
         """Keys of all donations there are."""
@@ -202,11 +206,13 @@ class Exchange:
         with storage_errors(f"deleting donations in {self.path}"):
             self._files.delete([f"donations/{key}" for key in keys])
 
-    def delete_partials(self) -> None:
-        """Delete what writers that were killed have left behind on a local disk."""
+    def delete_partials(self, older_than: float) -> None:
+        """Delete what writers that were killed have left behind on a local disk; ``older_than`` in seconds."""
         if self.path.startswith("file://"):
             for file in Path(self.path.removeprefix("file://")).expanduser().rglob(f".*{_PARTIAL}"):
-                file.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    if time() - file.stat().st_mtime > older_than:
+                        file.unlink()
 
     def put_receipt(self, receipt: Receipt) -> None:
         """Store a receipt: the block's stage is complete from here on."""

@@ -107,7 +107,7 @@ class ChunkInference:
         start = perf_counter()
         outputs = self.engine(batch)
         seconds = perf_counter() - start
-        self._check(position, outputs[0])
+        self._check(position, batch[0], outputs[0])
         return seconds
 
     def _run(
@@ -123,8 +123,8 @@ class ChunkInference:
         while group := tuple(islice(remaining, size)):
             batch = self._gather(group, planes, size)
             outputs = timings.measure("forward", lambda batch=batch: self.engine(batch))  # type: ignore[misc]
-            for position, output in zip(group, outputs, strict=False):
-                self._check(position, output)
+            for position, patch, output in zip(group, batch, outputs, strict=False):
+                self._check(position, patch, output)
                 timings.measure("blend", lambda p=position, o=output: slab.add(p, o))  # type: ignore[misc]
                 patch_done()
 
@@ -138,13 +138,14 @@ class ChunkInference:
             batch /= np.float32(np.iinfo(data.dtype).max)
         return batch
 
-    def _check(self, position: Vector, output: NDArray[np.float32]) -> None:
+    def _check(self, position: Vector, patch: NDArray[np.float32], output: NDArray[np.float32]) -> None:
         low, high = self.spec.output.range
         least, most = output.min(), output.max()
         if not (low <= least and most <= high):
             what = "NaN or infinity" if not np.isfinite(output).all() else f"values from {least:.6g} to {most:.6g}"
+            given = "" if np.isfinite(patch).all() else ", whose input has NaN or infinity already,"
             raise DataError(
-                f"the model gave {what} for the patch at lattice position {position} ({self.spec.grid.patch_box(position)}), "
+                f"the model gave {what} for the patch{given} at lattice position {position} ({self.spec.grid.patch_box(position)}), "
                 f"expected values within output.range [{low:g}, {high:g}]"
             )
 

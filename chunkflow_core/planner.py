@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from chunkflow_core.exchange import Exchange, Receipt
 from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.spec import VolumeSpec
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plan:
     """Requested blocks for which nothing is due."""
 
 
-def plan(grid: BlockGrid, request: Request, state: State) -> Plan:
+def plan(spec: VolumeSpec, request: Request, state: State) -> Plan:
     """Decide what is due.
 
     - Inference of a block: it is requested and has no valid receipt, or it is forced; or a block that has to be blended
@@ -53,12 +53,13 @@ def plan(grid: BlockGrid, request: Request, state: State) -> Plan:
     - Blending of a block: it is requested, or has been blended before, and any donor's receipt is missing, about to
       change, or differs from what the block's own receipt says it consumed.
     """
-    return _Planner(grid, request, state).plan()
+    return _Planner(spec, request, state).plan()
 
 
 class _Planner:
-    def __init__(self, grid: BlockGrid, request: Request, state: State) -> None:
-        self.grid, self.request = grid, request
+    def __init__(self, spec: VolumeSpec, request: Request, state: State) -> None:
+        self.spec, self.request = spec, request
+        self.grid = grid = spec.grid
         self.requested = set(grid.indices() if request.box is None else grid.blocks_touching(request.box))
         self.inferred = self._valid(state.inferred)
         self.blended = self._valid(state.blended)
@@ -87,7 +88,7 @@ class _Planner:
         return {
             index: receipt
             for index, receipt in receipts.items()
-            if index in self.grid and receipt.geometry == self.grid.digest(self.grid.block(index))
+            if index in self.grid and receipt.geometry == self.spec.block_digest(self.grid.block(index))
         }
 
     def _receivers(self, donors: Set[Vector]) -> set[Vector]:

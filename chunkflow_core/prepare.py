@@ -19,6 +19,8 @@ from chunkflow_core.volumes import check_output, create_output, layer_exists, pr
 
 log = logging.getLogger(__name__)
 
+_HOUR = 3600.0
+
 
 def prepare(workspace: Workspace) -> float:
     """Check input, model, exchange and output, and make the output layer if there is none.
@@ -61,7 +63,7 @@ def cleanup(spec: VolumeSpec) -> int:
     donations too many, never too few.
     """
     exchange = Exchange(spec)
-    exchange.delete_partials()
+    exchange.delete_partials(older_than=_HOUR)
     if spec.exchange.donations == "keep":
         return 0
     state = State.read(exchange)
@@ -99,6 +101,14 @@ def _claim_output(spec: VolumeSpec, exchange: Exchange) -> None:
     provenance["processing"].append(processing_step(spec))
     with storage_errors(f"writing the provenance of {spec.output.path}"):
         files.put_json("provenance", provenance, cache_control="no-cache")
+
+
+def last_fingerprint(spec: VolumeSpec) -> str | None:
+    """Fingerprint of the spec that has written to the output layer last; None if the layer does not say."""
+    files = CloudFiles(spec.output.path.removeprefix("precomputed://"))
+    with storage_errors(f"reading the provenance of {spec.output.path}"):
+        _, last = _provenance(files.get("provenance"))
+    return last.get("fingerprint")
 
 
 def _provenance(content: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:

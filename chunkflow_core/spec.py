@@ -24,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from chunkflow_core.blending import MAX_PATCH, NUMERICS_VERSION
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.geometry import AXES, Box, Vector, vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice import Block, BlockGrid
 from chunkflow_core.layer_info import LayerScale, read_scale
 
 ENGINES = ("identity", "pytorch")
@@ -58,6 +58,15 @@ def check_storage_path(value: Any) -> Any:
     return value
 
 
+def _writable_path(value: Any) -> Any:
+    check_storage_path(value)
+    if re.match(r"(precomputed://)?(cave\+)?https?://", value):
+        raise ValueError(
+            'expected a place that can be written, such as "file:///data/em" or "gs://bucket/em", not http'
+        )
+    return value
+
+
 def _two_corners(value: Any) -> Any:
     if not (isinstance(value, list | tuple) and len(value) == 2):
         raise ValueError("expected two corners in voxels, [[z, y, x] start, [z, y, x] stop]")
@@ -83,6 +92,7 @@ def _key_or_index(value: Any) -> Any:
 Size = Annotated[Vector, BeforeValidator(_three_positive_integers)]
 Offset = Annotated[Vector, BeforeValidator(_three_integers)]
 StoragePath = Annotated[str, BeforeValidator(check_storage_path)]
+WritablePath = Annotated[str, BeforeValidator(_writable_path)]
 Corners = Annotated[tuple[Vector, Vector], BeforeValidator(_two_corners)]
 
 
@@ -104,7 +114,7 @@ class InputSpec(_Section):
 class OutputSpec(_Section):
     """The layer to write."""
 
-    path: StoragePath
+    path: WritablePath
     channels: int = Field(1, ge=1)
     dtype: Literal["uint8", "float32"] = "uint8"
     chunk_size: Size | None = None
@@ -116,7 +126,7 @@ class OutputSpec(_Section):
 class ExchangeSpec(_Section):
     """Where blocks leave donations and receipts for each other."""
 
-    path: StoragePath
+    path: WritablePath
     donations: Literal["delete", "keep"] = "delete"
     """What cleanup does with donations once every block that needs them is complete."""
 
@@ -266,6 +276,23 @@ class VolumeSpec(_Section):
             "files": [_digest(path) for path in self.model_files],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def block_digest(self, block: Block) -> str:
+        """Hash of what decides a block's numbers beside the fingerprint: its geometry, and where its input is padded.
+
+        The input layer's faces count only where the block's patches reach past them: a block far from them stays valid
+        when the layer grows.
+        """
+        z, y, x = (k - 1 for k in block.stop_patch)
+        first, last = self.grid.patch_box(block.first_patch), self.grid.patch_box((z, y, x))
+        read, bounds = Box(first.start, last.stop).grown(self.halo, self.halo), self.input_scale.bounds
+        faces = [
+            None
+            if bounds.start[a] <= read.start[a] and read.stop[a] <= bounds.stop[a]
+            else (bounds.start[a], bounds.stop[a])
+            for a in range(3)
+        ]
+        return hashlib.sha256(json.dumps([self.grid.digest(block), faces]).encode()).hexdigest()[:16]
 
     def model_path(self, name: str) -> Path:
         """Path of a model file of the spec on this machine; ``MissingInputError`` if there is none."""
@@ -434,8 +461,11 @@ def _divisor_near(block: int, target: int) -> int:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MissingInputError(f"model file {path} can't be read: {error.strerror}") from error
 
 
 def _with_imported_siblings(path: Path) -> list[Path]:
@@ -457,8 +487,8 @@ def _with_imported_siblings(path: Path) -> list[Path]:
 def _imported_names(file: Path) -> set[str]:
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return set()  # the engine reports it when it loads the file
+    except (SyntaxError, ValueError, OSError):
+        return set()  # reported when the file is digested or loaded
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -96,7 +96,7 @@ def inference_and_donate(
     """
     spec, exchange = workspace.spec, workspace.exchange
     block = spec.grid.block(index)
-    geometry = spec.grid.digest(block)
+    geometry = spec.block_digest(block)
     done = exchange.receipt("infer", block.box)
     current = done is not None and done.geometry == geometry
     if done is not None and current and (not force or (run and done.run == run and exchange.has_donations(done))):
@@ -148,7 +148,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     started, timings = perf_counter(), Timings()
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
     consumed = {receipt.box: receipt.given(index) for receipt in donors}
-    geometry = spec.grid.digest(block)
+    geometry = spec.block_digest(block)
     done = exchange.receipt("blend", block.box)
     current = done is not None and done.geometry == geometry and done.consumed == consumed
     if done is not None and current and (not force or (run and done.run == run)):
@@ -201,7 +201,7 @@ def _donor_receipt(workspace: Workspace, donor: Vector) -> Receipt:
     grid, exchange = workspace.spec.grid, workspace.exchange
     block = grid.block(donor)
     receipt = exchange.receipt("infer", block.box)
-    if receipt is None or receipt.geometry != grid.digest(block):
+    if receipt is None or receipt.geometry != workspace.spec.block_digest(block):
         raise MissingInputError(
             f"block {donor} has not donated yet: {exchange.path} holds no valid receipt of it. {exchange.remedy(donor)}"
         )

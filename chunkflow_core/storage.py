@@ -14,15 +14,15 @@ _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenac
 
 
 @contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Turn a storage client's exceptions into ours; ``doing`` says what was tried and where."""
+def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
+    """Turn a storage client's exceptions into ours; ``doing`` says what was tried and where.
+
+    ``missing`` is the advice for a storage chunk that isn't there.
+    """
     try:
         yield
     except EmptyVolumeException as error:
-        raise MissingInputError(
-            f"{doing}: a storage chunk is missing ({error}). If missing chunks of this layer mean zeros, set "
-            "input.fill_missing: true"
-        ) from error
+        raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
     except (DecodingError, CompressionError, DecompressionError) as error:
         raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
     except Exception as error:

@@ -45,7 +45,8 @@ class InputLayer:
         """
         maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
         source = Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
-        with storage_errors(f"reading {self.path} at {source}"):
+        advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
+        with storage_errors(f"reading {self.path} at {source}", missing=advice):
             data = _read(self._volume, source, self.scale.bounds)
         for a, indices in enumerate(maps):
             if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
@@ -96,7 +97,8 @@ class OutputLayer:
 
     def read(self, box: Box) -> NDArray[Any]:
         """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
-        with storage_errors(f"reading {self.path} at {box}"):
+        advice = "Its block is not done: `plan` shows what is due, `run` does it"
+        with storage_errors(f"reading {self.path} at {box}", missing=advice):
             return _read(self._volume, box, self.scale.bounds)
 
     def stored_chunks(self) -> set[str]:

@@ -8,30 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
+from volume import spec_content, write_layer
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.geometry import Box
-from chunkflow_core.volumes import NewLayer
-
-SHAPE = (20, 48, 40)
 
 Outcome = subprocess.CompletedProcess[str]
-
-
-def _write_layer(path: Path, dtype: str = "uint8") -> None:
-    data = np.random.default_rng(1).integers(0, 256, (1, *SHAPE), np.uint8).astype(dtype)
-    layer = NewLayer(f"file://{path}", SHAPE, dtype=dtype, resolution=(40, 4, 4), chunk=(8, 16, 16))
-    layer.write(Box((0, 0, 0), SHAPE), data)
 
 
 @pytest.fixture(scope="session")
 def random_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A layer of 20 × 48 × 40 random voxels, uint8; shared by all tests, not to be changed."""
     path = tmp_path_factory.mktemp("layers") / "random"
-    _write_layer(path)
+    write_layer(path)
     return path
 
 
@@ -43,15 +33,8 @@ def make_spec(tmp_path: Path, random_layer: Path) -> Callable[..., Path]:
     """
 
     def make(**changes: Any) -> Path:
-        content = {
-            "name": "small",
-            "input": {"path": f"file://{random_layer}"},
-            "output": {"path": f"file://{tmp_path}/output", "chunk_size": [6, 12, 12]},
-            "exchange": {"path": f"file://{tmp_path}/exchange"},
-            "patch_size": [8, 16, 16],
-            "patch_overlap": [2, 4, 4],
-            "block_size": [12, 24, 24],
-            "model": {"engine": "identity"},
+        content = spec_content(random_layer, tmp_path) | {
+            "output": {"path": f"file://{tmp_path}/output", "chunk_size": [6, 12, 12]}
         }
         path = tmp_path / "spec.yaml"
         kept = {key: value for key, value in (content | changes).items() if value is not ...}

@@ -212,6 +212,9 @@ def _load_state(network: torch.nn.Module, weights: Path, *, trust: bool) -> None
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     if not isinstance(state, Mapping):
         raise SpecError(f"model.weights: {weights} holds a {type(state).__name__}, expected a state_dict")
+    prefix = "module."  # of networks that were trained in DataParallel
+    if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in network.state_dict()):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -141,6 +141,22 @@ def test_wrong_donation(
     np.testing.assert_array_equal(output_of(path), expected)
 
 
+def test_a_retry_in_the_same_run_donates_again_what_was_damaged(folder: Path) -> None:
+    """As when both tasks of an Airflow run are cleared."""
+    path = str(folder / "spec.yaml")
+    block = ["--block", *map(str, DONOR), "--force", "--run", "same"]
+    assert infer([path, *block]) == 0
+    donation, file = one_donation(load_spec(path))
+    intact, done = file.read_bytes(), file.stat().st_mtime_ns
+    assert infer([path, *block]) == 0
+    assert file.stat().st_mtime_ns == done, "up to date"
+
+    truncate(load_spec(path))
+    assert infer([path, *block]) == 0
+
+    assert file.read_bytes() == intact, donation
+
+
 def test_zero_donations_are_not_stored(tmp_path: Path) -> None:
     path = write_volume(tmp_path, input={"path": f"file://{tmp_path}/input", "fill_missing": True})
     shutil.rmtree(next(p for p in (tmp_path / "input").iterdir() if p.is_dir()))

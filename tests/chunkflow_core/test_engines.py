@@ -102,6 +102,13 @@ def nested_state(folder: Path, net: Net) -> dict[str, Any]:
     return pytorch()
 
 
+def data_parallel_state(folder: Path, net: Net) -> dict[str, Any]:
+    """As saved from ``torch.nn.DataParallel``: every key has the prefix ``module.``."""
+    torch.save(torch.nn.DataParallel(net).state_dict(), folder / "weights.pt")
+    write(folder, NET + "InstantiatedModel = Net()\n")
+    return pytorch()
+
+
 def load_model(folder: Path, net: Net) -> dict[str, Any]:
     torch.save({"mine": net.state_dict()}, folder / "weights.pt")
     write(
@@ -235,6 +242,7 @@ def exported(folder: Path, net: Net) -> dict[str, Any]:
 
 FORMS = [
     bare_state,
+    data_parallel_state,
     nested_state,
     load_model,
     with_pre_and_post_process,

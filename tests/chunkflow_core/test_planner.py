@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from volume import files_below, write_volume
+from volume import files_below, write_layer, write_volume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.exchange import Exchange
@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def due(spec: VolumeSpec, box: Box | None = None, *, force: bool = False) -> Plan:
-    return plan(spec.grid, Request(box, force), State.read(Exchange(spec)))
+    return plan(spec, Request(box, force), State.read(Exchange(spec)))
 
 
 def inside(grid: BlockGrid, index: Vector) -> Box:
@@ -126,6 +126,19 @@ def test_a_growing_volume_keeps_its_finished_blocks(tmp_path: Path) -> None:
     assert grown.blend == upper
     assert grown.up_to_date == ()
     assert set(grown.infer) == set(ALL), "the lower blocks donate again, as their donations were cleaned up"
+
+
+def test_an_input_that_has_grown_is_read_where_it_was_padded(tmp_path: Path) -> None:
+    """The patches of the upper blocks reach past section 18, and were filled by reflection there."""
+    path = write_volume(tmp_path, roi=[[0, 0, 0], [18, 48, 40]])
+    write_layer(tmp_path / "input", (18, 48, 40))
+    assert main(["run", str(path)]) == 0
+    write_layer(tmp_path / "input", (28, 48, 40))
+
+    grown = due(load_spec(path))
+
+    assert grown.blend == tuple(index for index in ALL if index[0] == 1)
+    assert main(["run", str(path), "--seams", "20"]) == 0
 
 
 @settings(max_examples=200, deadline=None)

@@ -51,4 +51,20 @@ def test_a_seam_that_is_wrong(path: Path, capsys: pytest.CaptureFixture[str]) ->
     workspace.output.write(box, np.nextafter(data, np.float32(2)))
 
     assert main(["verify", str(path), "--seams", "12"]) == 65
-    assert "around the seam" in capsys.readouterr().err
+    assert "at the seam" in capsys.readouterr().err
+
+
+def test_a_part_is_audited_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its neighbours hold, of another model or nothing at all, is not its affair."""
+    spec = str(write_volume(tmp_path))
+    last = ["--bbox", "18", "40", "36", "20", "48", "40"]
+    assert main(["run", spec, "--seams", "0"]) == 0
+    assert main(["run", spec, *last, "--seams", "20", "--set", "input.padding=edge", "--set", "model.threads=2"]) == 0
+    assert "1 blocks, 12 storage chunks, 20 seams computed again: 0 findings" in capsys.readouterr().out
+
+
+def test_another_spec_has_written_since(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(path), "--set", "input.padding=edge"]) == 0
+
+    assert main(["verify", str(path), "--seams", "0"]) == 65
+    assert "another spec" in capsys.readouterr().err

@@ -1,14 +1,15 @@
-"""A small real volume on disk, for tests of the stages."""
+"""A small real volume on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Box
+from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer
@@ -16,14 +17,18 @@ from chunkflow_core.volumes import NewLayer
 SHAPE = (20, 48, 40)
 
 
-def write_volume(folder: Path, **changes: object) -> Path:
-    """Write an input layer and a spec of 2 × 2 × 2 blocks into ``folder``; return the spec's path."""
-    data = np.random.default_rng(1).integers(0, 256, (1, *SHAPE), dtype=np.uint8)
-    layer = NewLayer(f"file://{folder}/input", SHAPE, dtype="uint8", resolution=(40, 4, 4), chunk=(8, 16, 16))
-    layer.write(Box((0, 0, 0), SHAPE), data)
-    spec = {
+def write_layer(path: Path, shape: Vector = SHAPE) -> None:
+    """Write a layer of random voxels."""
+    data = np.random.default_rng(1).integers(0, 256, (1, *shape), dtype=np.uint8)
+    layer = NewLayer(f"file://{path}", shape, dtype="uint8", resolution=(40, 4, 4), chunk=(8, 16, 16))
+    layer.write(Box((0, 0, 0), shape), data)
+
+
+def spec_content(layer: Path, folder: Path) -> dict[str, Any]:
+    """A spec of 2 × 2 × 2 blocks for such a layer; everything else is below ``folder``."""
+    return {
         "name": "small",
-        "input": {"path": f"file://{folder}/input"},
+        "input": {"path": f"file://{layer}"},
         "output": {"path": f"file://{folder}/output", "channels": 2, "dtype": "float32", "chunk_size": [4, 8, 8]},
         "exchange": {"path": f"file://{folder}/exchange"},
         "patch_size": [8, 16, 16],
@@ -31,8 +36,13 @@ def write_volume(folder: Path, **changes: object) -> Path:
         "block_size": [12, 24, 24],
         "model": {"engine": "identity"},
     }
+
+
+def write_volume(folder: Path, **changes: object) -> Path:
+    """Write layer and spec into ``folder``; return the spec's path."""
+    write_layer(folder / "input")
     path = folder / "spec.yaml"
-    path.write_text(yaml.safe_dump(spec | changes))
+    path.write_text(yaml.safe_dump(spec_content(folder / "input", folder) | changes))
     return path
 
 
