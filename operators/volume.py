@@ -89,7 +89,7 @@ class _StageOperator(VolumeOperator):
 
     def __init__(self, *, block: Vector, **options: Any) -> None:
         """Make the operator for the block with an index, zyx."""
-        super().__init__(**options)
+        super().__init__(max_active_tis_per_dag=1, **options)  # never the same block in two runs at once
         self.block = block
 
     def arguments(self, context: Context) -> list[str]:
