@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     """SPEC and --set."""
-    parser.add_argument("spec", metavar="SPEC", help="volume spec, a YAML file such as dags/volumes/demo.yaml")
+    parser.add_argument("spec", metavar="SPEC", help="volume spec, a YAML file such as dags/volumes/NAME.yaml")
     parser.add_argument(
         "--set",
         action="append",

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from cloudfiles import CloudFiles
 from numpy.typing import NDArray
 
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, UsageError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.layer_info import read_info
 from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import NewLayer, layer_exists
+from chunkflow_core.volumes import NewLayer, layer_exists, layer_files
 
 _T = TypeVar("_T")
 
@@ -155,7 +154,7 @@ def _delete_voxels(path: str) -> None:
     """Delete the storage chunks of a layer: what a new one does not overwrite would be left among its own."""
     keys = [scale["key"] for scale in read_info(path)["scales"]]
     with storage_errors(f"deleting the layer {path}"):
-        files = CloudFiles(path.removeprefix("precomputed://"))
+        files = layer_files(path)
         for key in keys:
             files.delete(files.list(prefix=f"{key}/"))
 

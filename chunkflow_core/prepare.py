@@ -6,8 +6,6 @@ import json
 import logging
 from typing import Any
 
-from cloudfiles import CloudFiles
-
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange import Exchange, Receipt
 from chunkflow_core.geometry import vector
@@ -15,7 +13,7 @@ from chunkflow_core.planner import State
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import check_output, create_output, layer_exists, processing_step
+from chunkflow_core.volumes import check_output, create_output, layer_exists, layer_files, processing_step
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +81,7 @@ def _is_consumed(donor: Receipt, receiver: Receipt | None) -> bool:
 
 def _claim_output(spec: VolumeSpec, exchange: Exchange) -> None:
     """See to it that the last step of the layer's provenance is this spec, and that no receipt is older than that."""
-    files = CloudFiles(spec.output.path.removeprefix("precomputed://"))
-    with storage_errors(f"reading the provenance of {spec.output.path}"):
-        provenance, last = _provenance(files.get("provenance"))
+    provenance, last = _provenance(spec)
     compression = last.get("spec", {}).get("output", {}).get("compression", spec.output.compression)
     if compression != spec.output.compression and spec.output.path.startswith("file://"):
         raise SpecError(
@@ -100,19 +96,19 @@ def _claim_output(spec: VolumeSpec, exchange: Exchange) -> None:
         log.warning("another run has written to %s since: %d receipts are discarded", spec.output.path, discarded)
     provenance["processing"].append(processing_step(spec))
     with storage_errors(f"writing the provenance of {spec.output.path}"):
-        files.put_json("provenance", provenance, cache_control="no-cache")
+        layer_files(spec.output.path).put_json("provenance", provenance, cache_control="no-cache")
 
 
 def last_fingerprint(spec: VolumeSpec) -> str | None:
     """Fingerprint of the spec that has written to the output layer last; None if the layer does not say."""
-    files = CloudFiles(spec.output.path.removeprefix("precomputed://"))
-    with storage_errors(f"reading the provenance of {spec.output.path}"):
-        _, last = _provenance(files.get("provenance"))
+    _, last = _provenance(spec)
     return last.get("fingerprint")
 
 
-def _provenance(content: bytes | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A layer's provenance, and what its last step says if it was one of ours."""
+def _provenance(spec: VolumeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The output layer's provenance, and what its last step says if it was one of ours."""
+    with storage_errors(f"reading the provenance of {spec.output.path}"):
+        content = layer_files(spec.output.path).get("provenance")
     try:
         provenance = json.loads(content or b"{}")
     except ValueError:

@@ -261,7 +261,7 @@ class VolumeSpec(_Section):
         """Hash of all that decides the output's numbers, and of where they go: names the folder in the exchange.
 
         The ROI's end is left out, so that a growing volume keeps its finished blocks: what of it matters is in each
-        block's own digest (``BlockGrid.digest``).
+        block's own digest (``block_digest``).
         """
         model = self.model.model_dump(exclude={"path", "weights", "device"})
         facts = {

@@ -104,7 +104,7 @@ class OutputLayer:
     def stored_chunks(self) -> set[str]:
         """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``."""
         with storage_errors(f"listing {self.path}"):
-            return {name.rpartition("/")[2] for name in _files(self.path).list(prefix=f"{self._volume.key}/")}
+            return {name.rpartition("/")[2] for name in layer_files(self.path).list(prefix=f"{self._volume.key}/")}
 
     def expected_chunks(self, box: Box) -> Iterator[Box]:
         """The storage chunks of a box that is made of whole ones."""
@@ -125,7 +125,7 @@ class OutputLayer:
 def layer_exists(path: str) -> bool:
     """Whether there is a layer at a path."""
     with storage_errors(f"looking for {path}"):
-        return bool(_files(path).exists("info"))
+        return bool(layer_files(path).exists("info"))
 
 
 def create_output(spec: VolumeSpec) -> None:
@@ -223,5 +223,6 @@ def _xyz(box: Box) -> tuple[slice, slice, slice]:
     return x, y, z
 
 
-def _files(path: str) -> CloudFiles:
+def layer_files(path: str) -> CloudFiles:
+    """The files of a layer, for what CloudVolume has no call for."""
     return CloudFiles(path.removeprefix("precomputed://"))
