@@ -27,7 +27,7 @@ from chunkflow_core.geometry import AXES, Box, Vector, vector
 from chunkflow_core.lattice import Block, BlockGrid
 from chunkflow_core.layer_info import LayerScale, read_scale
 
-ENGINES = ("identity", "pytorch")
+ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
 """Names of the engines; each is a module of ``chunkflow_core.engines``."""
 
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
@@ -109,6 +109,26 @@ class InputSpec(_Section):
     """How patches are filled where they reach past the input layer (numpy's modes; ``constant`` is 0)."""
     fill_missing: bool = False
     """Whether storage chunks that aren't there are read as zeros; otherwise they are an error."""
+    prefetch: int = Field(1, ge=1)
+    """Steps of one storage chunk's depth that are read ahead of the patches."""
+
+
+class MaskSpec(_Section):
+    """A layer that says where there is something to do: nonzero voxels. Aligned with the input by voxel size."""
+
+    path: StoragePath
+    mip: int = Field(0, ge=0)
+    fill_missing: bool = False
+    """Whether storage chunks that aren't there are read as zeros; otherwise they are an error."""
+
+
+class SkipSpec(_Section):
+    """Which patches are not run. They contribute nothing."""
+
+    zeros: bool = True
+    """Patches whose input is all zeros."""
+    mask: MaskSpec | None = None
+    """Patches that no nonzero voxel of a mask touches; outside the mask the output is 0."""
 
 
 class OutputSpec(_Section):
@@ -134,15 +154,24 @@ class ExchangeSpec(_Section):
 class ModelSpec(_Section):
     """The convnet and how it is run."""
 
-    engine: Literal["identity", "pytorch"]
+    engine: Literal["identity", "pytorch", "openvino", "onnx", "pznet"]
     path: str | None = None
     """Model file, relative to the spec's folder."""
     weights: str | None = None
     """Checkpoint, relative to the spec's folder."""
     batch_size: int = Field(1, ge=1)
+    """Patches of one forward pass on a GPU. On CPUs each patch is run by itself."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = Field(1, ge=1)
-    """CPU threads of one process. Fixed rather than taken from the machine, since it can decide a sum's order."""
+    """CPU threads of one forward pass. Fixed rather than taken from the machine, since it can decide a sum's order."""
+    streams: int | None = Field(None, ge=1)
+    """Forward passes at a time on CPUs; default: as many as the process's CPUs allow. Decides no number."""
+    compile: bool = False
+    """Compile the network by ``torch.compile``."""
+    augmentation: Literal["none", "flips", "flips_transpose"] = "none"
+    """Average over the 8 flips of a patch, or those and their transpositions of y and x (16)."""
+    outputs: Literal["independent", "affinity"] = "independent"
+    """What the channels are. ``affinity``: those of a voxel to the one before it along x, y, z, in this order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation: Literal["none", "sigmoid"] = "none"
     """Applied to the network's output."""
@@ -193,6 +222,7 @@ class VolumeSpec(_Section):
     patch_overlap: Offset
     block_size: Size
     model: ModelSpec
+    skip: SkipSpec = SkipSpec()
     runner: RunnerSpec = RunnerSpec()
     schedule: str | None = None
     """Cron expression or preset such as ``@weekly``."""
@@ -222,6 +252,7 @@ class VolumeSpec(_Section):
                 raise ValueError(f"patch_overlap: {overlap} along {n}, expected 0 to {patch - 1} (less than the patch)")
             chunk = self.output.chunk_size[a] if self.output.chunk_size else 1
             _check_block(n, block, patch - overlap, chunk, overlap)
+        self._check_augmentation()
         paths = {"input": self.input.path, "output": self.output.path, "exchange": self.exchange.path}
         for (first, one), (second, other) in [
             ((a, p), (b, q)) for a, p in paths.items() for b, q in paths.items() if a < b
@@ -229,6 +260,14 @@ class VolumeSpec(_Section):
             if _normalised(one) == _normalised(other):
                 raise ValueError(f"{second}.path: {other} is {first}.path too, expected another place")
         return self
+
+    def _check_augmentation(self) -> None:
+        if self.model.outputs == "affinity" and self.output.channels != 3:
+            raise ValueError(f"model.outputs: affinity needs output.channels: 3, got {self.output.channels}")
+        if self.model.augmentation == "flips_transpose":
+            for key, (_, y, x) in {"patch_size": self.patch_size, "output_patch_size": self.output_size}.items():
+                if y != x:
+                    raise ValueError(f"model.augmentation: flips_transpose needs {key} with y = x, got {y} and {x}")
 
     @property
     def output_size(self) -> Vector:
@@ -263,10 +302,11 @@ class VolumeSpec(_Section):
         The ROI's end is left out, so that a growing volume keeps its finished blocks: what of it matters is in each
         block's own digest (``block_digest``).
         """
-        model = self.model.model_dump(exclude={"path", "weights", "device"})
+        model = self.model.model_dump(exclude={"path", "weights", "device", "streams"})
         facts = {
             "numerics": NUMERICS_VERSION,
-            "input": self.input.model_dump(),
+            "input": self.input.model_dump(exclude={"prefetch"}),
+            "skip": self.skip.model_dump(),
             "output": self.output.model_dump(exclude={"compression"}),
             "origin": self.grid.roi.start,
             "patch": [self.patch_size, self.output_size, self.patch_overlap],

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_core.cpus import available_cpus
+from chunkflow_core.spec import VolumeSpec
+
+if TYPE_CHECKING:
+    import torch
+
 
 class Engine(ABC):
-    """Runs batches of patches through a convnet.
+    """Runs patches through a convnet.
 
-    The same patch must give the same bits at any position of a batch, in any process with the same settings.
+    The same patch must give the same bits at any position of a batch, in any process with the same settings, and whatever
+    runs at the same time. Engines on CPUs run each patch by itself, in ``model.threads`` threads, and are called from
+    ``streams`` threads at once: that scales better than many threads for one patch, and no number depends on how many
+    patches run at a time.
     """
+
+    batch_size: int = 1
+    """Patches of one call."""
+
+    streams: int = 1
+    """Calls that may be made at once, each from a thread of its own."""
+
+    device: torch.device | None = None
+    """Set where patches stay on an accelerator: then ``forward`` is called, with tensors there."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -26,14 +44,24 @@ class Engine(ABC):
 
         Args:
             patches: float32 ``(batch, input channels, z, y, x)`` of the spec's ``patch_size``; integer layers scaled to
-                [0, 1]. The batch always has the spec's ``batch_size``.
+                [0, 1]. The batch always has ``batch_size`` patches.
 
         Returns:
-            ``(batch, output channels, z, y, x)`` of the spec's ``output_patch_size``.
+            float32 ``(batch, output channels, z, y, x)`` of the spec's ``output_patch_size``, contiguous. The caller may
+            keep it, and does not change it.
 
         Raises:
             DataError: the network's output is not of the declared shape.
         """
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """As ``__call__``, with tensors on ``device``; for engines that have one."""
+        raise NotImplementedError
+
+
+def cpu_streams(spec: VolumeSpec) -> int:
+    """Forward passes at a time on this process's CPUs."""
+    return spec.model.streams or max(1, available_cpus() // spec.model.threads)
 
 
 def crop_to(array: Any, size: tuple[int, ...]) -> Any:
