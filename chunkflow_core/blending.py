@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from decimal import Context, Decimal
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import AxisLattice, BlockGrid
+from chunkflow_core.lattice import AxisLattice
 
 MAX_PATCH = 2048
 """Longest patch edge whose bump stays clear of the smallest float64 numbers."""
@@ -69,65 +68,11 @@ class Grid:
 
     def __init__(self, low: float, high: float) -> None:
         """Make the grid for values in ``[low, high]``."""
-        bound = max(abs(low), abs(high))
-        mantissa, exponent = math.frexp(bound)
+        self.low, self.high = low, high
+        mantissa, exponent = math.frexp(max(abs(low), abs(high)))
         self.step = math.ldexp(1.0, (exponent - 1 if mantissa == 0.5 else exponent) - MANTISSA_BITS)
 
-
-class Slab:
-    """Sums over consecutive planes of a chunk, in grid steps; moves up along z as planes become final."""
-
-    def __init__(self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid) -> None:
-        """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped."""
-        self.grid, self.region, self.values = grid, region, values
-        self.sums = np.zeros((channels, min(depth, region.shape[0]), *region.shape[1:]), np.float32)
-        self.start = region.start[0]
-        self._scratch = np.empty((channels, *grid.patch), np.float32)
-
-    @cached_property
-    def _inverse_step(self) -> np.float32:
-        return np.float32(1 / self.values.step)
-
-    def add(self, position: Vector, patch: NDArray[np.float32]) -> None:
-        """Add a patch, weighted. ``patch``: float32 ``(channels, z, y, x)``, within the declared range."""
-        box = self.grid.patch_box(position)
-        inside = box & self.region.with_z(self.start, self.start + self.sums.shape[1])
-        if not inside:
-            return
-        z, y, x = (
-            normalised_weight(axis, k)[part]
-            for axis, k, part in zip(self.grid.axes, position, inside.slices(box.start), strict=True)
-        )
-        index = (slice(None), *inside.slices(box.start))
-        scratch = self._scratch[index]
-        np.multiply(patch[index], y[:, None] * x[None, :], out=scratch)
-        scratch *= (z * self._inverse_step)[:, None, None]
-        np.rint(scratch, out=scratch)
-        self.sums[(slice(None), *inside.slices((self.start, *self.region.start[1:])))] += scratch
-
-    def sum(self, box: Box) -> NDArray[np.float32]:
-        """A copy of the sums in ``box``: float32 ``(channels, z, y, x)`` in the units of the values."""
-        part: NDArray[np.float32] = self.sums[(slice(None), *box.slices((self.start, *self.region.start[1:])))]
-        return part * np.float32(self.values.step)
-
-    def advance(self, plane: int) -> None:
-        """Drop the planes below ``plane`` and make room above."""
-        keep = self.sums.shape[1] - (plane - self.start)
-        if keep > 0:
-            self.sums[:, :keep] = self.sums[:, -keep:]
-        self.sums[:, max(0, keep) :] = 0
-        self.start = plane
-
-
-def convert(sums: NDArray[np.float32], dtype: str, low: float, high: float) -> NDArray[np.float32 | np.uint8]:
-    """Convert complete sums to the output's dtype, once, after the last addition.
-
-    ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and clipped.
-    """
-    if dtype == "float32":
-        return sums
-    scaled = sums - np.float32(low) if low else sums.copy()
-    scaled *= np.float32(255 / (high - low))
-    np.rint(scaled, out=scaled)
-    np.clip(scaled, 0, 255, out=scaled)
-    return scaled.astype(np.uint8)
+    @property
+    def uint8(self) -> tuple[np.float32, np.float32]:
+        """How values become uint8: what is subtracted, then what is multiplied by."""
+        return np.float32(self.low), np.float32(255 / (self.high - self.low))

@@ -67,6 +67,9 @@ class Receipt:
     run: str
     """The run that made it."""
     patches: int = 0
+    """Run, not skipped."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Patches that were not run, by reason."""
     donations: tuple[DonationEntry, ...] = ()
     consumed: dict[str, str] = field(default_factory=dict)
     """For blend: range of each donor → digest of what it gave."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -52,6 +52,14 @@ class Box:
     def __contains__(self, other: Box) -> bool:
         """Whether ``other`` lies wholly inside."""
         return (self & other) == other
+
+    @classmethod
+    def around(cls, boxes: Sequence[Box]) -> Box:
+        """The smallest box that holds all of some boxes; at least one has to be given."""
+        return cls(
+            vector(min(box.start[a] for box in boxes) for a in range(3)),
+            vector(max(box.stop[a] for box in boxes) for a in range(3)),
+        )
 
     def grown(self, low: Vector, high: Vector) -> Box:
         """The box with its low faces moved down by ``low`` and its high faces up by ``high``."""

@@ -1,26 +1,35 @@
 """A chunk, streamed along z: input planes come in, patches run, and pieces whose sums are final leave.
 
-In memory are one layer of patches deep of input and of sums, whatever the depth of the block.
+In memory are one layer of patches deep of input and of sums, whatever the depth of the block. Reading, patches, and what the
+caller does with final pieces go on at the same time::
+
+    reading    read ─► read ─► read ─►                      as many steps ahead as the spec says
+    streams    take, forward, blend │ take, forward, …      a patch each; on an accelerator batches, in one queue
+    caller     convert, write, donate                       while the streams go on with the next layer
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.blending import Grid, Slab
 from chunkflow_core.engines.base import Engine
-from chunkflow_core.errors import DataError
 from chunkflow_core.geometry import Box, Vector, indices, vector
 from chunkflow_core.lattice import Block, Piece
+from chunkflow_core.mask import Mask
+from chunkflow_core.patches import Patches, Planes
+from chunkflow_core.record import Record
+from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.streams import Streams
 
 
 class Reader(Protocol):
@@ -30,70 +39,82 @@ class Reader(Protocol):
         """Voxels of ``box``, ``(channels, z, y, x)``, also where it reaches past the layer."""
 
 
-@dataclass
-class Timings:
-    """Seconds spent, by phase; those of concurrent phases overlap."""
+class Sums(Protocol):
+    """Where a final piece's numbers are until the next piece is asked for. What the methods return may be called later."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
+        """Sums of a box: float32 ``(channels, z, y, x)``, in the units of the values."""
 
-    def measure(self, phase: str, function: Callable[[], Any]) -> Any:
-        """Call ``function`` and add the time it takes to ``phase``."""
-        start = perf_counter()
-        try:
-            return function()
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """Complete sums of a box: ``(channels, z, y, x)`` in the output's dtype."""
+
+
+class Runner(Sums, Protocol):
+    """Runs the patches of a block, layer by layer."""
+
+    ahead: int
+    """Layers that may be started before the one before them has been finished."""
+
+    def start(self, positions: list[Vector], planes: Planes) -> None:
+        """Start a layer of patches, given the input planes that they need."""
+
+    def finish(self) -> None:
+        """Wait for the layer that was started first."""
+
+    def advance(self, plane: int) -> None:
+        """Drop the sums below a plane."""
+
+    def close(self) -> None:
+        """Give up what has not been done."""
 
 
 class ChunkInference:
     """Runs lattice patches and sums them, block by block or in any other range of the lattice."""
 
-    def __init__(self, spec: VolumeSpec, engine: Engine, reader: Reader, z_step: int) -> None:
+    def __init__(
+        self, spec: VolumeSpec, load: Callable[[], Engine], reader: Reader, z_step: int, mask: Mask | None = None
+    ) -> None:
         """Prepare for a spec.
 
         Args:
             spec: the volume.
-            engine: runs batches of patches.
+            load: gives what runs patches; called when the first is run.
             reader: gives input voxels.
             z_step: depth of the input's storage chunks: reading is cut there, so that none is fetched twice.
+            mask: which patches are run; None for all.
         """
-        self.spec, self.engine, self.reader, self.z_step = spec, engine, reader, z_step
-        self.values = Grid(*spec.output.range)
+        self.spec, self.reader, self.z_step = spec, reader, z_step
+        self.patches = Patches(spec, load, mask)
 
-    def block(
-        self, block: Block, timings: Timings, patch_done: Callable[[], object]
-    ) -> Iterator[tuple[Piece, Callable[[Box], NDArray[np.float32]]]]:
-        """Run a block's patches; yield each final piece and a function that copies the sums of a box in it.
+    def block(self, block: Block, record: Record, patch_done: Callable[[], object]) -> Iterator[tuple[Piece, Sums]]:
+        """Run a block's patches; yield each final piece, and where its numbers are.
 
-        The function is valid until the next piece is asked for. ``patch_done`` is called after each patch.
+        ``patch_done`` is called after each patch, from several threads at once.
         """
-        grid = self.spec.grid
-        depth = grid.patch[0] + grid.storage_chunk[0] - 1
-        slab = Slab(grid, block.chunk, depth, self.spec.output.channels, self.values)
-        pieces = iter(grid.pieces(block))
-        piece = next(pieces, None)
-        layers = range(block.first_patch[0], block.stop_patch[0])
-        for layer, planes in zip(layers, self._layers(block, timings), strict=True):
-            low, high = (layer, *block.first_patch[1:]), (layer + 1, *block.stop_patch[1:])
-            self._run(slab, indices(low, high), planes, timings, patch_done)
-            last = layer == layers[-1]
-            final = block.chunk.stop[0] if last else grid.patch_box((layer + 1, 0, 0)).start[0]
-            while piece is not None and piece.box.stop[0] <= final:
-                yield piece, slab.sum
-                slab.advance(piece.box.stop[0])
-                piece = next(pieces, None)
+        layers: list[list[Vector]] = []
+        for layer in range(block.first_patch[0], block.stop_patch[0]):
+            whole = list(indices((layer, *block.first_patch[1:]), (layer + 1, *block.stop_patch[1:])))
+            layers.append(self.patches.inside_mask(whole))
+            record.count("outside mask", len(whole) - len(layers[-1]))
+            for _ in range(len(whole) - len(layers[-1])):
+                patch_done()
+        if any(layers):
+            record.measure("load", lambda: self.patches.engine)
+        with closing(self._runner(block, record, patch_done, idle=not any(layers))) as runner:
+            yield from self._stream(runner, block, layers, record)
 
     def window(self, window: Box) -> NDArray[np.float32]:
         """Sums of a window of the output, from all lattice patches that touch it, as one machine would get them."""
         grid = self.spec.grid
-        slab = Slab(grid, window, window.shape[0], self.spec.output.channels, self.values)
+        slab = Slab(grid, window, window.shape[0], self.spec.output.channels, self.patches.values)
         origin = grid.roi.start
         touching = [
             axis.touching(window.start[a] - origin[a], window.stop[a] - origin[a]) for a, axis in enumerate(grid.axes)
         ]
-        for position in indices(vector(r.start for r in touching), vector(r.stop for r in touching)):
-            box = self._input_box(position)
-            self._run(slab, [position], (box, self.reader.read(box)), Timings(), lambda: None)
+        positions = indices(vector(r.start for r in touching), vector(r.stop for r in touching))
+        for position in self.patches.inside_mask(positions):
+            box = self.patches.input_box(position)
+            self.patches.run(slab, position, (box, self.reader.read(box)), Record(), lambda: None)
         return slab.sum(window)
 
     def try_patch(self, position: Vector) -> float:
@@ -102,75 +123,66 @@ class ChunkInference:
         Raises:
             DataError: the output is not as declared.
         """
-        box = self._input_box(position)
-        batch = self._gather((position,), (box, self.reader.read(box)), self.spec.model.batch_size)
+        patch = self.patches.scaled(self.reader.read(self.patches.input_box(position)))
+        engine = self.patches.engine
         start = perf_counter()
-        outputs = self.engine(batch)
-        seconds = perf_counter() - start
-        self._check(position, batch[0], outputs[0])
+        output = self.patches.forward(patch)
+        seconds = (perf_counter() - start) / engine.batch_size
+        self.patches.check(position, output)
         return seconds
 
-    def _run(
-        self,
-        slab: Slab,
-        positions: Iterable[Vector],
-        planes: tuple[Box, NDArray[Any]],
-        timings: Timings,
-        patch_done: Callable[[], object],
-    ) -> None:
-        size = self.spec.model.batch_size
-        remaining = iter(positions)
-        while group := tuple(islice(remaining, size)):
-            batch = self._gather(group, planes, size)
-            outputs = timings.measure("forward", lambda batch=batch: self.engine(batch))  # type: ignore[misc]
-            for position, patch, output in zip(group, batch, outputs, strict=False):
-                self._check(position, patch, output)
-                timings.measure("blend", lambda p=position, o=output: slab.add(p, o))  # type: ignore[misc]
-                patch_done()
+    def _stream(
+        self, runner: Runner, block: Block, layers: list[list[Vector]], record: Record
+    ) -> Iterator[tuple[Piece, Sums]]:
+        grid = self.spec.grid
+        pieces = deque(grid.pieces(block))
+        with closing(self._planes(block, record, used=[bool(layer) for layer in layers])) as arriving:
+            started = 0
+            for done in range(len(layers)):
+                while started < min(len(layers), done + 1 + runner.ahead):
+                    runner.start(layers[started], next(arriving))
+                    started += 1
+                runner.finish()
+                last = done == len(layers) - 1
+                above = grid.patch_box((block.first_patch[0] + done + 1, 0, 0)).start[0]
+                final = block.chunk.stop[0] if last else above
+                while pieces and pieces[0].box.stop[0] <= final:
+                    piece = pieces.popleft()
+                    yield piece, runner
+                    runner.advance(piece.box.stop[0])
 
-    def _gather(self, group: tuple[Vector, ...], planes: tuple[Box, NDArray[Any]], size: int) -> NDArray[np.float32]:
-        """A batch of input patches, scaled. A short last one is filled up: another batch shape could give other bits."""
-        box, data = planes
-        batch = np.zeros((size, data.shape[0], *self.spec.patch_size), np.float32)
-        for slot, position in zip(batch, group, strict=False):
-            slot[:] = data[(slice(None), *self._input_box(position).slices(box.start))]
-        if data.dtype.kind != "f":
-            batch /= np.float32(np.iinfo(data.dtype).max)
-        return batch
+    def _runner(self, block: Block, record: Record, patch_done: Callable[[], object], *, idle: bool) -> Runner:
+        if idle or self.patches.engine.device is None:
+            streams = 1 if idle else self.patches.engine.streams
+            return Streams(self.patches, block, record, patch_done, streams)
+        from chunkflow_core.device import OnDevice  # torch, which takes seconds to import, is there already
 
-    def _check(self, position: Vector, patch: NDArray[np.float32], output: NDArray[np.float32]) -> None:
-        low, high = self.spec.output.range
-        least, most = output.min(), output.max()
-        if not (low <= least and most <= high):
-            what = "NaN or infinity" if not np.isfinite(output).all() else f"values from {least:.6g} to {most:.6g}"
-            given = "" if np.isfinite(patch).all() else ", whose input has NaN or infinity already,"
-            raise DataError(
-                f"the model gave {what} for the patch{given} at lattice position {position} ({self.spec.grid.patch_box(position)}), "
-                f"expected values within output.range [{low:g}, {high:g}]"
-            )
+        return OnDevice(self.patches, block, record, patch_done)
 
-    def _input_box(self, position: Vector) -> Box:
-        return self.spec.grid.patch_box(position).grown(self.spec.halo, self.spec.halo)
-
-    def _layers(self, block: Block, timings: Timings) -> Iterator[tuple[Box, NDArray[Any]]]:
-        """For each layer of patches, the input planes it needs; the next ones are read meanwhile."""
-        first = self._input_box(block.first_patch)
-        last = self._input_box((block.stop_patch[0] - 1, block.stop_patch[1] - 1, block.stop_patch[2] - 1))
-        whole = Box(first.start, last.stop)
-        arriving = read_ahead(
-            self._read_steps(whole), lambda box: timings.measure("read", lambda: self.reader.read(box))
+    def _planes(self, block: Block, record: Record, used: list[bool]) -> Generator[Planes, None, None]:
+        """For each layer of patches, the input planes it needs (none where it has no patches); the next are read meanwhile."""
+        first, last = block.first_patch, vector(k - 1 for k in block.stop_patch)
+        whole = Box.around([self.patches.input_box(first), self.patches.input_box(last)])
+        boxes = [self.patches.input_box((z, *first[1:])) for z in range(first[0], last[0] + 1)]
+        needed = [(box.start[0], box.stop[0]) for box, there in zip(boxes, used, strict=True) if there]
+        steps = [s for s in self._read_steps(whole) if any(a < s.stop[0] and s.start[0] < b for a, b in needed)]
+        reading = read_ahead(
+            steps, lambda box: record.measure("read", self._read, box, record), self.spec.input.prefetch
         )
-        held, held_start = None, whole.start[0]
-        for layer in range(block.first_patch[0], block.stop_patch[0]):
-            box = self._input_box((layer, *block.first_patch[1:]))
-            start, stop = box.start[0], box.stop[0]
-            parts: list[NDArray[Any]] = [] if held is None else [held[:, start - held_start :]]
-            reached = start + sum(part.shape[1] for part in parts)
-            while reached < stop:
-                parts.append(timings.measure("wait for input", lambda: next(arriving)))
-                reached += parts[-1].shape[1]
-            held, held_start = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), start
-            yield whole.with_z(start, stop), held[:, : stop - start]
+        with closing(reading) as arriving:
+            held: deque[Planes] = deque()
+            for box, there in zip(boxes, used, strict=True):
+                start, stop = box.start[0], box.stop[0]
+                while held and held[0][0].stop[0] <= start:
+                    held.popleft()
+                while there and (not held or held[-1][0].stop[0] < stop):
+                    held.append(next(arriving))
+                yield _joined(held if there else [], whole.with_z(start, stop))
+
+    def _read(self, box: Box, record: Record) -> NDArray[Any]:
+        data = self.reader.read(box)
+        record.count("bytes read", data.nbytes)
+        return data
 
     def _read_steps(self, whole: Box) -> list[Box]:
         start, stop = whole.start[0], whole.stop[0]
@@ -180,14 +192,28 @@ class ChunkInference:
         return [whole.with_z(a, b) for a, b in pairwise(cuts)]
 
 
-def read_ahead(boxes: Iterable[Box], read: Callable[[Box], NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """Read the boxes in turn, each while the caller works on the one before it."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        ahead = None
-        for box in boxes:
-            following = pool.submit(read, box)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield ahead.result()
+def _joined(held: Iterable[Planes], box: Box) -> Planes:
+    """Planes of ``box``, put together from stretches of them; an empty array from none."""
+    parts = [
+        data[:, max(box.start[0], source.start[0]) - source.start[0] : box.stop[0] - source.start[0]]
+        for source, data in held
+    ]
+    if len(parts) < 2:
+        return box, parts[0] if parts else np.empty((0, 0, 0, 0))
+    return box, np.concatenate(parts, axis=1)
+
+
+def read_ahead(boxes: Iterable[Box], read: Callable[[Box], NDArray[Any]], ahead: int) -> Generator[Planes, None, None]:
+    """Read the boxes in turn, ``ahead`` of them while the caller works on the one before."""
+    with ThreadPoolExecutor(ahead, thread_name_prefix="read") as pool:
+        reading: deque[tuple[Box, Future[NDArray[Any]]]] = deque()
+        try:
+            for box in boxes:
+                reading.append((box, pool.submit(read, box)))
+                if len(reading) > ahead:
+                    first, future = reading.popleft()
+                    yield first, future.result()
+            for first, future in reading:
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

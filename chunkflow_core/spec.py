@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import glob
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import posixpath
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -156,7 +157,7 @@ class ModelSpec(_Section):
 
     engine: Literal["identity", "pytorch", "openvino", "onnx", "pznet"]
     path: str | None = None
-    """Model file, relative to the spec's folder."""
+    """Model file, relative to the spec's folder; for pznet the folder of the compiled net."""
     weights: str | None = None
     """Checkpoint, relative to the spec's folder."""
     batch_size: int = Field(1, ge=1)
@@ -193,7 +194,30 @@ class ModelSpec(_Section):
             raise ValueError(
                 "batch_size: with batch_statistics it must be 1, or a patch's output would depend on its neighbours"
             )
+        self._check_engine()
         return self
+
+    def _check_engine(self) -> None:
+        """Refuse what the engine would have to ignore."""
+        suffix = PurePath(self.path or "").suffix.lower()
+        compiled = self.engine in ("onnx", "pznet") or suffix in (".onnx", ".xml")
+        fits = {"pytorch": suffix not in (".onnx", ".xml"), "onnx": suffix == ".onnx"}
+        problems = {
+            f"path: {self.path}: the engine {self.engine} does not run such files": not fits.get(self.engine, True),
+            "weights: only for networks in a .py file, a compiled one has its weights inside": compiled
+            and self.weights,
+            "batch_statistics: only for networks in a .py file": compiled and self.batch_statistics,
+            "compile: only for the engine pytorch": self.compile and self.engine != "pytorch",
+            f"device: cuda: the engine {self.engine} runs on CPUs, expected auto or cpu": (
+                self.device == "cuda" and self.engine in ("openvino", "pznet")
+            ),
+            f"precision: {self.precision}: the engine pznet computes in float32": (
+                self.precision != "float32" and self.engine == "pznet"
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(problem)
 
 
 class RunnerSpec(_Section):
@@ -335,20 +359,23 @@ class VolumeSpec(_Section):
         return hashlib.sha256(json.dumps([self.grid.digest(block), faces]).encode()).hexdigest()[:16]
 
     def model_path(self, name: str) -> Path:
-        """Path of a model file of the spec on this machine; ``MissingInputError`` if there is none."""
+        """Path of a model file of the spec on this machine (a folder for pznet); ``MissingInputError`` if there is none."""
         path = Path(self.folder) / Path(name).expanduser()
-        if not path.is_file():
+        if self.model.engine == "pznet":
+            if not path.is_dir():
+                raise MissingInputError(f"the folder {path} does not exist (model.path of the spec, a net of pznet)")
+        elif not path.is_file():
             raise MissingInputError(f"model file {path} does not exist (model.path and model.weights of the spec)")
         return path
 
     @property
     def model_files(self) -> list[Path]:
-        """The files that make the model: weights, model file, and the siblings that it imports."""
+        """The files that make the model: weights, model file, and what it brings along.
+
+        That is: the siblings that a Python file imports, the weights beside an OpenVINO or ONNX file, a net's whole folder.
+        """
         files = [self.model_path(self.model.weights)] if self.model.weights else []
-        if self.model.path:
-            path = self.model_path(self.model.path)
-            files += _with_imported_siblings(path) if path.suffix == ".py" else [path]
-        return files
+        return files + (_with_companions(self.model_path(self.model.path)) if self.model.path else [])
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
@@ -506,6 +533,20 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MissingInputError(f"model file {path} can't be read: {error.strerror}") from error
+
+
+def _with_companions(path: Path) -> list[Path]:
+    """A model file and the files that it can't do without; of a net of pznet, all that did not arise from loading it."""
+    if path.is_dir():
+        made = ("lib", "__pycache__")  # lib holds the net's layers, compiled for the machine that loaded it
+        return sorted(f for f in path.rglob("*") if f.is_file() and f.relative_to(path).parts[0] not in made)
+    if path.suffix == ".py":
+        return _with_imported_siblings(path)
+    beside = {
+        ".xml": [path.with_suffix(".bin")],
+        ".onnx": sorted(path.parent.glob(f"{glob.escape(path.name)}[._]data*")),
+    }
+    return [path, *(file for file in beside.get(path.suffix.lower(), []) if file.is_file())]
 
 
 def _with_imported_siblings(path: Path) -> list[Path]:

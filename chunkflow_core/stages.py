@@ -18,18 +18,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.blending import convert
+from chunkflow_core.blending import Grid
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange import DonationEntry, Exchange, Receipt, decode
 from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.inference import ChunkInference, Timings
-from chunkflow_core.lattice import Block, Donation
+from chunkflow_core.inference import ChunkInference, Sums
+from chunkflow_core.lattice import Block, Donation, Piece
+from chunkflow_core.mask import Mask
+from chunkflow_core.record import Record
+from chunkflow_core.slab import convert
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.volumes import InputLayer, OutputLayer
 
 log = logging.getLogger(__name__)
+
+SKIPPED = ("zeros", "outside mask")
+"""Why a patch is not run."""
+
+_WRITERS = 8
+"""Donations and storage chunks on their way at a time; a piece has at most 14 donations."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,17 @@ class Workspace:
         return Exchange(self.spec)
 
     @cached_property
+    def mask(self) -> Mask | None:
+        """Which patches are run; None for all."""
+        return Mask(self.spec) if self.spec.skip.mask else None
+
+    def masked(self, box: Box, data: NDArray[Any]) -> NDArray[Any]:
+        """Output of a box, ``(channels, z, y, x)``, set to 0 outside the mask, in place."""
+        if self.mask is not None:
+            data[:, ~self.mask.window(box).voxels(box)] = 0
+        return data
+
+    @cached_property
     def engine(self) -> Engine:
         """What runs patches."""
         return load_engine(self.spec)
@@ -71,7 +91,7 @@ class Workspace:
     @cached_property
     def inference(self) -> ChunkInference:
         """Runs and sums patches."""
-        return ChunkInference(self.spec, self.engine, self.input, self.input.scale.chunk[0])
+        return ChunkInference(self.spec, lambda: self.engine, self.input, self.input.scale.chunk[0], self.mask)
 
 
 def inference_and_donate(
@@ -101,20 +121,16 @@ def inference_and_donate(
     current = done is not None and done.geometry == geometry
     if done is not None and current and (not force or (run and done.run == run and exchange.has_donations(done))):
         return StageResult(done, up_to_date=True)
-    started, timings = perf_counter(), Timings()
+    started, record = perf_counter(), Record()
     entries: list[DonationEntry] = []
-    chunks = 0
-    with ThreadPoolExecutor(2, thread_name_prefix="write") as pool:
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         writing: list[Future[Any]] = []
-        for piece, sums in workspace.inference.block(block, timings, patch_done):
-            entries += _wait(writing, timings)  # so that no more than two pieces are in memory
-            writing = [pool.submit(_give, workspace, timings, d, sums(d.box)) for d in piece.donations]
-            if piece.core:
-                data = _convert(spec, sums(piece.core))
-                writing.append(pool.submit(_write, workspace, timings, piece.core, data))
-                chunks += sum(1 for _ in workspace.output.expected_chunks(piece.core))
+        for piece, sums in workspace.inference.block(block, record, patch_done):
+            entries += _wait(writing, record)  # so that no more than two pieces are in memory
+            writing = _leave(workspace, record, piece, sums, pool)
             log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
-        entries += _wait(writing, timings)
+        entries += _wait(writing, record)
+    engine = workspace.engine if record.counts["patches"] else None
     receipt = Receipt(
         stage="infer",
         block=index,
@@ -122,13 +138,26 @@ def inference_and_donate(
         fingerprint=exchange.fingerprint,
         geometry=geometry,
         run=run,
-        patches=block.patches,
+        patches=record.counts["patches"],
+        skipped={why: record.counts[why] for why in SKIPPED if record.counts[why]},
         donations=tuple(entries),
-        storage_chunks=chunks,
-        facts=_facts(timings, started) | workspace.engine.description,
+        storage_chunks=record.counts["storage chunks"],
+        facts=_facts(record, started, voxels=block.box.voxels, engine=engine),
     )
     exchange.put_receipt(receipt)
     return StageResult(receipt, up_to_date=False)
+
+
+def _leave(
+    workspace: Workspace, record: Record, piece: Piece, sums: Sums, pool: ThreadPoolExecutor
+) -> list[Future[Any]]:
+    """Start to write and donate what has become final."""
+    leaving: list[Future[Any]] = [
+        pool.submit(_give, workspace, record, donation, sums.sum(donation.box)) for donation in piece.donations
+    ]
+    if piece.core:
+        leaving.append(pool.submit(_write, workspace, record, piece.core, sums.converted(piece.core)))
+    return leaving
 
 
 def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", force: bool = False) -> StageResult:
@@ -145,7 +174,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     block = spec.grid.block(index)
     if not block.frame:
         return StageResult(None, up_to_date=True)
-    started, timings = perf_counter(), Timings()
+    started, record = perf_counter(), Record()
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
     consumed = {receipt.box: receipt.given(index) for receipt in donors}
     geometry = spec.block_digest(block)
@@ -154,16 +183,16 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     if done is not None and current and (not force or (run and done.run == run)):
         return StageResult(done, up_to_date=True)
     wanted = [pair for receipt in donors for pair in _donations(workspace, receipt, block)]
-    files = timings.measure("read", lambda: exchange.get_donations(wanted))
+    files = record.measure("read", exchange.get_donations, wanted)
+    record.count("bytes read", sum(map(len, files.values())))
     donations = [donation for donation, _ in wanted if donation.key in files]
-    chunks = 0
+    values = Grid(*spec.output.range)
     for piece in spec.grid.pieces(block):
         boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
-        given = timings.measure("read", partial(_decode, workspace, piece.box, donations, files)) if boxes else []
+        given = record.measure("read", _decode, workspace, piece.box, donations, files) if boxes else []
         for box in boxes:
-            sums = timings.measure("blend", partial(_sum, spec.output.channels, box, given))
-            _write(workspace, timings, box, _convert(spec, sums))
-            chunks += sum(1 for _ in workspace.output.expected_chunks(box))
+            sums = record.measure("stitch", _sum, spec.output.channels, box, given)
+            _write(workspace, record, box, partial(convert, sums, spec.output.dtype, values))
         log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
     receipt = Receipt(
         stage="blend",
@@ -173,8 +202,8 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
         geometry=geometry,
         run=run,
         consumed=consumed,
-        storage_chunks=chunks,
-        facts=_facts(timings, started),
+        storage_chunks=record.counts["storage chunks"],
+        facts=_facts(record, started, voxels=sum(box.voxels for box in block.frame)),
     )
     exchange.put_receipt(receipt)
     return StageResult(receipt, up_to_date=False)
@@ -220,21 +249,23 @@ def _donations(workspace: Workspace, receipt: Receipt, block: Block) -> list[tup
     return [(donation, entries[donation.key]) for donation in donations]
 
 
-def _give(workspace: Workspace, timings: Timings, donation: Donation, sums: NDArray[np.float32]) -> DonationEntry:
-    entry: DonationEntry = timings.measure("donate", lambda: workspace.exchange.put_donation(donation, sums))
+def _give(
+    workspace: Workspace, record: Record, donation: Donation, sums: Callable[[], NDArray[np.float32]]
+) -> DonationEntry:
+    entry = record.measure("donate", workspace.exchange.put_donation, donation, sums())
+    record.count("bytes donated", entry.bytes)
     return entry
 
 
-def _write(workspace: Workspace, timings: Timings, box: Box, data: NDArray[Any]) -> None:
-    timings.measure("write", lambda: workspace.output.write(box, data))
+def _write(workspace: Workspace, record: Record, box: Box, converted: Callable[[], NDArray[Any]]) -> None:
+    data = record.measure("convert", workspace.masked, box, converted())
+    record.measure("write", workspace.output.write, box, data)
+    record.count("bytes written", data.nbytes)
+    record.count("storage chunks", sum(1 for _ in workspace.output.expected_chunks(box)))
 
 
-def _convert(spec: VolumeSpec, sums: NDArray[np.float32]) -> NDArray[Any]:
-    return convert(sums, spec.output.dtype, *spec.output.range)
-
-
-def _wait(writing: list[Future[Any]], timings: Timings) -> list[DonationEntry]:
-    results = timings.measure("wait for output", lambda: [future.result() for future in writing])
+def _wait(writing: list[Future[Any]], record: Record) -> list[DonationEntry]:
+    results = record.measure("wait for output", lambda: [future.result() for future in writing])
     return [result for result in results if isinstance(result, DonationEntry)]
 
 
@@ -242,14 +273,20 @@ def _z(box: Box) -> tuple[int, int]:
     return box.start[0], box.stop[0]
 
 
-def _facts(timings: Timings, started: float) -> dict[str, Any]:
+def _facts(record: Record, started: float, *, voxels: int, engine: Engine | None = None) -> dict[str, Any]:
+    wall, seconds, streams = perf_counter() - started, record.seconds, engine.streams if engine else 1
+    seconds["idle"] = max(0.0, wall - (seconds["forward"] + seconds["stitch"]) / streams)
     return {
-        "seconds": {phase: round(value, 4) for phase, value in timings.seconds.items()},
-        "wall": round(perf_counter() - started, 4),
+        "seconds": {phase: round(value, 4) for phase, value in sorted(seconds.items())},
+        "wall": round(wall, 4),
+        "streams": streams,
+        "voxels_per_second": round(voxels / wall),
+        "bytes": {what: record.counts[f"bytes {what}"] for what in ("read", "written", "donated")},
         "finished": round(time(), 3),
         "host": socket.gethostname(),
         "processor": platform.processor() or platform.machine(),
         "peak_memory_bytes": peak_memory(),
+        **(engine.description if engine else {}),
     }
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from chunkflow_core.blending import convert
+from chunkflow_core.blending import Grid
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.planner import Request, State, plan
 from chunkflow_core.prepare import last_fingerprint
+from chunkflow_core.slab import convert
 from chunkflow_core.stages import Workspace
 
 SEAM_WINDOW: Vector = (4, 32, 32)
@@ -108,7 +109,8 @@ def _seam_windows(workspace: Workspace, indices: list[Vector], count: int, chanc
 def _check_window(workspace: Workspace, window: Box, audited: set[Vector], audit: Audit) -> None:
     """Compute a window again and compare what of it belongs to the audited blocks."""
     spec = workspace.spec
-    expected = convert(workspace.inference.window(window), spec.output.dtype, *spec.output.range)
+    sums = workspace.inference.window(window)
+    expected = workspace.masked(window, convert(sums, spec.output.dtype, Grid(*spec.output.range)))
     for index in audited.intersection(spec.grid.blocks_touching(window)):
         part = window & spec.grid.block(index).box
         try:

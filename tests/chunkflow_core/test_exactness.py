@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from cloudfiles.interfaces import MemoryInterface
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,12 @@ class Case:
     padding: str
     dtype: str
     batch: int
+    streams: int
+    prefetch: int
+    on_device: bool
+    skip_zeros: bool
+    masked: bool
+    augmentation: str
     seed: int
 
 
@@ -69,6 +76,12 @@ def cases(draw: st.DrawFn) -> Case:
         padding=draw(st.sampled_from(["reflect", "edge", "constant"])),
         dtype=draw(st.sampled_from(["uint8", "float32"])),
         batch=draw(st.integers(1, 3)),
+        streams=draw(st.integers(1, 3)),
+        prefetch=draw(st.integers(1, 3)),
+        on_device=draw(st.booleans()),
+        skip_zeros=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        augmentation=draw(st.sampled_from(["none", "none", "none", "flips"])),
         seed=draw(st.integers(0, 2**32 - 1)),
     )  # fmt: skip
 
@@ -78,7 +91,7 @@ def spec_of(case: Case, place: str, **model: object) -> VolumeSpec:
     return parse_spec(
         {
             "name": "case",
-            "input": {"path": f"{place}/input", "padding": case.padding},
+            "input": {"path": f"{place}/input", "padding": case.padding, "prefetch": case.prefetch},
             "output": {"path": f"{place}/output", "channels": 2, "dtype": case.dtype, "chunk_size": list(case.chunk)},
             "exchange": {"path": f"{place}/exchange"},
             "roi": [list(corner) for corner in case.roi],
@@ -86,7 +99,8 @@ def spec_of(case: Case, place: str, **model: object) -> VolumeSpec:
             "output_patch_size": list(case.patch),
             "patch_overlap": list(case.overlap),
             "block_size": list(case.block),
-            "model": {"engine": "identity", "batch_size": case.batch, **model},
+            "skip": {"zeros": case.skip_zeros, "mask": {"path": f"{place}/mask"} if case.masked else None},
+            "model": {"engine": "identity", "batch_size": case.batch, "augmentation": case.augmentation, **model},
         }
     )
 
@@ -96,9 +110,16 @@ class Mixing(Engine):
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        self.streams = case.streams
+        if case.on_device:  # the path of accelerators, on a device that every machine has
+            self.device, self.batch_size = torch.device("cpu"), case.batch
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert len(patches) == self.batch_size
         return np.stack([mix(patch, self.case) for patch in patches])
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self(patches.numpy()))
 
 
 def mix(patch: NDArray[np.float32], case: Case) -> NDArray[np.float32]:
@@ -137,10 +158,29 @@ def patch_counts(case: Case) -> list[int]:
     return [max(1, math.ceil(n)) for n in (length - case.overlap) / stride]
 
 
-def dense(case: Case, volume: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What one machine with endless memory gives: every patch added into one array. Written without the library.
+MASK_VOXEL = (1, 2, 3)
+"""Size of a mask voxel in voxels of the input."""
 
-    The input is padded with ``np.pad``, weights are summed over the dense lattice, sums are kept as integers.
+
+def random_volume(case: Case) -> NDArray[np.uint8]:
+    """Noise, with a corner of zeros."""
+    rng = np.random.default_rng(case.seed)
+    volume = rng.integers(0, 256, case.size, dtype=np.uint8)
+    volume[tuple(slice(0, int(n)) for n in rng.integers(0, np.array(case.size) + 1))] = 0
+    return volume
+
+
+def random_mask(case: Case) -> NDArray[np.bool_]:
+    """A few voxels of a coarse mask."""
+    shape = [-(-n // size) for n, size in zip(case.size, MASK_VOXEL, strict=True)]
+    return np.random.default_rng(case.seed + 1).random(shape) < 0.1
+
+
+def dense(case: Case, volume: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
+    """What one machine with endless memory gives: every patch added into one array; and the number of patches run.
+
+    Written without the library. The input is padded with ``np.pad``, weights are summed over the dense lattice, sums are
+    kept as integers, the mask is enlarged to the input's voxels.
     """
     start, stop = np.array(case.roi)
     patch, overlap, halo = np.array(case.patch), np.array(case.overlap), np.array(case.halo)
@@ -166,29 +206,51 @@ def dense(case: Case, volume: NDArray[np.uint8]) -> NDArray[np.float32]:
                 for k in range(counts[axis])
             ]
         )
+    inside = np.ones(case.size, bool)
+    if case.masked:
+        inside = np.kron(random_mask(case), np.ones(MASK_VOXEL, bool))[tuple(map(slice, case.size))]
+    inside = inside[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
+    orientations = (
+        [()]
+        if case.augmentation == "none"
+        else [axes for n in range(4) for axes in itertools.combinations((1, 2, 3), n)]
+    )
     sums = np.zeros((2, *extent), np.int64)
+    run = 0
     for k in itertools.product(*map(range, counts)):
         at = np.array(k) * stride
         source = tuple(
             slice(a, b) for a, b in zip(start + low + at - halo, start + low + at + patch + halo, strict=True)
         )
-        output = mix(padded[source][None], case)
+        part = padded[source][None]
+        within = inside[tuple(slice(a, a + p) for a, p in zip(at, patch, strict=True))]
+        if (case.skip_zeros and not part.any()) or not within.any():
+            continue
+        run += 1
         z, y, x = (weights[a][k[a]] for a in range(3))
-        weighted = output * (y[:, None] * x[None, :]) * (z * np.float32(2**23))[:, None, None]
-        sums[(slice(None), *(slice(a, a + p) for a, p in zip(at, patch, strict=True)))] += np.rint(weighted).astype(
-            np.int64
-        )
+        for axes in orientations:
+            output = np.flip(mix(np.flip(part, axes), case), axes)
+            weighted = output * (y[:, None] * x[None, :]) * (z * np.float32(2**23 / len(orientations)))[:, None, None]
+            sums[(slice(None), *(slice(a, a + p) for a, p in zip(at, patch, strict=True)))] += np.rint(weighted).astype(
+                np.int64
+            )
     z, y, x = length
-    return (sums[:, :z, :y, :x] / 2**23).astype(np.float32)
+    return np.where(inside, (sums[:, :z, :y, :x] / 2**23).astype(np.float32), 0), run
 
 
 def run_case(
     case: Case, volume: NDArray[np.uint8], order: list[int], engine: Engine | None
-) -> tuple[NDArray[np.generic], Counter[str], int, VolumeSpec]:
-    """Run all blocks in some order, each blend as soon as it can be; return output, writes, patches run."""
+) -> tuple[NDArray[np.generic], Counter[str], Counter[str], VolumeSpec]:
+    """Run all blocks in some order, each blend as soon as it can be; return output, writes, patches by fate."""
     place = f"mem://case{next(_numbers)}"
     layer = NewLayer(f"{place}/input", case.size, dtype="uint8", resolution=(40, 4, 4), chunk=case.input_chunk)
     layer.write(Box((0, 0, 0), case.size), volume[None])
+    if case.masked:
+        mask = random_mask(case).astype(np.uint8)
+        resolution = tuple(n * voxel for n, voxel in zip((40, 4, 4), MASK_VOXEL, strict=True))
+        NewLayer(f"{place}/mask", mask.shape, dtype="uint8", resolution=resolution, chunk=(8, 8, 8)).write(
+            Box((0, 0, 0), mask.shape), mask[None]
+        )
     spec = spec_of(case, place)
     create_output(spec)
     workspace = Workspace(spec)
@@ -201,30 +263,32 @@ def run_case(
         blended: set[tuple[int, ...]] = set()
         for number in order:
             if number < len(blocks):
-                inference_and_donate(workspace, blocks[number], patch_done=lambda: patches.update(run=1))
+                result = inference_and_donate(workspace, blocks[number], patch_done=lambda: patches.update(done=1))
+                patches.update(run=result.receipt.patches, skipped=sum(result.receipt.skipped.values()))
                 done.add(blocks[number])
                 for receiver in spec.grid.receivers(blocks[number]):
                     if done.issuperset(spec.grid.donors(receiver)) and receiver not in blended:
                         receive_and_blend(workspace, receiver)
                         blended.add(receiver)
-    return workspace.output.read(spec.grid.roi), writes, patches["run"], spec
+    return workspace.output.read(spec.grid.roi), writes, patches, spec
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases(), data=st.data())
 def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> None:
-    volume = np.random.default_rng(case.seed).integers(0, 256, case.size, dtype=np.uint8)
+    volume = random_volume(case)
     order = data.draw(st.permutations(range(60)))
     blocks = math.prod(spec_of(case, "mem://unused").grid.shape)
     order += list(range(60, blocks))
 
     output, writes, patches, spec = run_case(case, volume, order, Mixing(case))
 
-    expected = dense(case, volume)
+    expected, run = dense(case, volume)
     if case.dtype == "uint8":
         expected = np.clip(np.rint(expected * np.float32(255)), 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(output, expected)
-    assert patches == math.prod(patch_counts(case)) == spec.grid.patches
+    assert patches["run"] == run
+    assert patches["run"] + patches["skipped"] == patches["done"] == spec.grid.patches == math.prod(patch_counts(case))
     chunks = {path: n for path, n in writes.items() if path.startswith("output/") and "-" in path.rsplit("/", 1)[1]}
     expected_chunks = math.prod(-(-(b - a) // c) for a, b, c in zip(*case.roi, case.chunk, strict=True))
     assert len(chunks) == expected_chunks
@@ -234,8 +298,8 @@ def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> N
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases())
 def test_identity_gives_the_input_back(case: Case) -> None:
-    case = replace(case, dtype="uint8")
-    volume = np.random.default_rng(case.seed).integers(0, 256, case.size, dtype=np.uint8)
+    case = replace(case, dtype="uint8", masked=False)
+    volume = random_volume(case)
     blocks = math.prod(spec_of(case, "mem://unused").grid.shape)
 
     output, *_ = run_case(case, volume, list(range(blocks)), None)

@@ -1,0 +1,236 @@
+"""Which engine and setting is the fastest for a model on this machine, and how far its numbers are from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import PurePath
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from chunkflow_core.cpus import available_cpus
+from chunkflow_core.engines import load_engine
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.errors import ChunkflowError, UsageError
+from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.spec import VolumeSpec, parse_spec
+from chunkflow_core.volumes import InputLayer
+
+Patch = NDArray[np.float32]
+
+ENGINES = ("pytorch", "openvino", "onnx")
+"""Engines that can be chosen between; a net of pznet can only be run by pznet."""
+
+ROUNDS = 3
+"""Times that each candidate runs the patches; the fastest counts, as whatever else runs can only slow it down."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the model."""
+
+    engine: str
+    precision: str
+    threads: int
+    streams: int
+    compile: bool = False
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of the spec's section ``model`` that choose it."""
+        keys = {"engine": self.engine, "precision": self.precision, "threads": self.threads}
+        return keys | ({"compile": True} if self.compile else {})
+
+    def spec(self, spec: VolumeSpec) -> VolumeSpec:
+        """The spec with this setting; ``SpecError`` if its model can't be run so."""
+        content = spec.model_dump()
+        content["model"] |= self.keys | {"streams": self.streams, "compile": self.compile}
+        return parse_spec(content, source=f"engine {self.engine}", folder=spec.folder)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a setting did."""
+
+    setting: Setting
+    seconds: float | None = None
+    """Per patch; None if it did not run."""
+    difference: float | None = None
+    """Largest difference to the reference, of any voxel of any patch."""
+    reason: str = ""
+    """Why it did not run."""
+
+
+def settings(spec: VolumeSpec, engines: Sequence[str]) -> list[Setting]:
+    """The reference, and then all settings that may be tried here for the spec's model.
+
+    The reference is PyTorch in float32 where the model is one of PyTorch, else the spec's own engine in float32.
+    """
+    able = _able(spec)
+    chosen = [engine for engine in able if engine in engines or able == (spec.model.engine,)]
+    if not chosen:
+        raise UsageError(f"--engines {','.join(engines)}: {spec.model.path} can be run by {', '.join(able)}")
+    on_gpu = spec.model.device != "cpu" and _has_gpu()
+    splits = [(spec.model.threads, 1)] if on_gpu else _splits()
+    reference = Setting("pytorch" if "pytorch" in able else spec.model.engine, "float32", *splits[0])
+    found = [reference]
+    for engine in chosen:
+        for precision in _precisions(engine, on_gpu=on_gpu):
+            found += [Setting(engine, precision, *split) for split in splits]
+            if engine == "pytorch" and spec.model.path and spec.model.path.endswith(".py"):
+                found.append(Setting(engine, precision, *splits[0], compile=True))
+    own = Setting(spec.model.engine, spec.model.precision, *_own_split(spec, on_gpu=on_gpu), compile=spec.model.compile)
+    return list(dict.fromkeys([*found, own]))
+
+
+def measure(
+    spec: VolumeSpec, candidates: Sequence[Setting], patches: Sequence[Patch], step_done: Callable[[], object]
+) -> list[Measurement]:
+    """Run patches through candidates, in turns, so that what else the machine does falls on all of them.
+
+    Args:
+        spec: the volume.
+        candidates: the first is the reference, which has to run; of others is told why they don't.
+        patches: float32 ``(channels, z, y, x)``.
+        step_done: called after each step of ``steps(candidates)``.
+
+    Raises:
+        ChunkflowError: the reference can't be run.
+    """
+    engines: dict[Setting, Engine] = {}
+    results: dict[Setting, Measurement] = {}
+    expected: list[Patch] = []
+    for setting in candidates:
+        try:
+            engines[setting] = load_engine(setting.spec(spec))
+            given = _run(engines[setting], patches)
+            expected = expected or given
+            results[setting] = Measurement(setting, difference=_difference(given, expected))
+        except ChunkflowError as error:
+            engines.pop(setting, None)
+            if setting == candidates[0]:
+                raise
+            results[setting] = Measurement(setting, reason=str(error))
+        step_done()
+    for _ in range(ROUNDS):
+        for setting, result in results.items():
+            if setting in engines:
+                seconds = _seconds(engines[setting], patches)
+                results[setting] = replace(result, seconds=min(seconds, result.seconds or seconds))
+            step_done()
+    return list(results.values())
+
+
+def steps(candidates: Sequence[Setting]) -> int:
+    """Steps that ``measure`` takes."""
+    return len(candidates) * (1 + ROUNDS)
+
+
+def fastest(measurements: Iterable[Measurement], tolerance: float) -> Measurement:
+    """The fastest whose numbers are near enough to the reference's; there is the reference itself at least."""
+    near = [m for m in measurements if m.seconds and m.difference is not None and m.difference <= tolerance]
+    return min(near, key=lambda m: m.seconds or 0.0)
+
+
+def sample(spec: VolumeSpec, count: int) -> list[Patch]:
+    """Input patches from all over the ROI, float32 ``(channels, z, y, x)``, as inference gets them.
+
+    Raises:
+        MissingInputError, StorageError: the input layer can't be read.
+    """
+    return list(_sample(spec, count))
+
+
+def _sample(spec: VolumeSpec, count: int) -> Iterator[Patch]:
+    layer, shape = InputLayer(spec), vector(axis.count for axis in spec.grid.axes)
+    for number in range(count):
+        index = int((number + 0.5) / count * prod(shape))
+        position: Vector = vector(int(i) for i in np.unravel_index(index, shape))
+        data = layer.read(spec.grid.patch_box(position).grown(spec.halo, spec.halo))
+        highest = 1 if data.dtype.kind == "f" else np.iinfo(data.dtype).max
+        yield np.divide(data, np.float32(highest), dtype=np.float32, casting="unsafe")
+
+
+def table(measurements: Sequence[Measurement], best: Measurement) -> list[str]:
+    """Lines for a terminal."""
+    reference = measurements[0].seconds
+    assert reference is not None
+    rows = [("", "engine", "precision", "threads × streams", "s/patch", "speed-up", "difference")]
+    for m in measurements:
+        engine = f"{m.setting.engine} compiled" if m.setting.compile else m.setting.engine
+        start = ("►" if m is best else "", engine, m.setting.precision, f"{m.setting.threads} × {m.setting.streams}")
+        if m.seconds is None or m.difference is None:
+            rows.append((*start, "–", "–", m.reason))
+        else:
+            rows.append((*start, f"{m.seconds:.4f}", f"{reference / m.seconds:.2f}", f"{m.difference:.1e}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
+
+
+def spec_lines(setting: Setting) -> str:
+    """What to write into the spec."""
+    return yaml.safe_dump({"model": setting.keys}, sort_keys=False).rstrip()
+
+
+def _able(spec: VolumeSpec) -> tuple[str, ...]:
+    """The engines that take a model file of this kind."""
+    if spec.model.engine not in ENGINES or spec.model.path is None:
+        return (spec.model.engine,)
+    suffix = PurePath(spec.model.path).suffix.lower()
+    return {".onnx": ("onnx", "openvino"), ".xml": ("openvino",)}.get(suffix, ("pytorch", "openvino"))
+
+
+def _splits() -> list[tuple[int, int]]:
+    """Threads and streams: every CPU a patch of its own, or all of them the same."""
+    cpus = available_cpus()
+    return [(1, cpus), (cpus, 1)] if cpus > 1 else [(1, 1)]
+
+
+def _own_split(spec: VolumeSpec, *, on_gpu: bool) -> tuple[int, int]:
+    streams = 1 if on_gpu else spec.model.streams or max(1, available_cpus() // spec.model.threads)
+    return spec.model.threads, streams
+
+
+def _precisions(engine: str, *, on_gpu: bool) -> tuple[str, ...]:
+    if engine in ("identity", "pznet", "onnx"):
+        return ("float32",)
+    return ("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _run(engine: Engine, patches: Sequence[Patch]) -> list[Patch]:
+    """Outputs of the patches, as many at a time as the engine takes; a short last batch is filled up."""
+    size = engine.batch_size
+    batches = []
+    for start in range(0, len(patches), size):
+        batch = np.zeros((size, *patches[0].shape), np.float32)
+        for slot, patch in zip(batch, patches[start : start + size], strict=False):
+            slot[:] = patch
+        batches.append(batch)
+    with ThreadPoolExecutor(engine.streams) as pool:
+        outputs = [output for batch in pool.map(engine, batches) for output in batch]
+    return outputs[: len(patches)]
+
+
+def _seconds(engine: Engine, patches: Sequence[Patch]) -> float:
+    start = perf_counter()
+    _run(engine, patches)
+    return (perf_counter() - start) / len(patches)
+
+
+def _difference(given: Sequence[Patch], expected: Sequence[Patch]) -> float:
+    with suppress(ValueError):
+        return max(float(np.abs(a - b).max()) for a, b in zip(given, expected, strict=True))
+    return float("inf")

@@ -1,0 +1,215 @@
+"""Patches on an accelerator: input planes, batches, blending and sums stay there; final planes leave converted.
+
+Everything is queued on the device in order, and the caller runs ahead of it: while a layer of patches is computed, the planes
+of the next one arrive and final ones leave through pinned memory, on a stream of their own. The numbers are those of ``Slab``:
+the same products, rounded and added by the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chunkflow_core.augmentation import Transform
+from chunkflow_core.blending import Grid, normalised_weight
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice import Block, BlockGrid
+from chunkflow_core.patches import Patches, Planes
+from chunkflow_core.record import Record
+from chunkflow_core.slab import slab_depth
+
+Job = tuple[Vector, Transform]
+
+
+class DeviceSlab:
+    """``Slab`` on a device, for one thread."""
+
+    def __init__(
+        self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid, device: torch.device
+    ) -> None:
+        """Start at the first plane of ``region``; arguments as ``Slab``."""
+        self.grid, self.region, self.values, self.device = grid, region, values, device
+        self.depth = min(depth, region.shape[0])
+        self.sums = torch.zeros((channels, self.depth, *region.shape[1:]), dtype=torch.float32, device=device)
+        self.start = region.start[0]
+
+    def add(self, position: Vector, patch: torch.Tensor, share: float = 1.0) -> None:
+        """Add a patch, weighted; ``patch`` float32 ``(channels, z, y, x)`` on the device."""
+        box = self.grid.patch_box(position)
+        inside = box & self.region
+        if not inside:
+            return
+        z, y, x = (
+            normalised_weight(axis, k)[part]
+            for axis, k, part in zip(self.grid.axes, position, inside.slices(box.start), strict=True)
+        )
+        weight_yx = torch.from_numpy(y[:, None] * x[None, :]).to(self.device, non_blocking=True)
+        weight_z = torch.from_numpy(z * np.float32(share / self.values.step)).to(self.device, non_blocking=True)
+        weighted = patch[(slice(None), *inside.slices(box.start))] * weight_yx
+        weighted.mul_(weight_z[:, None, None]).round_()
+        done = 0
+        for part in self._parts(inside):
+            depth = part.shape[1]
+            part += weighted[:, done : done + depth]
+            done += depth
+
+    def sum(self, box: Box) -> torch.Tensor:
+        """A copy of the sums in ``box``, in the units of the values."""
+        return torch.cat([part * self.values.step for part in self._parts(box)], dim=1)
+
+    def converted(self, box: Box, dtype: str) -> torch.Tensor:
+        """The complete sums in ``box`` in the output's dtype."""
+        sums = self.sum(box)
+        if dtype == "float32":
+            return sums
+        low, scale = (float(number) for number in self.values.uint8)
+        return sums.sub_(low).mul_(scale).round_().clamp_(0, 255).to(torch.uint8)
+
+    def advance(self, plane: int) -> None:
+        """Drop the planes below ``plane`` and make room above."""
+        stop = min(plane, self.start + self.depth)
+        if stop > self.start:
+            for part in self._parts(self.region.with_z(self.start, stop)):
+                part.zero_()
+        self.start = plane
+
+    def _parts(self, box: Box) -> Iterator[torch.Tensor]:
+        """The one or two stretches of the ring that hold the planes of a box."""
+        _, rows, columns = box.slices(self.region.start)
+        first, remaining = (box.start[0] - self.region.start[0]) % self.depth, box.shape[0]
+        while remaining:
+            depth = min(remaining, self.depth - first)
+            yield self.sums[:, first : first + depth, rows, columns]
+            first, remaining = 0, remaining - depth
+
+
+class OnDevice:
+    """Runs patches of a block in batches, layer by layer."""
+
+    ahead = 0
+    """The queue of the device is filled ahead anyway."""
+
+    def __init__(self, patches: Patches, block: Block, record: Record, patch_done: Callable[[], object]) -> None:
+        device = patches.engine.device
+        assert device is not None
+        self._patches, self._record, self._patch_done, self._device = patches, record, patch_done, device
+        grid, channels = patches.grid, patches.spec.output.channels
+        self._slab = DeviceSlab(grid, block.chunk, slab_depth(grid, block), channels, patches.values, device)
+        cuda = device.type == "cuda"
+        self._transfers = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._unchecked: list[tuple[Vector, torch.Tensor]] = []
+        self._forward: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self, positions: list[Vector], planes: Planes) -> None:
+        """Queue a layer of patches."""
+        voxels = self._upload(planes)
+        # a tensor, as division by a number of the host would be a multiplication by its reciprocal on some devices
+        scale = torch.tensor(self._patches.scale(planes[1].dtype), device=self._device)
+        due = self._due(positions, planes)
+        jobs = iter([(position, t) for position in due for t in self._patches.transforms])
+        while batch := list(islice(jobs, self._patches.engine.batch_size)):
+            self._run(batch, planes[0], voxels, scale)
+
+    def finish(self) -> None:
+        """Nothing to wait for: errors arise when a piece has left the device."""
+
+    def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """See ``inference.Sums``."""
+        return self._leaving(self._slab.sum(box))
+
+    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """See ``inference.Sums``."""
+        return self._leaving(self._slab.converted(box, self._patches.spec.output.dtype))
+
+    def advance(self, plane: int) -> None:
+        """Drop the sums below a plane."""
+        self._slab.advance(plane)
+
+    def close(self) -> None:
+        """Wait for what is queued, so that its memory may go."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            milliseconds = sum(start.elapsed_time(end) for start, end in self._forward)
+            self._record.seconds["forward"] += milliseconds / 1000
+
+    def _due(self, positions: list[Vector], planes: Planes) -> Iterator[Vector]:
+        for position in positions:
+            if self._patches.voxels(position, planes) is None:
+                self._record.count("zeros")
+                self._patch_done()
+            else:
+                yield position
+
+    def _upload(self, planes: Planes) -> torch.Tensor:
+        voxels = torch.from_numpy(np.ascontiguousarray(planes[1]))
+        if self._transfers is None:
+            return voxels.to(self._device)
+        with torch.cuda.stream(self._transfers):
+            arrived = voxels.pin_memory().to(self._device, non_blocking=True)
+        torch.cuda.current_stream(self._device).wait_stream(self._transfers)
+        arrived.record_stream(torch.cuda.current_stream(self._device))
+        return arrived
+
+    def _run(self, batch: Sequence[Job], box: Box, voxels: torch.Tensor, scale: torch.Tensor) -> None:
+        patches = self._patches
+        shape = (patches.engine.batch_size, voxels.shape[0], *patches.spec.patch_size)
+        given = torch.zeros(shape, device=self._device)
+        for slot, (position, transform) in zip(given, batch, strict=False):
+            part = voxels[(slice(None), *patches.input_box(position).slices(box.start))]
+            slot.copy_(transform.apply(part.to(torch.float32) / scale))
+        outputs = self._run_network(given)
+        extremes = torch.stack(outputs.flatten(1).aminmax(dim=1), dim=1)
+        for (position, transform), output, extreme in zip(batch, outputs, extremes, strict=False):
+            self._unchecked.append((position, extreme))
+            self._slab.add(position, transform.undo(output), patches.share)
+            if transform == patches.transforms[-1]:
+                self._record.count("patches")
+                self._patch_done()
+
+    def _run_network(self, given: torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cuda":
+            return self._record.measure("forward", self._patches.engine.forward, given)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        outputs = self._patches.engine.forward(given)
+        end.record()
+        self._forward.append((start, end))
+        return outputs
+
+    def _leaving(self, result: torch.Tensor) -> Callable[[], NDArray[Any]]:
+        """Start the copy to the host; the function that is returned waits for it, and checks the values on its way."""
+        positions = [position for position, _ in self._unchecked]
+        extremes = torch.stack([extreme for _, extreme in self._unchecked] or [torch.zeros(2, device=self._device)])
+        self._unchecked = []
+        arrived, arrived_extremes, event = self._to_host(result), self._to_host(extremes), None
+        if self._transfers is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._transfers)
+
+        def wait() -> NDArray[Any]:
+            if event is not None:
+                event.synchronize()
+            low, high = self._patches.values.low, self._patches.values.high
+            for position, (least, most) in zip(positions, arrived_extremes.tolist(), strict=False):
+                if not (low <= least and most <= high):
+                    raise self._patches.error(position, least, most)
+            array: NDArray[Any] = arrived.numpy()
+            return array
+
+        return wait
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._transfers is None:
+            return tensor.cpu()
+        self._transfers.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._transfers):
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+        if tensor.device.type == "cuda":
+            tensor.record_stream(self._transfers)
+        return host

@@ -1,0 +1,200 @@
+"""PyTorch networks as they are found in this field, unmodified.
+
+- a ``.py`` file with ``InstantiatedModel`` (optionally ``load_model``, ``pre_process``, ``post_process``) and a checkpoint, as
+  chunkflow takes them;
+- a ``.py`` file with ``class PatchInferencer``, made with ``(weights, output_patch_mask)`` or ``(weights)``, called with a
+  numpy batch; it gets a mask of ones, as the blending is done here;
+- TorchScript, and ``torch.export`` programs (``.pt2``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from chunkflow_core.engines.failures import is_of_the_machine, told
+from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError
+from chunkflow_core.spec import VolumeSpec
+
+Function = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model file gives."""
+
+    network: Function
+    takes_numpy: bool = False
+    """Whether the network takes and gives numpy arrays (``PatchInferencer``), or tensors."""
+    pre_process: Function | None = None
+    """Called with a numpy batch; what it returns goes into the network."""
+    post_process: Function | None = None
+    """Called with what the network returns."""
+
+
+def load_model(spec: VolumeSpec, device: torch.device) -> Model:
+    """The spec's model on a device, in evaluation mode.
+
+    Raises:
+        SpecError: it can't be used as the spec says.
+        MissingInputError: a file isn't there.
+    """
+    assert spec.model.path is not None
+    path = spec.model_path(spec.model.path)
+    torch.manual_seed(0)  # a network without weights of its own is the same in every process
+    try:
+        return _from_source(spec, path, device) if path.suffix == ".py" else _from_archive(spec, path, device)
+    except ChunkflowError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a model file does when it is run, sys.exit included
+        if is_of_the_machine(error):
+            raise
+        raise SpecError(f"model.path: {path} can't be loaded: {told(error, spec)}") from error
+
+
+def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
+    module = _import_file(path)
+    weights = spec.model_path(spec.model.weights) if spec.model.weights else None
+    if hasattr(module, "PatchInferencer"):
+        for key in ("batch_statistics", "compile"):
+            if getattr(spec.model, key):
+                raise SpecError(f"model.{key}: only for InstantiatedModel and load_model, not for PatchInferencer")
+        return Model(_patch_inferencer(spec, module, weights), takes_numpy=True)
+    return Model(
+        _instantiated_model(spec, module, weights, device),
+        pre_process=getattr(module, "pre_process", None),
+        post_process=getattr(module, "post_process", None),
+    )
+
+
+def _instantiated_model(spec: VolumeSpec, module: ModuleType, weights: Path | None, device: torch.device) -> Function:
+    if hasattr(module, "load_model"):
+        network = module.load_model(str(weights) if weights else None)
+    elif hasattr(module, "InstantiatedModel"):
+        network = module.InstantiatedModel
+        if weights:
+            _load_state(spec, network, weights)
+    else:
+        raise SpecError(
+            f"model.path: {module.__file__} defines none of InstantiatedModel, load_model and PatchInferencer"
+        )
+    if isinstance(network, type) or not callable(network):
+        raise SpecError(
+            f"model.path: {module.__file__} gives {network!r:.80} as its model, expected an instance of a network"
+        )
+    if isinstance(network, torch.nn.Module):
+        network = network.to(device).eval()
+    if spec.model.batch_statistics:
+        _use_batch_statistics(network)
+    result: Function = network
+    return result
+
+
+def _patch_inferencer(spec: VolumeSpec, module: ModuleType, weights: Path | None) -> Function:
+    """An object of the file's own class, called with numpy and giving numpy."""
+    parameters = inspect.signature(module.PatchInferencer).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    arguments: list[Any] = [str(weights) if weights else None]
+    if len(positional) > 1:
+        arguments.append(np.ones(spec.output_size, np.float32))
+    inferencer: Function = module.PatchInferencer(*arguments)
+    return inferencer
+
+
+def _from_archive(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
+    for key in ("batch_statistics", "compile"):
+        if getattr(spec.model, key):
+            raise SpecError(f"model.{key}: only for networks in a .py file, a compiled one has its mode built in")
+    if spec.model.weights:
+        raise SpecError(f"model.weights: only for networks in a .py file; {path} has its weights inside")
+    if path.suffix == ".pt2":
+        return Model(torch.export.load(path).module().to(device))
+    return Model(torch.jit.load(str(path), map_location=device).eval())  # type: ignore[no-untyped-call]
+
+
+def _load_state(spec: VolumeSpec, network: torch.nn.Module, weights: Path) -> None:
+    trust = spec.model.trust
+    try:
+        checkpoint = torch.load(weights, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise SpecError(f"model.weights: {weights} is not a checkpoint, or damaged: {told(error, spec)}") from error
+        raise SpecError(
+            f"model.weights: {weights} is not a plain checkpoint: loading it could run code that it carries, or it is "
+            "damaged. If you know where it comes from, set model.trust: true"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise MissingInputError(
+            f"model.weights: {weights} can't be read, it may be truncated: {told(error, spec)}"
+        ) from error
+    except Exception as error:
+        raise SpecError(f"model.weights: {weights} can't be loaded: {told(error, spec)}") from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping):
+        raise SpecError(f"model.weights: {weights} holds a {type(state).__name__}, expected a state_dict")
+    prefix = "module."  # of networks that were trained in DataParallel
+    if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in network.state_dict()):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise SpecError(f"model.weights: {weights} does not fit the model: {told(error, spec)}") from error
+
+
+class _Imports:
+    """What the model file that was loaded last has brought into this process."""
+
+    folder: Path | None = None
+    before: frozenset[str] = frozenset()
+    """Names of the modules that were there before it."""
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Run a model file as a module; it may import its siblings.
+
+    The siblings of the model before are forgotten first, as another model's may have the same names.
+    """
+    if _Imports.folder is not None:
+        for name in set(sys.modules) - _Imports.before:
+            if _is_beside(sys.modules[name], name, _Imports.folder):
+                del sys.modules[name]
+        with suppress(ValueError):
+            sys.path.remove(str(_Imports.folder))
+    _Imports.folder, _Imports.before = path.parent.resolve(), frozenset(sys.modules)
+    sys.path.insert(0, str(_Imports.folder))
+    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location("chunkflow_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_beside(module: ModuleType, name: str, folder: Path) -> bool:
+    """Whether a module is a file or package directly in a folder, or inside such a package."""
+    top = name.partition(".")[0]
+    places = [Path(place) for place in (getattr(module, "__file__", None), *getattr(module, "__path__", ())) if place]
+    return any(place.is_relative_to(folder / top) or place == folder / f"{top}.py" for place in places)
+
+
+def _use_batch_statistics(network: Any) -> None:
+    """Let normalisation use the patch's own statistics; everything else stays in evaluation mode."""
+    if not isinstance(network, torch.nn.Module):
+        raise SpecError("model.batch_statistics: only for a torch.nn.Module, which the model file does not give")
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+            module.train()
+            module.track_running_stats = False  # the stored statistics stay as they are

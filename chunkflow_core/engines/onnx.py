@@ -1,0 +1,124 @@
+"""ONNX Runtime: ``.onnx`` files, on CPUs or, with ``onnxruntime-gpu``, on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.cache import cache_folder
+from chunkflow_core.engines.failures import is_of_the_machine, required, told
+from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
+from chunkflow_core.errors import SpecError
+from chunkflow_core.spec import VolumeSpec
+
+_TENSORRT, _CUDA, _CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+
+Provider = tuple[str, dict[str, Any]]
+
+
+class ONNX(Engine):
+    """A session, shared by the threads of the caller."""
+
+    def __init__(self, spec: VolumeSpec, session: Any, version: str) -> None:
+        self._spec, self._session, self._version = spec, session, version
+        self._input = _single_input(spec, session)
+        outputs = session.get_outputs()
+        names = [({output.name}, _channels(output.shape)) for output in outputs]
+        self._output = outputs[choose(names, spec)].name
+        self._on_gpu = session.get_providers()[0] != _CPU
+        if self._on_gpu:
+            self.batch_size = spec.model.batch_size
+        else:
+            self.streams = cpu_streams(spec)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        provider = self._session.get_providers()[0]
+        return {"onnxruntime": self._version, "device": provider, "threads": self._spec.model.threads}
+
+    def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._batch(patches) if self._on_gpu else each_by_itself(self._batch, patches)
+
+    def _batch(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            (output,) = self._session.run([self._output], {self._input: patches})
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            raise failed(told(error, self._spec), patches.shape) from error
+        return finished(output, self._spec, len(patches))
+
+
+def load(spec: VolumeSpec) -> ONNX:
+    """The engine for a spec; errors as ``load_engine``."""
+    runtime = required("onnxruntime", "onnx")
+    providers = _providers(spec, runtime.get_available_providers())
+    assert spec.model.path is not None
+    path = spec.model_path(spec.model.path)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = spec.model.threads, 1
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors; they are raised too
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise SpecError(f"model.path: {path} can't be loaded by ONNX Runtime: {told(error, spec)}") from error
+    return ONNX(spec, session, runtime.__version__)
+
+
+def _providers(spec: VolumeSpec, available: list[str]) -> list[Provider]:
+    """What runs the network's layers, the fastest first."""
+    gpu = [name for name in (_TENSORRT, _CUDA) if name in available]
+    count = _gpus() if gpu and spec.model.device != "cpu" else 0
+    if spec.model.device == "cuda" and not count:
+        raise SpecError(
+            f"model.device: cuda, but ONNX Runtime has no GPU here (its providers: {', '.join(available)}); install "
+            "onnxruntime-gpu where there is one, or use auto or cpu"
+        )
+    on_tensorrt = count > 0 and _TENSORRT in gpu
+    if spec.model.precision != "float32" and not on_tensorrt:
+        raise SpecError(
+            f"model.precision: {spec.model.precision}: the precision of an ONNX file is in the file (only TensorRT can "
+            "choose another), expected float32"
+        )
+    cpu: list[Provider] = [(_CPU, {})]
+    return [(name, _options(name, spec)) for name in gpu] + cpu if count else cpu
+
+
+def _options(provider: str, spec: VolumeSpec) -> dict[str, Any]:
+    from chunkflow_core.engines.gpu import claim
+
+    device = claim(_gpus())
+    if provider == _CUDA:  # searching would choose by time taken, another algorithm in another process
+        return {"device_id": device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+    return {
+        "device_id": device,
+        "trt_fp16_enable": spec.model.precision == "float16",
+        "trt_bf16_enable": spec.model.precision == "bfloat16",
+        "trt_engine_cache_enable": True,  # TensorRT chooses by time taken too: choose once for all processes
+        "trt_engine_cache_path": str(cache_folder("tensorrt")),
+    }
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _single_input(spec: VolumeSpec, session: Any) -> str:
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise SpecError(f"model.path: {spec.model.path} has {len(inputs)} inputs, expected a network with one")
+    name: str = inputs[0].name
+    return name
+
+
+def _channels(shape: list[Any]) -> int | None:
+    return shape[1] if len(shape) == 5 and isinstance(shape[1], int) else None

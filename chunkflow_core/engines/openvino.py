@@ -1,0 +1,186 @@
+"""OpenVINO, the fastest on most CPUs: ``.xml`` (its own format), ``.onnx``, and PyTorch networks, converted once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.cache import cache_folder, made_once
+from chunkflow_core.engines.failures import is_of_the_machine, required, told
+from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
+from chunkflow_core.errors import SpecError
+from chunkflow_core.spec import VolumeSpec
+
+_FORMATS = (".xml", ".onnx")
+"""What OpenVINO reads by itself."""
+
+_PRECISIONS = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16"), "float16": ("f16", "FP16")}
+"""Of each precision the hint, and what CPUs call their ability."""
+
+
+class OpenVINO(Engine):
+    """A network on this machine's CPUs; each calling thread has a request of its own."""
+
+    def __init__(self, spec: VolumeSpec, compiled: Any, output: int, around: Any) -> None:
+        """Take a network.
+
+        Args:
+            spec: the volume.
+            compiled: network with a single input, for one patch.
+            output: index of the output to take.
+            around: what of the model file is called before and after the network (``tracing.Around``); None if nothing.
+        """
+        self._spec, self._compiled, self._output, self._around = spec, compiled, output, around
+        self._thread = threading.local()
+        self.streams = cpu_streams(spec)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"openvino": version("openvino"), "device": "cpu", "threads": self._spec.model.threads}
+
+    def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        return each_by_itself(self._one, patches)
+
+    def _one(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            given = self._around.before(patch) if self._around else patch
+            request = self._request()
+            request.infer([given])
+            if self._around:
+                output = self._around.after([np.array(tensor.data) for tensor in request.output_tensors])
+            else:
+                output = request.get_output_tensor(self._output).data
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            raise failed(told(error, self._spec), patch.shape) from error
+        return finished(output, self._spec, 1)
+
+    def _request(self) -> Any:
+        if not hasattr(self._thread, "request"):
+            self._thread.request = self._compiled.create_infer_request()
+        return self._thread.request
+
+
+def load(spec: VolumeSpec) -> OpenVINO:
+    """The engine for a spec; errors as ``load_engine``."""
+    openvino = required("openvino", "openvino")
+    assert spec.model.path is not None
+    path = spec.model_path(spec.model.path)
+    core = openvino.Core()
+    hint = _precision(spec, core)
+    converted = None if path.suffix.lower() in _FORMATS else _converted(spec)
+    file = path if converted is None else converted.network
+    try:
+        model = core.read_model(file)
+        if converted is None:
+            _fix_shape(spec, model)
+        streams = cpu_streams(spec)
+        settings = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams * spec.model.threads,
+            "ENABLE_CPU_PINNING": False,  # processes that share the machine would be pinned to the same CPUs
+        }
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        if is_of_the_machine(error):
+            raise
+        raise SpecError(f"model.path: {file} can't be loaded by OpenVINO: {told(error, spec)}") from error
+    if converted is None:
+        return OpenVINO(spec, compiled, _output(spec, compiled), None)
+    return OpenVINO(spec, compiled, 0, _around(spec, converted) if converted.is_wrapped else None)
+
+
+def _precision(spec: VolumeSpec, core: Any) -> str:
+    hint, ability = _PRECISIONS[spec.model.precision]
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if ability not in able:  # OpenVINO would compute in float32 and not say so
+        known = [name for name, (_, other) in _PRECISIONS.items() if other in able]
+        raise SpecError(
+            f"model.precision: {spec.model.precision}: this machine's CPU can't compute in it, expected one of "
+            f"{', '.join(known)}"
+        )
+    return hint
+
+
+def _fix_shape(spec: VolumeSpec, model: Any) -> None:
+    """Give the network the shape of a patch: what is static is faster, and found wrong at once."""
+    if len(model.inputs) != 1:
+        raise SpecError(f"model.path: {spec.model.path} has {len(model.inputs)} inputs, expected a network with one")
+    shape = (1, spec.input_scale.channels, *spec.patch_size)
+    try:
+        model.reshape(list(shape))
+    except RuntimeError as error:
+        raise SpecError(
+            f"model.path: {spec.model.path} does not take patches of shape {shape} (batch, input channels, z, y, x of "
+            f"patch_size), its input is {model.input().get_partial_shape()}: {told(error, spec)}"
+        ) from error
+
+
+def _output(spec: VolumeSpec, compiled: Any) -> int:
+    outputs = []
+    for port in compiled.outputs:
+        shape = port.get_partial_shape()
+        static = not shape.rank.is_dynamic and len(shape) == 5 and not shape[1].is_dynamic
+        outputs.append((port.get_names(), shape[1].get_length() if static else None))
+    return choose(outputs, spec)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A PyTorch network in OpenVINO's format, in the cache."""
+
+    folder: Path
+
+    @property
+    def network(self) -> Path:
+        return self.folder / "network.xml"
+
+    @property
+    def structure(self) -> Any:
+        """How the network's outputs are put together; None if the selected one is the only one."""
+        return json.loads((self.folder / "structure.json").read_text())
+
+    @property
+    def is_wrapped(self) -> bool:
+        return self.structure is not None
+
+
+def _converted(spec: VolumeSpec) -> _Converted:
+    """The spec's PyTorch network for OpenVINO. Only to convert it, its first time on this machine, takes PyTorch."""
+    return _Converted(made_once(cache_folder("openvino") / _digest(spec), lambda folder: _convert(spec, folder)))
+
+
+def _convert(spec: VolumeSpec, folder: Path) -> None:
+    from chunkflow_core.engines.tracing import convert
+
+    convert(spec, folder)
+
+
+def _around(spec: VolumeSpec, converted: _Converted) -> Any:
+    from chunkflow_core.engines.tracing import Around
+
+    return Around(spec, converted.structure)
+
+
+def _digest(spec: VolumeSpec) -> str:
+    """Hash of all that decides what a conversion gives."""
+    facts = {
+        "format": 1,
+        "versions": [version("openvino"), version("torch")],
+        "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in spec.model_files],
+        "patch": [1, spec.input_scale.channels, *spec.patch_size],
+        "output": [spec.model.output, spec.output.channels],
+        "batch_statistics": spec.model.batch_statistics,
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

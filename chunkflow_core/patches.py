@@ -1,0 +1,122 @@
+"""A single patch: which one is run, what goes in, what may come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from math import inf, isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.augmentation import Transform, contributions
+from chunkflow_core.blending import Grid
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.errors import DataError
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.mask import Mask, MaskWindow
+from chunkflow_core.record import Record
+from chunkflow_core.slab import Slab
+from chunkflow_core.spec import VolumeSpec
+
+Planes = tuple[Box, NDArray[Any]]
+"""A box of the input, and its voxels ``(channels, z, y, x)``."""
+
+
+class Patches:
+    """What is done with each patch of a volume."""
+
+    def __init__(self, spec: VolumeSpec, load: Callable[[], Engine], mask: Mask | None = None) -> None:
+        """Prepare for a spec; ``load`` gives the engine when the first patch is run."""
+        self.spec, self.mask, self._load = spec, mask, load
+        self.grid = spec.grid
+        self.values = Grid(*spec.output.range)
+        self.transforms = contributions(spec.model.augmentation, affinity=spec.model.outputs == "affinity")
+        self.share = 1 / len(self.transforms)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs patches."""
+        return self._load()
+
+    def input_box(self, position: Vector) -> Box:
+        """The input voxels that a patch needs."""
+        return self.grid.patch_box(position).grown(self.spec.halo, self.spec.halo)
+
+    def inside_mask(self, positions: Iterable[Vector]) -> list[Vector]:
+        """Those patches that a voxel of the mask touches; all if there is no mask."""
+        positions = list(positions)
+        if self.mask is None or not positions:
+            return positions
+        boxes = [self.grid.patch_box(position) & self.grid.roi for position in positions]
+        window = self.mask.window(Box.around(boxes))
+        return [position for position, box in zip(positions, boxes, strict=True) if window.touches(box)]
+
+    def mask_window(self, box: Box) -> MaskWindow | None:
+        """The mask in a box of the output; None if there is no mask."""
+        return None if self.mask is None else self.mask.window(box)
+
+    def voxels(self, position: Vector, planes: Planes) -> NDArray[Any] | None:
+        """The input voxels of a patch, as they are stored; None if they are all zeros and such patches are skipped."""
+        box, data = planes
+        part: NDArray[Any] = data[(slice(None), *self.input_box(position).slices(box.start))]
+        return None if self.spec.skip.zeros and not part.any() else part
+
+    def scale(self, dtype: np.dtype[Any]) -> np.float32:
+        """What voxels of a dtype are divided by: integers become values from 0 to 1."""
+        return np.float32(1 if dtype.kind == "f" else np.iinfo(dtype).max)
+
+    def run(self, slab: Slab, position: Vector, planes: Planes, record: Record, wait: Callable[[], None]) -> None:
+        """Run a patch and add it to a slab; ``wait`` returns when there is room for it."""
+        part = record.measure("stitch", self.voxels, position, planes)
+        if part is None:
+            record.count("zeros")
+            return
+        patch = record.measure("stitch", self.scaled, part)
+        for transform in self.transforms:
+            turned = record.measure("stitch", np.ascontiguousarray, transform.apply(patch))
+            output = record.measure("forward", self.forward, turned)
+            wait()
+            record.measure("stitch", self._add, slab, position, transform, output)
+        record.count("patches")
+
+    def forward(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run one patch ``(channels, z, y, x)``, in a batch that is filled up: another batch shape could give other bits."""
+        if self.engine.batch_size == 1:
+            batch = patch[None]
+        else:
+            batch = np.zeros((self.engine.batch_size, *patch.shape), np.float32)
+            batch[0] = patch
+        output: NDArray[np.float32] = self.engine(batch)[0]
+        return output
+
+    def check(self, position: Vector, output: NDArray[np.float32]) -> None:
+        """``DataError`` unless all values of an output are within the declared range."""
+        least, most = float(output.min()), float(output.max())
+        if not (self.values.low <= least and most <= self.values.high):
+            raise self.error(position, least, most)
+
+    def error(self, position: Vector, least: float, most: float) -> DataError:
+        """What is wrong with a patch, the least and largest value of whose output are given."""
+        finite = isfinite(least) and isfinite(most)
+        what = f"values from {least:.6g} to {most:.6g}" if finite else "NaN or infinity (or its input has them already)"
+        return DataError(
+            f"the model gave {what} for the patch at lattice position {position} ({self.grid.patch_box(position)}), "
+            f"expected values within output.range [{self.values.low:g}, {self.values.high:g}]"
+        )
+
+    def scaled(self, part: NDArray[Any]) -> NDArray[np.float32]:
+        """Voxels as the network gets them: float32, contiguous."""
+        patch = np.empty(part.shape, np.float32)
+        np.divide(part, self.scale(part.dtype), out=patch, dtype=np.float32, casting="unsafe")
+        return patch
+
+    def _add(self, slab: Slab, position: Vector, transform: Transform, output: NDArray[np.float32]) -> None:
+        limits, share = (self.values.low, self.values.high), self.share
+        if share < 1:  # contributions may be beyond the range
+            self.check(position, output)
+            limits = (-inf, inf)
+        if not slab.add(position, transform.undo(output), share=share, limits=limits):
+            self.check(position, output)
+            raise AssertionError("only a value beyond the range is refused")

@@ -1,0 +1,152 @@
+"""Sums over the planes of a chunk that patches still reach, in a ring; what is final leaves it, converted.
+
+Several threads add patches at once. Sums are exact, so their order is of no matter; each plane has a lock, and threads start
+at different planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Condition, Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.blending import Grid, normalised_weight
+from chunkflow_core.errors import ChunkflowError
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.kernels import add_plane, to_uint8
+from chunkflow_core.lattice import Block, BlockGrid
+
+
+class Cancelled(ChunkflowError):
+    """Somebody waited for room in a slab that was given up."""
+
+
+class Slab:
+    """Sums over consecutive planes of a chunk, in grid steps; moves up along z as planes become final."""
+
+    def __init__(self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid) -> None:
+        """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped."""
+        self.grid, self.region, self.values = grid, region, values
+        self.depth = min(depth, region.shape[0])
+        self.sums = np.zeros((channels, self.depth, *region.shape[1:]), np.float32)
+        self.start = region.start[0]
+        self._moved = Condition()
+        self._cancelled = False
+        self._locks = [Lock() for _ in range(self.depth)]
+
+    def add(
+        self,
+        position: Vector,
+        patch: NDArray[np.float32],
+        *,
+        share: float = 1.0,
+        limits: tuple[float, float] = (-np.inf, np.inf),
+    ) -> bool:
+        """Add a patch, weighted. There has to be room for it.
+
+        Args:
+            position: of the patch in the lattice.
+            patch: float32 ``(channels, z, y, x)``, contiguous.
+            share: a power of two by which the weights are multiplied.
+            limits: least and largest value allowed.
+
+        Returns:
+            Whether all values were within the limits. If not, the sums are of no use any more.
+        """
+        box = self.grid.patch_box(position)
+        inside = box & self.region
+        if not inside:
+            return True
+        z, y, x = (
+            normalised_weight(axis, k)[part]
+            for axis, k, part in zip(self.grid.axes, position, inside.slices(box.start), strict=True)
+        )
+        weight_yx, weight_z = y[:, None] * x[None, :], z * np.float32(share / self.values.step)
+        first, low, high = self._place(inside), np.float32(limits[0]), np.float32(limits[1])
+        source = [a - b for a, b in zip(inside.start, box.start, strict=True)]
+        within = True
+        for i in range(len(z)):
+            plane = (i + position[1] + position[2]) % len(z)
+            slot = (first[0] + plane) % self.depth
+            to, taken = (slot, first[1], first[2]), (source[0] + plane, source[1], source[2])
+            with self._locks[slot]:
+                within &= add_plane(self.sums, to, patch, taken, weight_yx, weight_z[plane], low, high)
+        return within
+
+    def sum(self, box: Box) -> NDArray[np.float32]:
+        """A copy of the sums in ``box``: float32 ``(channels, z, y, x)`` in the units of the values."""
+        result = np.empty((len(self.sums), *box.shape), np.float32)
+        for plane, (z, y, x) in enumerate(self._planes(box)):
+            part = self.sums[:, z, y : y + box.shape[1], x : x + box.shape[2]]
+            np.multiply(part, np.float32(self.values.step), out=result[:, plane])
+        return result
+
+    def converted(self, box: Box, dtype: str) -> NDArray[np.float32 | np.uint8]:
+        """The complete sums in ``box`` in the output's dtype, as ``convert`` gives them."""
+        if dtype == "float32":
+            return self.sum(box)
+        result = np.empty((len(self.sums), *box.shape), np.uint8)
+        for plane, start in enumerate(self._planes(box)):
+            to_uint8(self.sums, start, np.float32(self.values.step), *self.values.uint8, result, plane)
+        return result
+
+    def advance(self, plane: int) -> None:
+        """Drop the planes below ``plane`` and make room above."""
+        for z in range(self.start, min(plane, self.start + self.depth)):
+            self.sums[:, (z - self.region.start[0]) % self.depth] = 0
+        with self._moved:
+            self.start = plane
+            self._moved.notify_all()
+
+    def wait_for_room(self, position: Vector) -> None:
+        """Return when there is room for a patch.
+
+        Raises:
+            Cancelled: the slab was given up.
+        """
+        stop = (self.grid.patch_box(position) & self.region).stop[0]
+        with self._moved:
+            self._moved.wait_for(lambda: self._cancelled or stop <= self.start + self.depth)
+            if self._cancelled:
+                raise Cancelled("the slab was given up")
+
+    def cancel(self) -> None:
+        """Give up: whoever waits for room gets ``Cancelled``."""
+        with self._moved:
+            self._cancelled = True
+            self._moved.notify_all()
+
+    def _place(self, box: Box) -> Vector:
+        z, y, x = (a - b for a, b in zip(box.start, self.region.start, strict=True))
+        return z % self.depth, y, x
+
+    def _planes(self, box: Box) -> Iterator[Vector]:
+        """Where the planes of a box are in ``sums``."""
+        z, y, x = self._place(box)
+        for plane in range(box.shape[0]):
+            yield (z + plane) % self.depth, y, x
+
+
+def convert(sums: NDArray[np.float32], dtype: str, values: Grid) -> NDArray[np.float32 | np.uint8]:
+    """Convert complete sums to the output's dtype, once, after the last addition.
+
+    ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and clipped.
+
+    Args:
+        sums: float32 ``(channels, z, y, x)``, in the units of the values.
+        dtype: of the output.
+        values: their range.
+    """
+    if dtype == "float32":
+        return sums
+    result = np.empty(sums.shape, np.uint8)
+    for plane in range(sums.shape[1]):
+        to_uint8(sums, (plane, 0, 0), np.float32(1), *values.uint8, result, plane)
+    return result
+
+
+def slab_depth(grid: BlockGrid, block: Block) -> int:
+    """Planes that a block's slab holds: those that a layer of patches reaches, and those short of a whole storage chunk."""
+    return min(grid.patch[0] + grid.storage_chunk[0] - 1, block.chunk.shape[0])

@@ -1,0 +1,71 @@
+"""Patches on CPUs: several at a time, each in a thread of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice import Block
+from chunkflow_core.patches import Patches, Planes
+from chunkflow_core.record import Record
+from chunkflow_core.slab import Slab, slab_depth
+
+
+class Streams:
+    """Runs patches of a block, layer by layer.
+
+    The next layer's patches may start before the last ones of a layer are done, so that no stream has to wait: what they
+    give is added when the sums of the layer before have left.
+    """
+
+    ahead = 1
+    """Layers that may be started before the one before them has been finished."""
+
+    def __init__(
+        self, patches: Patches, block: Block, record: Record, patch_done: Callable[[], object], streams: int
+    ) -> None:
+        self._patches, self._record, self._patch_done = patches, record, patch_done
+        grid = patches.grid
+        self._slab = Slab(grid, block.chunk, slab_depth(grid, block), patches.spec.output.channels, patches.values)
+        self._pool = ThreadPoolExecutor(streams, thread_name_prefix="stream")
+        self._layers: deque[list[Future[None]]] = deque()
+
+    def start(self, positions: list[Vector], planes: Planes) -> None:
+        """Start a layer of patches."""
+        self._layers.append([self._pool.submit(self._run, position, planes) for position in positions])
+
+    def finish(self) -> None:
+        """Wait for the layer that was started first; an error of any of its patches arises here."""
+        for future in self._layers.popleft():
+            future.result()
+
+    def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
+        """See ``inference.Sums``."""
+        data = self._record.measure("convert", self._slab.sum, box)
+        return lambda: data
+
+    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """See ``inference.Sums``."""
+        data = self._record.measure("convert", self._slab.converted, box, self._patches.spec.output.dtype)
+        return lambda: data
+
+    def advance(self, plane: int) -> None:
+        """Drop the sums below a plane."""
+        self._record.measure("convert", self._slab.advance, plane)
+
+    def close(self) -> None:
+        """Give up what has not been done."""
+        self._slab.cancel()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, position: Vector, planes: Planes) -> None:
+        wait = partial(self._slab.wait_for_room, position)
+        self._patches.run(self._slab, position, planes, self._record, wait)
+        self._patch_done()
