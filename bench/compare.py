@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from chunkflow_core.cpus import VARIABLE, available_cpus
-from chunkflow_core.geometry import Box, Vector, indices, vector
+from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.spec import VolumeSpec, parse_spec
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -132,7 +132,9 @@ def nearest_exact(shape: Sequence[int], patch: Vector, overlap: Vector) -> Vecto
 
 def em_like(shape: Vector, seed: int = 0) -> NDArray[np.uint8]:
     """A stack that looks like electron microscopy, uint8 ``(z, y, x)``: one made-up sample, mirrored up to the shape."""
-    sample = load_file(EXAMPLES / "sample_volume.py").sample_volume((28, 320, 320), seed)[:, :240, :240]  # not the blank
+    sample = load_file(EXAMPLES / "sample_volume.py").sample_volume((28, 320, 320), seed)[
+        :, :240, :240
+    ]  # not the blank
     padding = [(0, max(0, n - m)) for n, m in zip(shape, sample.shape, strict=True)]
     stack = np.pad(sample[tuple(slice(n) for n in shape)], padding, mode="reflect")
     return np.maximum(stack, 1)
@@ -221,9 +223,11 @@ class Row(ABC):
             How the row runs, in a few words.
         """
         self.whole("warm")
-        return self.settings
+        return self.settings()
 
-    settings: str = ""
+    @abstractmethod
+    def settings(self) -> str:
+        """How many passes run at a time, in how many threads each."""
 
     @cached_property
     def data(self) -> Array:
@@ -283,8 +287,7 @@ class Ours(Row):
         """What runs patches."""
         return self.workspaces["volume"].engine
 
-    @property
-    def settings(self) -> str:  # type: ignore[override]
+    def settings(self) -> str:
         streams, threads = getattr(self.engine, "streams", 1), self.bench.pass_threads
         return f"{streams} × {threads} thread{'s' if threads > 1 else ''}"
 
@@ -394,8 +397,7 @@ class Other(Row):
         compress = False if bench.compression == "none" else bench.compression
         return CloudVolume(path, progress=False, compress=compress, parallel=bench.parallel)
 
-    @property
-    def settings(self) -> str:  # type: ignore[override]
+    def settings(self) -> str:
         import torch
 
         return f"1 × {torch.get_num_threads()} threads"
@@ -419,9 +421,11 @@ def to_uint8(result: NDArray[np.float32]) -> NDArray[np.uint8]:
 class Monai(Other):
     """``monai.inferers.sliding_window_inference`` in eager PyTorch."""
 
-    def __init__(self, bench: Bench, name: str, precision: str = "float32", network: bool = True) -> None:
+    def __init__(
+        self, bench: Bench, name: str, precision: str = "float32", channels_last: bool = False, network: bool = True
+    ) -> None:
         super().__init__(bench, name)
-        self.precision, self.network = precision, network
+        self.precision, self.channels_last, self.network = precision, channels_last, network
 
     @cached_property
     def predictor(self) -> Callable[[Any], Any]:
@@ -430,15 +434,16 @@ class Monai(Other):
 
         if not self.network:
             return lambda batch: batch.repeat(1, CHANNELS, 1, 1, 1)
-        network = load_network(self.bench)
-        if self.precision == "float32":
-            return network
+        network, layout = load_network(self.bench), torch.contiguous_format
+        if self.channels_last:
+            layout = torch.channels_last_3d
+            network = network.to(memory_format=layout)
 
-        def lower(batch: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return network(batch).float()
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+                return network(batch.contiguous(memory_format=layout)).float()
 
-        return lower
+        return run
 
     def infer(self, stack: Array) -> tuple[NDArray[np.float32], int]:
         import torch
@@ -476,10 +481,9 @@ class Monai(Other):
                 numbers = range(first, min(first + size, count))
                 self.predictor(torch.from_numpy(np.concatenate([patches[i % len(patches)] for i in numbers])))
 
-    @property
-    def settings(self) -> str:  # type: ignore[override]
+    def settings(self) -> str:
         buffered = f", {self.bench.monai_buffer} buffer steps" if self.bench.monai_buffer else ""
-        return f"{super().settings}, batch {self.bench.monai_batch}{buffered}"
+        return f"{super().settings()}, batch {self.bench.monai_batch}{buffered}"
 
 
 class Chunkflow(Other):
@@ -541,7 +545,10 @@ ROWS = {
     "openvino-bfloat16": Entry("this, OpenVINO, bfloat16", _ours("openvino", "bfloat16"), "bfloat16"),
     "onnx-float32": Entry("this, ONNX Runtime, float32", _ours("onnx", "float32")),
     "monai-float32": Entry("MONAI, float32", Monai),
-    "monai-bfloat16": Entry("MONAI, bfloat16 autocast", partial(Monai, precision="bfloat16"), "bfloat16"),
+    "monai-channels-last": Entry("MONAI, float32, channels last", partial(Monai, channels_last=True)),
+    "monai-bfloat16": Entry(
+        "MONAI, bfloat16, channels last", partial(Monai, precision="bfloat16", channels_last=True), "bfloat16"
+    ),
     "chunkflow-float32": Entry("chunkflow, float32", Chunkflow),
     "identity": Entry("this, identity", partial(Ours, model={"engine": "identity"}, network=False), network=False),
     "monai-identity": Entry("MONAI, identity", partial(Monai, network=False), network=False),
@@ -584,10 +591,6 @@ def _call(method: str, *arguments: Any) -> Any:
     return getattr(_row, method)(*arguments)
 
 
-def _attribute(name: str) -> Any:
-    return getattr(_row, name)
-
-
 def _timed(method: str, *arguments: Any) -> tuple[Timing, Any]:
     """Wall and CPU seconds of a method of the row."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -607,7 +610,7 @@ def _matrix_rate(precision: str) -> float:
 
     dtype, best = getattr(torch, precision), float("inf")
     a, b = (torch.rand(MATRIX, MATRIX).to(dtype) for _ in range(2))
-    for _ in range(4):
+    for _ in range(6):
         start = time.perf_counter()
         torch.matmul(a, b)
         best = min(best, time.perf_counter() - start)
@@ -624,7 +627,9 @@ def _multiply_adds() -> int:
         nonlocal total
         transposed = isinstance(module, torch.nn.ConvTranspose3d)
         positions = (inputs[0] if transposed else output)[0, 0].numel()
-        total += positions * module.in_channels * module.out_channels // module.groups * int(np.prod(module.kernel_size))
+        total += (
+            positions * module.in_channels * module.out_channels // module.groups * int(np.prod(module.kernel_size))
+        )
 
     for module in network.modules():
         if isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
@@ -690,7 +695,7 @@ class Process:
 
 
 def run_rounds(processes: list[Process], peak: Process, count: int, rounds: int) -> dict[str, float]:
-    """Let each row run once in every round, in turn forwards and backwards; the rates of matrix multiplication."""
+    """Let each row run once in every round, in turn forwards and backwards; the best rates of matrix multiplication."""
     rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     with tqdm(total=rounds * len(processes), desc="rounds", unit="row") as progress:
         for number in range(rounds):
@@ -704,7 +709,7 @@ def run_rounds(processes: list[Process], peak: Process, count: int, rounds: int)
                 else:
                     process.measure("compute")
                 progress.update()
-    return {precision: statistics.median(found) for precision, found in rates.items()}
+    return {precision: max(found) for precision, found in rates.items()}
 
 
 def summarise(bench: Bench, process: Process, reference: Process | None, work: int, rates: dict[str, float]) -> Timing:
@@ -714,7 +719,9 @@ def summarise(bench: Bench, process: Process, reference: Process | None, work: i
     figures = {"whole_seconds": statistics.median(whole), "voxels_per_second": voxels / statistics.median(whole)}
     if forward:
         figures["forward_seconds"] = statistics.median(forward)
-        figures["ratio"] = statistics.median(a / b for a, b in zip(whole, forward, strict=True))
+        figures["ratio"] = _median_ratio(whole, forward)
+        cpu = [[t["cpu_seconds"] for t in process.timings[what]] for what in ("whole", "forward")]
+        figures["cpu_ratio"] = _median_ratio(*cpu)
         rate = work * process.patches / figures["whole_seconds"]
         figures["multiply_adds_per_second"] = rate
         figures["of_matrix_rate"] = rate / rates[entry.precision]
@@ -728,8 +735,8 @@ def summarise(bench: Bench, process: Process, reference: Process | None, work: i
     return figures
 
 
-def _median_ratio(theirs: list[float], ours: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def check_numbers(bench: Bench, processes: list[Process]) -> dict[str, Any]:
@@ -801,8 +808,8 @@ def _figure(figures: Timing, key: str, form: str, scale: float = 1.0) -> str:
 
 def network_table(rows: dict[str, Any]) -> str:
     """Rows that run the network."""
-    header = ["", "at a time", "whole, s", "forward alone, s", "whole / forward", "Mvoxel/s", "speed, MONAI = 1"]
-    header += ["of the matrix rate", "peak memory, MB"]
+    header = ["", "at a time", "whole, s", "forward alone, s", "whole / forward", "in CPU time", "Mvoxel/s"]
+    header += ["speed, MONAI = 1", "of the matrix rate", "peak memory, MB"]
     lines = []
     for name, row in rows.items():
         if not ROWS[name].network:
@@ -812,6 +819,7 @@ def network_table(rows: dict[str, Any]) -> str:
             continue
         figures = row["figures"]
         columns = [("whole_seconds", ".2f", 1), ("forward_seconds", ".2f", 1), ("ratio", ".3f", 1)]
+        columns += [("cpu_ratio", ".3f", 1)]
         columns += [("voxels_per_second", ".2f", 1e-6), ("speed_to_monai", ".2f", 1), ("of_matrix_rate", ".0%", 1)]
         lines.append([ROWS[name].title, row["settings"], *(_figure(figures, *column) for column in columns)])
         lines[-1].append(f"{row['peak_memory'] / 1e6:.0f}")
@@ -859,7 +867,10 @@ def plot(path: Path, report: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = {True: ("forward_seconds", "forward passes alone"), False: ("compute_seconds", "without reading and writing")}
+    kinds = {
+        True: ("forward_seconds", "forward passes alone"),
+        False: ("compute_seconds", "without reading and writing"),
+    }
     shown = {
         kind: {n: r for n, r in report["rows"].items() if ROWS[n].network == kind and not r["error"]} for kind in kinds
     }
@@ -884,7 +895,9 @@ def plot(path: Path, report: dict[str, Any]) -> None:
         axis.legend(loc="best", fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
     facts = report["machine"]
-    figure.suptitle(f"{facts['processor']}, {report['options']['threads']} CPUs, {report['patches']} patches", fontsize=10)
+    figure.suptitle(
+        f"{facts['processor']}, {report['options']['threads']} CPUs, {report['patches']} patches", fontsize=10
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -920,7 +933,10 @@ def arguments() -> argparse.Namespace:
         "--compression", choices=("gzip", "zstd", "br", "none"), default="gzip", help="of all output layers"
     )
     parser.add_argument(
-        "--parallel", type=int, default=1, help="CloudVolume's processes for the others' reading and writing (default: 1)"
+        "--parallel",
+        type=int,
+        default=1,
+        help="CloudVolume's processes for the others' reading and writing (default: 1)",
     )
     parser.add_argument("--monai-batch", type=int, default=1, help="MONAI's sw_batch_size (default: 1)")
     parser.add_argument("--monai-buffer", type=int, help="MONAI's buffer_steps, along z (default: none)")
@@ -935,10 +951,11 @@ def measure(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
     processes = [Process.start(bench, name) for name in names]
     peak = Process.start(bench, "peak")
     try:
-        for process in tqdm(processes, desc="warming up", unit="row"):
-            process.settings = process.ask(_call, "prepare") or ""
+        with ThreadPoolExecutor(bench.threads) as pool:
+            settings = pool.map(lambda process: process.ask(_call, "prepare") or "", processes)
+            for process, told in tqdm(zip(processes, settings, strict=True), "warming up", len(processes), unit="row"):
+                process.settings = told
         work = peak.ask(_multiply_adds) or 0
-        patches = len(list(indices((0, 0, 0), bench.spec("volume", "none", {"engine": "identity"}).grid.shape)))
         patches = bench.spec("volume", "none", {"engine": "identity"}).grid.patches
         rates = run_rounds(processes, peak, patches, rounds)
         rows: dict[str, Any] = {}
@@ -975,8 +992,8 @@ def main() -> int:
     patch, overlap = vector(options.patch), vector(options.overlap)
     volume = nearest_exact(options.volume, patch, overlap)
     threads = options.threads or available_cpus()
-    os.environ |= {VARIABLE: str(threads), "TQDM_DISABLE": "1"}  # for the rows' processes
     with tempfile.TemporaryDirectory(prefix="compare-", dir=options.folder) as folder:
+        os.environ |= {VARIABLE: str(threads), "CHUNKFLOW_CACHE": f"{folder}/cache", "TQDM_DISABLE": "1"}  # of the rows
         bench = Bench(
             folder=folder,
             volume=volume,

@@ -166,6 +166,21 @@ def picture_command(options: argparse.Namespace) -> None:
     print(file)
 
 
+def compile_command(options: argparse.Namespace) -> None:
+    """Convert the model, and time every engine that can run it."""
+    spec = spec_of(options)
+    from chunkflow_core import compile
+
+    candidates = compile.settings(spec, options.engines)
+    patches = compile.sample(spec, options.patches)
+    with tqdm(total=compile.steps(candidates), unit="step", desc="compile", disable=None) as bar:
+        measurements = compile.measure(spec, candidates, patches, bar.update)
+    best, reference = compile.fastest(measurements, options.tolerance), candidates[0]
+    print("\n".join(compile.table(measurements, best)))
+    print(f"\n► the fastest within {options.tolerance:g} of {reference.engine} {reference.precision}; in the spec:\n")
+    print(compile.spec_lines(best.setting))
+
+
 def ingest_command(options: argparse.Namespace) -> None:
     """Store an image stack as a precomputed layer."""
     from chunkflow_core.geometry import vector
@@ -230,6 +245,11 @@ def parser() -> Parser:
     sub.add_argument("file", metavar="FILE.png")
     sub.add_argument("--z", type=int, help="section (default: the middle)")
     sub = add(
+        "compile", compile_command, "Convert the model for its engine, and time every engine that can run it here."
+    )
+    add_spec_arguments(sub)
+    _add_compile(sub)
+    sub = add(
         "ingest", ingest_command, "Store a TIFF stack, folder of images, HDF5 dataset or npy as a precomputed layer."
     )
     _add_ingest(sub)
@@ -267,6 +287,26 @@ def _add_seams(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_compile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-5,
+        metavar="D",
+        help="largest difference to the reference, PyTorch in float32, that an output value may have (default: 1e-5)",
+    )
+    sub.add_argument(
+        "--patches", type=_positive, default=4, metavar="N", help="patches of the input layer to run (default: 4)"
+    )
+    sub.add_argument(
+        "--engines",
+        type=_engines,
+        default="pytorch,openvino,onnx",
+        metavar="NAMES",
+        help="engines to try, of pytorch,openvino,onnx (default: all that take the model)",
+    )
+
+
 def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", metavar="SOURCE", help="stack.tif, folder of images, file.h5:dataset, or stack.npy; zyx")
     sub.add_argument("layer", type=_layer, metavar="LAYER", help='layer to make, such as "file:///data/em"')
@@ -299,6 +339,21 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
     return value
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return value
+
+
+def _engines(text: str) -> list[str]:
+    names, known = text.split(","), ("pytorch", "openvino", "onnx")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{text}: expected some of {','.join(known)}")
+    return names
 
 
 def _voxel_size(text: str) -> float:

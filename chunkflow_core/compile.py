@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import PurePath
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from chunkflow_core.cpus import available_cpus
 from chunkflow_core.engines import load_engine
-from chunkflow_core.engines.base import Engine
-from chunkflow_core.errors import ChunkflowError, UsageError
+from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.errors import ChunkflowError, DataError, UsageError
 from chunkflow_core.geometry import Vector, vector
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.volumes import InputLayer
@@ -78,7 +77,7 @@ def settings(spec: VolumeSpec, engines: Sequence[str]) -> list[Setting]:
     if not chosen:
         raise UsageError(f"--engines {','.join(engines)}: {spec.model.path} can be run by {', '.join(able)}")
     on_gpu = spec.model.device != "cpu" and _has_gpu()
-    splits = [(spec.model.threads, 1)] if on_gpu else _splits()
+    splits = [(spec.model.threads, 1)] if on_gpu or able == ("pznet",) else _splits()
     reference = Setting("pytorch" if "pytorch" in able else spec.model.engine, "float32", *splits[0])
     found = [reference]
     for engine in chosen:
@@ -102,22 +101,25 @@ def measure(
         step_done: called after each step of ``steps(candidates)``.
 
     Raises:
-        ChunkflowError: the reference can't be run.
+        ChunkflowError: the reference can't be run, or gives no numbers.
     """
     engines: dict[Setting, Engine] = {}
     results: dict[Setting, Measurement] = {}
     expected: list[Patch] = []
     for setting in candidates:
         try:
-            engines[setting] = load_engine(setting.spec(spec))
-            given = _run(engines[setting], patches)
-            expected = expected or given
-            results[setting] = Measurement(setting, difference=_difference(given, expected))
-        except ChunkflowError as error:
-            engines.pop(setting, None)
+            engine = load_engine(setting.spec(spec))
+            given = _run(engine, patches)
+        except Exception as error:  # whatever keeps one from running is no reason not to try the others
             if setting == candidates[0]:
                 raise
-            results[setting] = Measurement(setting, reason=str(error))
+            told = str(error) if isinstance(error, ChunkflowError) else f"{type(error).__name__}: {error}"
+            results[setting] = Measurement(setting, reason=" ".join(told.split()))
+        else:
+            expected = expected or _finite(given)
+            engines[setting] = engine
+            difference = float(np.max([np.abs(a - b).max() for a, b in zip(given, expected, strict=True)]))
+            results[setting] = Measurement(replace(setting, streams=engine.streams), difference=difference)
         step_done()
     for _ in range(ROUNDS):
         for setting, result in results.items():
@@ -194,8 +196,7 @@ def _splits() -> list[tuple[int, int]]:
 
 
 def _own_split(spec: VolumeSpec, *, on_gpu: bool) -> tuple[int, int]:
-    streams = 1 if on_gpu else spec.model.streams or max(1, available_cpus() // spec.model.threads)
-    return spec.model.threads, streams
+    return spec.model.threads, 1 if on_gpu or spec.model.engine == "pznet" else cpu_streams(spec)
 
 
 def _precisions(engine: str, *, on_gpu: bool) -> tuple[str, ...]:
@@ -225,12 +226,16 @@ def _run(engine: Engine, patches: Sequence[Patch]) -> list[Patch]:
 
 
 def _seconds(engine: Engine, patches: Sequence[Patch]) -> float:
+    """Per patch, with all streams busy to the end."""
+    together = engine.streams * engine.batch_size
+    count = -(-len(patches) // together) * together
+    repeated = [patches[number % len(patches)] for number in range(count)]
     start = perf_counter()
-    _run(engine, patches)
-    return (perf_counter() - start) / len(patches)
+    _run(engine, repeated)
+    return (perf_counter() - start) / count
 
 
-def _difference(given: Sequence[Patch], expected: Sequence[Patch]) -> float:
-    with suppress(ValueError):
-        return max(float(np.abs(a - b).max()) for a, b in zip(given, expected, strict=True))
-    return float("inf")
+def _finite(outputs: list[Patch]) -> list[Patch]:
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise DataError("the model gives NaN or infinity in float32 already: there is nothing to compare with")
+    return outputs

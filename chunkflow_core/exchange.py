@@ -23,10 +23,7 @@ from pathlib import Path
 from time import time
 from typing import Any, Literal
 
-import numpy as np
-import zstandard
 from cloudfiles import CloudFiles
-from numpy.typing import NDArray
 
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.geometry import Box, Vector, vector
@@ -38,7 +35,6 @@ Stage = Literal["infer", "blend"]
 STAGES: tuple[Stage, Stage] = ("infer", "blend")
 
 _MAGIC = b"CFDONATE"
-_COMPRESSION_LEVEL = 1
 _PARTIAL = ".partial"
 
 
@@ -83,59 +79,51 @@ class Receipt:
         return _hash(json.dumps([self.geometry, entries]).encode())
 
 
-def encode(donation: Donation, sums: NDArray[np.float32], fingerprint: str) -> bytes:
-    """A donation as a file: magic, header length, header (JSON), payload (bytes of equal rank together, zstandard).
+def pack(donation: Donation, payload: bytes, channels: int, fingerprint: str) -> tuple[bytes, str]:
+    """A donation as a file, and its checksum: magic, header length, header (JSON), payload.
+
+    The header has the payload's checksum, so the header's is that of the whole file.
 
     Args:
         donation: what it is.
-        sums: float32 ``(channels, z, y, x)`` of the donation's box.
+        payload: its sums, compressed.
+        channels: of the sums.
         fingerprint: of the spec.
     """
-    planes = np.ascontiguousarray(sums.astype("<f4", copy=False).reshape(-1, 1).view(np.uint8).T)
-    payload = zstandard.compress(planes.tobytes(), _COMPRESSION_LEVEL)
-    header = {
-        "donor": donation.donor,
-        "receiver": donation.receiver,
-        "key": donation.key,
-        "fingerprint": fingerprint,
-        "dtype": "<f4",
-        "shape": sums.shape,
-        "payload": _hash(payload),
-    }
+    header = {"payload": _hash(payload), **_header(donation, channels, fingerprint)}
     text = json.dumps(header, sort_keys=True).encode()
-    return _MAGIC + struct.pack("<I", len(text)) + text + payload
+    return b"".join([_MAGIC, struct.pack("<I", len(text)), text, payload]), _hash(text)
 
 
-def check(data: bytes, donation: Donation, channels: int, fingerprint: str) -> bytes:
+def unpack(data: bytes, donation: Donation, channels: int, fingerprint: str, checksum: str) -> bytes:
     """The payload of a donation file; ``DataError`` unless it is intact and exactly the donation that is expected."""
     try:
         if data[:8] != _MAGIC:
-            raise ValueError("it does not begin as a donation")
+            raise ValueError("it does not begin as a donation (truncated, corrupt or foreign)")
         (length,) = struct.unpack_from("<I", data, 8)
-        header = json.loads(data[12 : 12 + length])
-        payload = data[12 + length :]
+        text, payload = data[12 : 12 + length], data[12 + length :]
+        header = json.loads(text)
         if header["payload"] != _hash(payload):
             raise ValueError("the checksum of its content does not match (truncated or corrupt)")
-        expected = {
-            "donor": list(donation.donor),
-            "receiver": list(donation.receiver),
-            "key": donation.key,
-            "fingerprint": fingerprint,
-            "dtype": "<f4",
-            "shape": [channels, *donation.box.shape],
-        }
-        for name, value in expected.items():
+        for name, value in _header(donation, channels, fingerprint).items():
             if header[name] != value:
                 raise ValueError(f"its {name} is {header[name]}, expected {value} (a foreign donation)")
+        if _hash(text) != checksum:
+            raise ValueError("its checksum does not match the block's receipt (an older or foreign donation)")
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise DataError(f"donation {donation.key} can't be used: {error}") from error
     return payload
 
 
-def decode(data: bytes, donation: Donation, channels: int, fingerprint: str) -> NDArray[np.float32]:
-    """The inverse of ``encode``: float32 ``(channels, z, y, x)``; ``DataError`` as ``check``."""
-    planes = np.frombuffer(zstandard.decompress(check(data, donation, channels, fingerprint)), np.uint8).reshape(4, -1)
-    return np.ascontiguousarray(planes.T).view("<f4").reshape(channels, *donation.box.shape)
+def _header(donation: Donation, channels: int, fingerprint: str) -> dict[str, Any]:
+    return {
+        "donor": list(donation.donor),
+        "receiver": list(donation.receiver),
+        "key": donation.key,
+        "fingerprint": fingerprint,
+        "format": "split float32 zstandard",
+        "shape": [channels, *donation.box.shape],
+    }
 
 
 class Exchange:
@@ -147,41 +135,34 @@ class Exchange:
         self.path = f"{spec.exchange.path.removeprefix('precomputed://').rstrip('/')}/{self.fingerprint}"
         self._files = CloudFiles(self.path, progress=False)
 
-    def put_donation(self, donation: Donation, sums: NDArray[np.float32]) -> DonationEntry:
-        """Store a donation, unless it is all zeros, and return its entry for the receipt."""
-        if not np.any(sums):
+    def put_donation(self, donation: Donation, payload: bytes | None) -> DonationEntry:
+        """Store a donation, given its compressed sums, or None if all are zero; its entry for the receipt."""
+        if payload is None:
             return DonationEntry(donation.key, donation.receiver, None, 0)
-        data = encode(donation, sums, self.fingerprint)
+        data, checksum = pack(donation, payload, self.spec.output.channels, self.fingerprint)
         self._put(f"donations/{donation.key}", data)
-        return DonationEntry(donation.key, donation.receiver, _hash(data), len(data))
+        return DonationEntry(donation.key, donation.receiver, checksum, len(data))
 
     def get_donations(self, wanted: Iterable[tuple[Donation, DonationEntry]]) -> dict[str, bytes]:
-        """Fetch donations, as files, by key; those that are all zeros are left out. All are checked.
+        """Fetch donations: their compressed sums, by key; those that are all zeros are left out. All are checked.
 
         Raises:
             MissingInputError: one isn't there.
             DataError: one is not what its donor wrote.
         """
-        entries = {d.key: (d, e) for d, e in wanted if e.checksum is not None}
+        entries = {d.key: (d, e.checksum) for d, e in wanted if e.checksum is not None}
         with storage_errors(f"fetching donations from {self.path}"):
             answers = self._files.get([f"donations/{key}" for key in entries], raise_errors=True)
         found: dict[str, bytes] = {}
         for answer in answers:
-            key = answer["path"].removeprefix("donations/")
-            donation, entry = entries[key]
-            content = answer["content"]
+            key, content = answer["path"].removeprefix("donations/"), answer["content"]
+            donation, checksum = entries[key]
             if content is None:
                 raise MissingInputError(f"donation {key} is missing in {self.path}. {self.remedy(donation.donor)}")
-            if _hash(content) != entry.checksum:
-                raise DataError(
-                    f"donation {key} in {self.path} is not what block {donation.donor} wrote (truncated, corrupt or "
-                    f"foreign: its checksum does not match the block's receipt). {self.remedy(donation.donor)}"
-                )
             try:
-                check(content, donation, self.spec.output.channels, self.fingerprint)
+                found[key] = unpack(content, donation, self.spec.output.channels, self.fingerprint, checksum)
             except DataError as error:
                 raise DataError(f"{error}. {self.remedy(donation.donor)}") from error
-            found[key] = content
         return found
 
     def remedy(self, donor: Vector) -> str:
@@ -295,4 +276,4 @@ def _receipt_name(stage: Stage, box_key: str) -> str:
 
 
 def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return hashlib.sha256(data).hexdigest()[:32]  # processors have instructions for it

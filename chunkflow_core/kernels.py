@@ -84,3 +84,24 @@ def to_uint8(
             for x in range(width):
                 value = np.rint((total[x] * unit - low) * scale)
                 converted[x] = np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
+
+
+@_compile
+def split_bytes(words: NDArray[np.uint32], planes: NDArray[np.uint8]) -> None:
+    """Put bytes of equal rank together: ``(n,)`` into ``(4, n)``, lowest first."""
+    first, second, third, fourth = planes[0], planes[1], planes[2], planes[3]
+    for i in range(len(words)):
+        word = words[i]
+        first[i] = np.uint8(word & np.uint32(255))
+        second[i] = np.uint8((word >> np.uint32(8)) & np.uint32(255))
+        third[i] = np.uint8((word >> np.uint32(16)) & np.uint32(255))
+        fourth[i] = np.uint8(word >> np.uint32(24))
+
+
+@_compile
+def join_bytes(planes: NDArray[np.uint8], words: NDArray[np.uint32]) -> None:
+    """The inverse of ``split_bytes``."""
+    first, second, third, fourth = planes[0], planes[1], planes[2], planes[3]
+    for i in range(len(words)):
+        low = np.uint32(first[i]) | (np.uint32(second[i]) << np.uint32(8))
+        words[i] = low | (np.uint32(third[i]) << np.uint32(16)) | (np.uint32(fourth[i]) << np.uint32(24))

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.blending import Grid
+from chunkflow_core.codec import compress, decompress
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
-from chunkflow_core.exchange import DonationEntry, Exchange, Receipt, decode
+from chunkflow_core.exchange import DonationEntry, Exchange, Receipt
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference import ChunkInference, Sums
 from chunkflow_core.lattice import Block, Donation, Piece
@@ -183,13 +184,13 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     if done is not None and current and (not force or (run and done.run == run)):
         return StageResult(done, up_to_date=True)
     wanted = [pair for receipt in donors for pair in _donations(workspace, receipt, block)]
-    files = record.measure("read", exchange.get_donations, wanted)
-    record.count("bytes read", sum(map(len, files.values())))
-    donations = [donation for donation, _ in wanted if donation.key in files]
+    payloads = record.measure("read", exchange.get_donations, wanted)
+    record.count("bytes read", sum(map(len, payloads.values())))
+    donations = [donation for donation, _ in wanted if donation.key in payloads]
     values = Grid(*spec.output.range)
     for piece in spec.grid.pieces(block):
         boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
-        given = record.measure("read", _decode, workspace, piece.box, donations, files) if boxes else []
+        given = record.measure("stitch", _decompress, workspace, piece.box, donations, payloads) if boxes else []
         for box in boxes:
             sums = record.measure("stitch", _sum, spec.output.channels, box, given)
             _write(workspace, record, box, partial(convert, sums, spec.output.dtype, values))
@@ -209,12 +210,12 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     return StageResult(receipt, up_to_date=False)
 
 
-def _decode(
-    workspace: Workspace, planes: Box, donations: list[Donation], files: dict[str, bytes]
+def _decompress(
+    workspace: Workspace, planes: Box, donations: list[Donation], payloads: dict[str, bytes]
 ) -> list[tuple[Box, NDArray[np.float32]]]:
     """The donations that touch some planes, with their sums."""
-    channels, fingerprint = workspace.spec.output.channels, workspace.exchange.fingerprint
-    return [(d.box, decode(files[d.key], d, channels, fingerprint)) for d in donations if d.box & planes]
+    channels = workspace.spec.output.channels
+    return [(d.box, decompress(payloads[d.key], channels, d.box.shape)) for d in donations if d.box & planes]
 
 
 def _sum(channels: int, box: Box, given: list[tuple[Box, NDArray[np.float32]]]) -> NDArray[np.float32]:
@@ -252,7 +253,9 @@ def _donations(workspace: Workspace, receipt: Receipt, block: Block) -> list[tup
 def _give(
     workspace: Workspace, record: Record, donation: Donation, sums: Callable[[], NDArray[np.float32]]
 ) -> DonationEntry:
-    entry = record.measure("donate", workspace.exchange.put_donation, donation, sums())
+    data = sums()
+    payload = record.measure("donate", compress, data) if data.any() else None
+    entry = record.measure("donate", workspace.exchange.put_donation, donation, payload)
     record.count("bytes donated", entry.bytes)
     return entry
 

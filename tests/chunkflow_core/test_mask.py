@@ -35,9 +35,9 @@ class MaskLayer:
     chunk: Vector = (4, 4, 4)
 
 
-def write_mask(path: Path, *scales: MaskLayer, layer_type: str = "image", encoding: str = "raw") -> str:
-    """Write a layer of such scales, mip 0 first; its address."""
-    address, infos = f"file://{path}", []
+def write_mask(place: Path | str, *scales: MaskLayer, layer_type: str = "image", encoding: str = "raw") -> str:
+    """Write a layer of such scales, mip 0 first, to a folder or an address; its address."""
+    address, infos = place if isinstance(place, str) else f"file://{place}", []
     for scale in scales:
         options: dict[str, Any] = {"compressed_segmentation_block_size": (8, 8, 8)}
         infos.append(
@@ -212,15 +212,16 @@ def test_layer_types(tmp_path: Path, dtype: str, layer_type: str, encoding: str)
     assert_equal_to(layer, (8, 4, 4), mask, Box((-1, 0, 3), (9, 40, 12)))
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0), (5, 6, 7), (7, 7, 7)], ids=str)
-def test_single_voxels(tmp_path: Path, place: Vector) -> None:
+@pytest.mark.parametrize("protocol", ["file", "mem"])
+@pytest.mark.parametrize("there", [(0, 0, 0), (5, 6, 7), (7, 7, 7)], ids=str)
+def test_single_voxels(tmp_path: Path, protocol: str, there: Vector) -> None:
     data = np.zeros((8, 8, 8), np.uint8)
-    data[place] = 1
-    address = write_mask(tmp_path / "mask", MaskLayer(data, (8, 8, 8), chunk=(8, 8, 8)))
+    data[there] = 1
+    address = write_mask(f"{protocol}://{tmp_path}/mask", MaskLayer(data, (8, 8, 8), chunk=(8, 8, 8)))
     mask = Mask(make_spec(tmp_path, (8, 8, 8), {"path": address}))
-    for voxel in [place, (0, 1, 0), (5, 6, 6)]:
+    for voxel in [there, (0, 1, 0), (5, 6, 6)]:
         window = mask.window(Box(voxel, vector(n + 1 for n in voxel)))
-        assert window.touches(window.box) == (voxel == place)
+        assert window.touches(window.box) == (voxel == there)
 
 
 def test_far_from_the_layer_nothing_is_inside_and_nothing_is_read(tmp_path: Path) -> None:
