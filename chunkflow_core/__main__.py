@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
                 f"{ended['infer']}/{len(due.infer)} inferred, {ended['blend']}/{len(due.blend)} blended"
             )
             if receipt is not None and not alone:
-                bar.update(receipt.patches)
+                bar.update(receipt.patches + sum(receipt.skipped.values()))
             logging.info("%s of block %s done", stage, index)
     options.json = False
     _verify(workspace, options)
@@ -77,9 +77,10 @@ def plan_command(options: argparse.Namespace) -> None:
     from chunkflow_core.exchange import Exchange
     from chunkflow_core.planner import Request, State, plan
 
-    state = State.read(Exchange(spec))
+    exchange = Exchange(spec)
+    state = State.read(exchange)
     due = plan(spec, Request(box, options.force), state)
-    costs = estimate(spec, due, state.inferred.values())
+    costs = estimate(spec, due, state.inferred.values(), exchange.trial())
     if options.json:
         facts = {
             "name": spec.name,
@@ -99,12 +100,14 @@ def plan_command(options: argparse.Namespace) -> None:
     print(f"to blend       {len(due.blend)} blocks{_some(due.blend)}")
     print(f"up to date     {len(due.up_to_date)} blocks")
     print(f"donations      {costs.donated_bytes / 1e6:.1f} MB before compression")
-    print(f"memory         {costs.slab_bytes / 1e6:.1f} MB of data per inference task, besides interpreter and network")
-    known = (
-        f"{costs.seconds:.0f} s on one process"
-        if costs.seconds is not None
-        else "unknown before the first block is done"
-    )
+    data = f"{costs.data_bytes / 1e6:.1f} MB of data per inference task"
+    if costs.memory_bytes is None:
+        print(f"memory         {data}, besides interpreter and network, which `prepare` measures")
+    else:
+        print(
+            f"memory         {costs.memory_bytes / 1e6:.0f} MB per inference task: {data}, the rest interpreter and network"
+        )
+    known = "unknown before `prepare`" if costs.seconds is None else f"{costs.seconds:.0f} s on one process"
     print(f"time           {known}")
 
 
@@ -114,8 +117,8 @@ def prepare_command(options: argparse.Namespace) -> None:
     from chunkflow_core.prepare import prepare
     from chunkflow_core.stages import Workspace
 
-    seconds = prepare(Workspace(spec))
-    print(f"{spec.name}: ready; a batch of {spec.model.batch_size} takes {seconds:.3f} s")
+    trial = prepare(Workspace(spec))
+    print(f"{spec.name}: ready; a patch takes {trial.seconds:.3f} s, {trial.streams} at a time")
 
 
 def verify_command(options: argparse.Namespace) -> None:
@@ -138,14 +141,19 @@ def report_command(options: argparse.Namespace) -> None:
     """Summarise what is done."""
     spec = spec_of(options)
     from chunkflow_core.exchange import Exchange
-    from chunkflow_core.report import summarise
+    from chunkflow_core.report import lines, of_run, read_tasks, report_of
 
-    report = summarise(spec, Exchange(spec), run=options.run)
-    if options.json:
-        print(json.dumps(asdict(report)))
-        return
-    for name, value in asdict(report).items():
-        print(f"{name.replace('_', ' '):<20}{value}")
+    exchange = Exchange(spec)
+    tasks = read_tasks(spec, exchange)
+    report = report_of(spec, exchange.path, tasks, run=options.run)
+    if options.picture:
+        from chunkflow_core.report_picture import draw
+
+        try:
+            draw(report, of_run(tasks, options.run), options.picture)
+        except OSError as error:
+            raise UsageError(f"{options.picture}: can't be written: {error.strerror}") from error
+    print(json.dumps(asdict(report)) if options.json else "\n".join(lines(report)))
 
 
 def picture_command(options: argparse.Namespace) -> None:
@@ -240,6 +248,7 @@ def parser() -> Parser:
     add_spec_arguments(sub)
     sub.add_argument("--run", metavar="NAME", help="only what this run has done")
     sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--picture", type=_png, metavar="FILE.png", help="draw it too: shares of time, tasks, timeline")
     sub = add("picture", picture_command, "Draw a section of input, output and blocks as PNG.")
     add_spec_arguments(sub)
     sub.add_argument("file", metavar="FILE.png")
@@ -369,6 +378,12 @@ def _layer(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
     return text
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
+    return Path(text)
 
 
 def _size(size: Sequence[int]) -> str:

@@ -21,7 +21,6 @@ from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.lattice import Block, BlockGrid
 from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.record import Record
-from chunkflow_core.slab import slab_depth
 
 Job = tuple[Vector, Transform]
 
@@ -99,7 +98,7 @@ class OnDevice:
         assert device is not None
         self._patches, self._record, self._patch_done, self._device = patches, record, patch_done, device
         grid, channels = patches.grid, patches.spec.output.channels
-        self._slab = DeviceSlab(grid, block.chunk, slab_depth(grid, block), channels, patches.values, device)
+        self._slab = DeviceSlab(grid, block.chunk, grid.slab_depth(block), channels, patches.values, device)
         cuda = device.type == "cuda"
         self._transfers = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._unchecked: list[tuple[Vector, torch.Tensor]] = []

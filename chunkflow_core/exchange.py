@@ -5,6 +5,7 @@ Layout below ``<exchange>/<fingerprint>/``::
     donations/<block-range>%<box-range>     weighted partial sums, self-describing, checksummed, compressed
     receipts/infer/<block-range>.json       written last by inference-and-donate
     receipts/blend/<block-range>.json       written last by receive-and-blend
+    trial.json                              what prepare has measured, for estimates
 
 Files on a local disk are replaced in one step, so that a second attempt never shows a reader half a file. Object stores do
 that by themselves.
@@ -36,6 +37,7 @@ STAGES: tuple[Stage, Stage] = ("infer", "blend")
 
 _MAGIC = b"CFDONATE"
 _PARTIAL = ".partial"
+_TRIAL = "trial.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,18 @@ class Receipt:
         """Digest of all that this block donated to one receiver."""
         entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
         return _hash(json.dumps([self.geometry, entries]).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one patch took when it was tried out: for estimates, never decisive."""
+
+    seconds: float
+    """Per patch, with all streams busy."""
+    process_bytes: int
+    """Peak memory of the process: interpreter, libraries, network."""
+    streams: int
+    """Patches at a time."""
 
 
 def pack(donation: Donation, payload: bytes, channels: int, fingerprint: str) -> tuple[bytes, str]:
@@ -227,12 +241,17 @@ class Exchange:
             self._files.delete(names)
         return len(names)
 
-    def check_writable(self) -> None:
-        """``StorageError`` if nothing can be written here."""
-        name = f"probe-{uuid.uuid4().hex}"
-        self._put(name, b"")
-        with storage_errors(f"deleting {self.path}/{name}"):
-            self._files.delete(name)
+    def put_trial(self, trial: Trial) -> None:
+        """Store what ``prepare`` has measured."""
+        self._put(_TRIAL, json.dumps(asdict(trial)).encode())
+
+    def trial(self) -> Trial | None:
+        """What ``prepare`` has measured; None if it has not run yet."""
+        with storage_errors(f"reading {self.path}/{_TRIAL}"):
+            content = self._files.get(_TRIAL)
+        with suppress(ValueError, TypeError):
+            return Trial(**json.loads(content or b""))
+        return None
 
     def _list(self, prefix: str) -> list[str]:
         with storage_errors(f"listing {self.path}/{prefix}"):

@@ -200,6 +200,10 @@ class BlockGrid:
             stop_patch=vector(stop_patch),
         )
 
+    def slab_depth(self, block: Block) -> int:
+        """Planes of sums to keep at a time: those that a layer of patches reaches, and those short of a storage chunk."""
+        return min(self.patch[0] + self.storage_chunk[0] - 1, block.chunk.shape[0])
+
     def donors(self, index: Vector) -> list[Vector]:
         """The blocks that contribute to a block's frame, itself last; empty if it has no frame."""
         if not self.block(index).frame:

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
+from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
 from chunkflow_core.errors import ChunkflowError, StorageError
 from chunkflow_core.exchange import Receipt, Stage
 from chunkflow_core.geometry import Vector
@@ -74,7 +75,8 @@ def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Ite
     """
     schedule = Schedule(spec.grid, due)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _open_workspace, (spec,)) as pool, _interruptible():
+    share = max(1, available_cpus() // workers)
+    with ProcessPoolExecutor(workers, context, _open_workspace, (spec, share)) as pool, _interruptible():
         running: dict[Future[Receipt | None], Task] = {}
         while True:
             while len(running) < workers and (task := schedule.next()):
@@ -133,11 +135,12 @@ def _execute(workspace: Workspace, task: Task, run: str, patch_done: Callable[[]
 _workspace: Workspace | None = None
 
 
-def _open_workspace(spec: VolumeSpec) -> None:
+def _open_workspace(spec: VolumeSpec, cpus: int) -> None:
     global _workspace  # the one object that a worker process keeps between its tasks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word: the command says it all
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ[CPUS_VARIABLE] = str(cpus)
     _workspace = Workspace(spec)
 
 

@@ -7,11 +7,11 @@ import logging
 from typing import Any
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.exchange import Exchange, Receipt
+from chunkflow_core.exchange import Exchange, Receipt, Trial
 from chunkflow_core.geometry import vector
 from chunkflow_core.planner import State
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.stages import Workspace, peak_memory
 from chunkflow_core.storage import storage_errors
 from chunkflow_core.volumes import check_output, create_output, layer_exists, layer_files, processing_step
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 _HOUR = 3600.0
 
 
-def prepare(workspace: Workspace) -> float:
+def prepare(workspace: Workspace) -> Trial:
     """Check input, model, exchange and output, and make the output layer if there is none.
 
     Receipts would be lies if the output layer isn't there, or if a run with another fingerprint (another model, say) has
     written to it since; then they are deleted first.
 
     Returns:
-        Seconds of one forward pass of one batch.
+        What one patch took, which is left in the exchange for estimates.
 
     Raises:
         SpecError, MissingInputError, DataError, StorageError: what a block would fail of later.
@@ -39,9 +39,10 @@ def prepare(workspace: Workspace) -> float:
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
     middle = vector(axis.count // 2 for axis in spec.grid.axes)
     seconds = workspace.inference.try_patch(middle)  # a wrong shape or range is known now
-    log.info("model %s: %.3f s for a batch of %d", spec.model.engine, seconds, spec.model.batch_size)
+    trial = Trial(seconds, peak_memory(), workspace.engine.streams)
+    log.info("model %s: %.3f s per patch, %d at a time", spec.model.engine, trial.seconds, trial.streams)
     exchange = workspace.exchange
-    exchange.check_writable()
+    exchange.put_trial(trial)
     if layer_exists(spec.output.path):
         check_output(spec)
         _claim_output(spec, exchange)
@@ -51,7 +52,7 @@ def prepare(workspace: Workspace) -> float:
             log.info("the output layer is gone: %d receipts of an earlier one are discarded", discarded)
         create_output(spec)
         log.info("output %s made: %s", spec.output.path, roi)
-    return seconds
+    return trial
 
 
 def cleanup(spec: VolumeSpec) -> int:

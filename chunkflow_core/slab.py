@@ -16,7 +16,7 @@ from chunkflow_core.blending import Grid, normalised_weight
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.kernels import add_plane, to_uint8
-from chunkflow_core.lattice import Block, BlockGrid
+from chunkflow_core.lattice import BlockGrid
 
 
 class Cancelled(ChunkflowError):
@@ -145,8 +145,3 @@ def convert(sums: NDArray[np.float32], dtype: str, values: Grid) -> NDArray[np.f
     for plane in range(sums.shape[1]):
         to_uint8(sums, (plane, 0, 0), np.float32(1), *values.uint8, result, plane)
     return result
-
-
-def slab_depth(grid: BlockGrid, block: Block) -> int:
-    """Planes that a block's slab holds: those that a layer of patches reaches, and those short of a whole storage chunk."""
-    return min(grid.patch[0] + grid.storage_chunk[0] - 1, block.chunk.shape[0])

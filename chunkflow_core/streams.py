@@ -15,7 +15,7 @@ from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.lattice import Block
 from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.record import Record
-from chunkflow_core.slab import Slab, slab_depth
+from chunkflow_core.slab import Slab
 
 
 class Streams:
@@ -33,7 +33,7 @@ class Streams:
     ) -> None:
         self._patches, self._record, self._patch_done = patches, record, patch_done
         grid = patches.grid
-        self._slab = Slab(grid, block.chunk, slab_depth(grid, block), patches.spec.output.channels, patches.values)
+        self._slab = Slab(grid, block.chunk, grid.slab_depth(block), patches.spec.output.channels, patches.values)
         self._pool = ThreadPoolExecutor(streams, thread_name_prefix="stream")
         self._layers: deque[list[Future[None]]] = deque()
 

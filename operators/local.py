@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 _ERROR = "error: "
@@ -20,9 +20,9 @@ _GRACE = 10.0
 class LocalRunner:
     """One command at a time, its output in the task's log, its process tree gone when the task is."""
 
-    def __init__(self, log: logging.Logger) -> None:
-        """Log to ``log``."""
-        self._log = log
+    def __init__(self, log: logging.Logger, environment: Mapping[str, str] | None = None) -> None:
+        """Log to ``log``; ``environment`` is added to this process's."""
+        self._log, self._environment = log, dict(environment or {})
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, arguments: Sequence[str]) -> tuple[int, str, str]:
@@ -44,7 +44,7 @@ class LocalRunner:
             text=True,
             errors="replace",
             start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | self._environment | {"PYTHONUNBUFFERED": "1"},
         )
         assert self._process.stdout is not None and self._process.stderr is not None
         tail: deque[str] = deque(maxlen=40)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from airflow.sdk import Asset, BaseOperator, Context
+from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, DownstreamTasksSkipped
 
+from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
 from chunkflow_core.geometry import Vector, vector
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec, load_spec
@@ -68,7 +71,12 @@ class VolumeOperator(BaseOperator):
     @cached_property
     def runner(self) -> LocalRunner:
         """What runs the command."""
-        return LocalRunner(self.log)  # type: ignore[arg-type]
+        return LocalRunner(self.log, self.environment)  # type: ignore[arg-type]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the command, beside those of the worker."""
+        return {}
 
     @cached_property
     def volume(self) -> VolumeSpec:
@@ -91,6 +99,14 @@ class _StageOperator(VolumeOperator):
         """Make the operator for the block with an index, zyx."""
         super().__init__(max_active_tis_per_dag=1, **options)  # never the same block in two runs at once
         self.block = block
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The machine's CPUs, shared out among the tasks that may run at once."""
+        assert self.dag is not None
+        blocks = prod(self.volume.grid.shape)
+        tasks = min(self.dag.max_active_tasks, conf.getint("core", "parallelism"), blocks)
+        return {CPUS_VARIABLE: str(max(1, available_cpus() // tasks))}
 
     def arguments(self, context: Context) -> list[str]:
         # What select_blocks has not skipped is due, whatever receipts of earlier runs say.

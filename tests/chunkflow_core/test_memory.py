@@ -1,19 +1,22 @@
-"""Memory of inference-and-donate does not grow with the depth of the block."""
+"""Memory of inference-and-donate is what ``plan`` says, and does not grow with the depth of the block."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.geometry import Box
+from chunkflow_core.spec import load_spec
 from chunkflow_core.volumes import NewLayer
 
-SIDE = 448
 MEASURE = """
 import sys
 from chunkflow_core.inference_and_donate import main
@@ -24,9 +27,9 @@ sys.exit(code)
 """
 
 
-def peak_of_one_block(folder: Path, depth: int) -> int:
-    """Peak resident memory, in bytes, of a process that infers the first block of a volume ``depth`` + 8 deep."""
-    shape = (depth + 8, SIDE, SIDE)
+def peak_and_estimate(folder: Path, depth: int, side: int, capsys: pytest.CaptureFixture[str]) -> tuple[int, int, int]:
+    """Of inference of a block that has neighbours on all sides, in bytes: peak resident memory, what ``plan`` said, sums."""
+    shape = (2 * depth + 8, 2 * side + 64, 2 * side + 64)
     layer = NewLayer(f"file://{folder}/input", shape, dtype="uint8", resolution=(40, 4, 4), chunk=(8, 128, 128))
     data = np.random.default_rng(0).integers(1, 256, (1, *shape), dtype=np.uint8)
     layer.write(Box((0, 0, 0), shape), data)
@@ -37,24 +40,37 @@ def peak_of_one_block(folder: Path, depth: int) -> int:
         "exchange": {"path": f"file://{folder}/exchange"},
         "patch_size": [12, 96, 96],
         "patch_overlap": [4, 32, 32],
-        "block_size": [depth, 384, 384],
-        "model": {"engine": "identity"},
+        "block_size": [depth, side, side],
+        "model": {"engine": "identity", "streams": 2},
     }
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(spec))
-    assert main(["prepare", str(path)]) == 0
-    arguments = [sys.executable, "-c", MEASURE, str(path), "--block", "0", "0", "0"]
+    subprocess.run([sys.executable, "-m", "chunkflow_core", "prepare", str(path)], capture_output=True, check=True)
+    capsys.readouterr()
+    assert main(["plan", str(path), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["memory_bytes"]
+    arguments = [sys.executable, "-c", MEASURE, str(path), "--block", "1", "1", "1"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
-    return int(done.stdout.splitlines()[-1])
+    sums = 3 * 4 * (12 + 8 - 1) * (side + 64) ** 2
+    return int(done.stdout.splitlines()[-1]), planned, sums
 
 
-def test_a_block_four_times_as_deep_takes_no_more_memory(tmp_path: Path) -> None:
-    (tmp_path / "shallow").mkdir()
-    (tmp_path / "deep").mkdir()
+def test_memory_is_what_plan_says_and_does_not_grow_with_depth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks: dict[tuple[int, int], int] = {}
+    for depth, side in [(32, 384), (96, 384), (32, 768), (96, 768)]:
+        folder = tmp_path / f"{depth}-{side}"
+        folder.mkdir()
+        peak, planned, sums = peak_and_estimate(folder, depth, side, capsys)
+        peaks[depth, side] = peak
+        grid = load_spec(folder / "spec.yaml").grid
+        margins = 3 * 4 * sum(d.box.voxels for piece in grid.pieces(grid.block((1, 1, 1))) for d in piece.donations)
+        assert 0.85 * planned < peak < 1.15 * planned, (depth, side, peak, planned)
+        assert peak < sums + margins + 300e6, (depth, side)
+        shutil.rmtree(folder)
 
-    shallow = peak_of_one_block(tmp_path / "shallow", 32)
-    deep = peak_of_one_block(tmp_path / "deep", 128)
-
-    whole = 3 * 4 * 96 * SIDE * SIDE
-    assert whole > 0.5 * shallow, "holding the deeper block's sums would have to show"
-    assert deep < 1.1 * shallow
+    whole = 3 * 4 * 64 * (768 + 64) ** 2
+    assert whole > 0.5 * peaks[32, 768], "holding the deeper block's sums would have to show"
+    for side in (384, 768):
+        assert peaks[96, side] < 1.1 * peaks[32, side]

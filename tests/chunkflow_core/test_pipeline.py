@@ -1,0 +1,194 @@
+"""Reading, patches, blending and writing go on at once, within bounds, and whatever the split, with the same result."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from volume import output_of, write_volume
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.blending import Grid
+from chunkflow_core.device import DeviceSlab
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.errors import DataError
+from chunkflow_core.geometry import Box
+from chunkflow_core.inference import ChunkInference, read_ahead
+from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.record import Record
+from chunkflow_core.slab import Slab
+from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.stages import Workspace, inference_and_donate
+
+TIMEOUT = 60.0
+
+
+class Scripted(Engine):
+    """Gives the input back, after a function of the number of the call has been called."""
+
+    def __init__(self, before: Callable[[int], object], streams: int) -> None:
+        self.before, self.streams, self.calls, self.lock = before, streams, 0, threading.Lock()
+
+    def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self.lock:
+            number, self.calls = self.calls, self.calls + 1
+        self.before(number)
+        return np.ascontiguousarray(patches.repeat(2, axis=1))
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> VolumeSpec:
+    """A volume of 2 × 2 × 2 blocks, prepared."""
+    path = write_volume(tmp_path)
+    assert main(["prepare", str(path)]) == 0
+    return load_spec(path)
+
+
+def run_block(spec: VolumeSpec, engine: Engine) -> Workspace:
+    workspace = Workspace(spec)
+    workspace.__dict__["engine"] = engine
+    inference_and_donate(workspace, (0, 0, 0))
+    return workspace
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "read", "write"))]
+
+
+def test_as_many_patches_at_once_as_there_are_streams(volume: VolumeSpec) -> None:
+    together = threading.Barrier(3)
+
+    run_block(volume, Scripted(lambda n: together.wait(TIMEOUT) if n < 3 else None, streams=3))
+
+    assert not together.broken
+
+
+def test_the_next_layer_starts_before_the_last_patch_of_a_layer_is_done(volume: VolumeSpec) -> None:
+    block = volume.grid.block((0, 0, 0))
+    layer = block.patches // (block.stop_patch[0] - block.first_patch[0])
+    above = threading.Event()
+
+    def wait_for_the_next_layer(number: int) -> None:
+        if number == layer - 1:
+            assert above.wait(TIMEOUT), "no stream went on to the next layer"
+        elif number >= layer:
+            above.set()
+
+    run_block(volume, Scripted(wait_for_the_next_layer, streams=2))
+
+
+@pytest.mark.parametrize("bad", [0, 5])
+def test_a_bad_patch_ends_the_block_and_every_thread(volume: VolumeSpec, bad: int) -> None:
+    class Bad(Scripted):
+        def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+            with self.lock:
+                number, self.calls = self.calls, self.calls + 1
+            return np.full((1, 2, *patches.shape[2:]), np.nan if number == bad else 0.5, np.float32)
+
+    engine = Bad(lambda n: None, streams=2)
+    with pytest.raises(DataError, match=r"NaN or infinity .* at lattice position"):
+        run_block(volume, engine)
+
+    assert not stream_threads()
+    assert Workspace(volume).exchange.receipt("infer", volume.grid.block((0, 0, 0)).box) is None
+
+
+def test_giving_up_a_block_ends_every_thread(volume: VolumeSpec) -> None:
+    workspace = Workspace(volume)
+    inference = ChunkInference(volume, lambda: Scripted(lambda n: None, streams=2), workspace.input, 4)
+    pieces = inference.block(volume.grid.block((0, 0, 0)), Record(), lambda: None)
+    next(pieces)
+
+    pieces.close()
+
+    assert not stream_threads()
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_reading_keeps_ahead_and_within_bounds(ahead: int) -> None:
+    started: list[Box] = []
+    boxes = [Box((z, 0, 0), (z + 1, 2, 2)) for z in range(10)]
+    arrived = threading.Semaphore(0)
+
+    def read(box: Box) -> NDArray[Any]:
+        started.append(box)
+        arrived.release()
+        return np.full((1, 1, 2, 2), box.start[0])
+
+    for number, (box, data) in enumerate(read_ahead(boxes, read, ahead)):
+        for _ in range(ahead + 1 if number == 0 else 1 if number + ahead < len(boxes) else 0):
+            assert arrived.acquire(timeout=TIMEOUT), "reading does not keep ahead"
+        assert box == boxes[number]
+        assert (data == number).all()
+        assert len(started) == min(len(boxes), number + 1 + ahead)
+
+
+def test_an_error_of_reading_arises_in_the_block(volume: VolumeSpec) -> None:
+    workspace = Workspace(volume)
+
+    def fail(box: Box) -> NDArray[Any]:
+        raise DataError(f"no voxels at {box}")
+
+    workspace.input.read = fail  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="no voxels at"):
+        inference_and_donate(workspace, (0, 0, 0))
+    assert not stream_threads()
+
+
+@pytest.fixture
+def unet_runs(tmp_path: Path) -> Callable[..., NDArray[Any]]:
+    """A function that runs a volume with the example U-Net and returns its output."""
+    numbers: Iterator[int] = iter(range(1000))
+    unet = Path(__file__).parents[2] / "examples" / "unet"
+
+    def run(prefetch: int = 1, **model: object) -> NDArray[Any]:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        path = write_volume(
+            folder,
+            input={"path": f"file://{folder}/input", "prefetch": prefetch},
+            output={"path": f"file://{folder}/output", "dtype": "float32", "chunk_size": [4, 8, 8]},
+            patch_size=[4, 16, 16],
+            patch_overlap=[2, 8, 8],
+            block_size=[8, 24, 24],
+            model={"path": str(unet / "model.py"), "weights": str(unet / "model.pt"), **model},
+        )
+        assert main(["run", str(path)]) == 0
+        return output_of(path)
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "openvino"])
+def test_the_split_decides_no_bit(unet_runs: Callable[..., NDArray[Any]], engine: str) -> None:
+    expected = unet_runs(engine=engine, streams=1)
+
+    for options in ({"streams": 2}, {"streams": 5, "prefetch": 3}, {"streams": 2, "batch_size": 3}):
+        np.testing.assert_array_equal(unet_runs(engine=engine, **options), expected, err_msg=str(options))
+    assert expected.std() > 0.01
+
+
+def test_a_device_sums_to_the_same_bits_as_the_host() -> None:
+    """Also where the ring of planes is cut, and with values that are not steps."""
+    region, values = Box((0, 0, 0), (20, 30, 28)), Grid(-0.7, 1.3)
+    grid = BlockGrid(region, (8, 12, 12), (2, 3, 4), (6, 9, 8), (6, 9, 8))
+    host = Slab(grid, region, 11, 2, values)
+    device = DeviceSlab(grid, region, 11, 2, values, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    for layer in range(3):
+        for y in range(3):
+            for x in range(3):
+                patch = rng.uniform(-0.7, 1.3, (2, 8, 12, 12)).astype(np.float32)
+                host.add((layer, y, x), patch, share=0.125)
+                device.add((layer, y, x), torch.from_numpy(patch), share=0.125)
+        planes = region.with_z(layer * 6, layer * 6 + 6 if layer < 2 else layer * 6 + 8)
+        np.testing.assert_array_equal(device.sum(planes).numpy(), host.sum(planes))
+        np.testing.assert_array_equal(device.converted(planes, "uint8").numpy(), host.converted(planes, "uint8"))
+        host.advance(planes.stop[0])
+        device.advance(planes.stop[0])
