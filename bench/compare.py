@@ -1,7 +1,7 @@
 """Side by side, on the same volume and the same patches: this pipeline, MONAI's sliding window, chunkflow's inferencer.
 
     pip install -r bench/requirements.txt
-    python bench/compare.py --volume 28 224 224 --rounds 1                  # a look, about a minute
+    python bench/compare.py --volume 28 224 224 --rounds 1                  # a look: some 200 s of CPU time
     python bench/compare.py --output docs/data/compare.json --plot docs/images/compare.png
 
 Every row reads a precomputed layer from disk, runs the patches, blends them, converts to uint8 and writes a layer; the volume
@@ -31,7 +31,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chunkflow_core.cpus import VARIABLE, available_cpus
+from chunkflow_core.cpus import available_cpus
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.spec import VolumeSpec, parse_spec
 
@@ -131,13 +131,20 @@ def nearest_exact(shape: Sequence[int], patch: Vector, overlap: Vector) -> Vecto
 
 
 def em_like(shape: Vector, seed: int = 0) -> NDArray[np.uint8]:
-    """A stack that looks like electron microscopy, uint8 ``(z, y, x)``: one made-up sample, mirrored up to the shape."""
-    sample = load_file(EXAMPLES / "sample_volume.py").sample_volume((28, 320, 320), seed)[
-        :, :240, :240
-    ]  # not the blank
+    """A stack that looks like electron microscopy, uint8 ``(z, y, x)``: one made-up sample, mirrored up to the shape, with noise."""
+    sample = sample_stack(seed)
     padding = [(0, max(0, n - m)) for n, m in zip(shape, sample.shape, strict=True)]
     stack = np.pad(sample[tuple(slice(n) for n in shape)], padding, mode="reflect")
-    return np.maximum(stack, 1)
+    stack = np.clip(stack, 5, 251)
+    stack += np.random.default_rng(seed).integers(-4, 5, shape, dtype=np.int8).view(np.uint8)  # wraps, as it should
+    return stack
+
+
+@cache
+def sample_stack(seed: int) -> NDArray[np.uint8]:
+    """A small stack, without the sample's blank corner."""
+    stack: NDArray[np.uint8] = load_file(EXAMPLES / "sample_volume.py").sample_volume((20, 256, 256), seed)
+    return stack[:, :192, :192]
 
 
 def load_file(path: Path) -> ModuleType:
@@ -434,14 +441,12 @@ class Monai(Other):
 
         if not self.network:
             return lambda batch: batch.repeat(1, CHANNELS, 1, 1, 1)
-        network, layout = load_network(self.bench), torch.contiguous_format
-        if self.channels_last:
-            layout = torch.channels_last_3d
-            network = network.to(memory_format=layout)
+        layout = torch.channels_last_3d if self.channels_last else torch.contiguous_format
+        dtype = getattr(torch, self.precision)
+        network = load_network(self.bench).to(dtype=dtype, memory_format=layout)
 
         def run(batch: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
-                return network(batch.contiguous(memory_format=layout)).float()
+            return network(batch.to(dtype=dtype, memory_format=layout)).float()
 
         return run
 
@@ -599,9 +604,12 @@ def _timed(method: str, *arguments: Any) -> tuple[Timing, Any]:
 
 
 def _peak_memory() -> int:
-    from chunkflow_core.stages import peak_memory
-
-    return peak_memory()
+    """Largest resident memory of the process so far, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _matrix_rate(precision: str) -> float:
@@ -782,6 +790,7 @@ def machine() -> dict[str, Any]:
         "processor": facts.get("model name", "unknown"),
         "family_model": f"{facts.get('cpu family', '?')}/{facts.get('model', '?')}",
         "cpus": available_cpus(),
+        "load": round(os.getloadavg()[0], 2),
         "flags": [flag for flag in wanted if flag in flags],
         "versions": _versions(),
     }
@@ -799,7 +808,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def describe(facts: dict[str, Any]) -> str:
     """The machine in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"{facts['processor']}, {facts['cpus']} CPUs ({', '.join(facts['flags'])}); {versions}"
+    processor = f"{facts['processor']}, {facts['cpus']} CPUs ({', '.join(facts['flags'])})"
+    return f"{processor}, load {facts['load']:.1f} before the start; {versions}"
 
 
 def _figure(figures: Timing, key: str, form: str, scale: float = 1.0) -> str:
@@ -992,8 +1002,10 @@ def main() -> int:
     patch, overlap = vector(options.patch), vector(options.overlap)
     volume = nearest_exact(options.volume, patch, overlap)
     threads = options.threads or available_cpus()
+    facts = machine()
     with tempfile.TemporaryDirectory(prefix="compare-", dir=options.folder) as folder:
-        os.environ |= {VARIABLE: str(threads), "CHUNKFLOW_CACHE": f"{folder}/cache", "TQDM_DISABLE": "1"}  # of the rows
+        # for the rows' processes
+        os.environ |= {"CHUNKFLOW_CPUS": str(threads), "CHUNKFLOW_CACHE": f"{folder}/cache", "TQDM_DISABLE": "1"}
         bench = Bench(
             folder=folder,
             volume=volume,
@@ -1011,7 +1023,7 @@ def main() -> int:
         report = measure(bench, options.rows, options.rounds)
     settings = {k: v for k, v in vars(options).items() if k not in ("output", "plot", "folder")}
     settings |= {"volume": volume, "threads": threads}
-    report = {"machine": machine(), "options": settings, **report}
+    report = {"machine": facts, "options": settings, **report}
     print_report(report, options.volume)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
