@@ -16,12 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from time import time
 from typing import Any, Literal
 
 from cloudfiles import CloudFiles
@@ -30,13 +27,12 @@ from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.lattice import Donation
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import storage_errors
+from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
 Stage = Literal["infer", "blend"]
 STAGES: tuple[Stage, Stage] = ("infer", "blend")
 
 _MAGIC = b"CFDONATE"
-_PARTIAL = ".partial"
 _TRIAL = "trial.json"
 
 
@@ -154,7 +150,7 @@ class Exchange:
         if payload is None:
             return DonationEntry(donation.key, donation.receiver, None, 0)
         data, checksum = pack(donation, payload, self.spec.output.channels, self.fingerprint)
-        self._put(f"donations/{donation.key}", data)
+        put_file(self.path, f"donations/{donation.key}", data)
         return DonationEntry(donation.key, donation.receiver, checksum, len(data))
 
     def get_donations(self, wanted: Iterable[tuple[Donation, DonationEntry]]) -> dict[str, bytes]:
@@ -204,21 +200,13 @@ class Exchange:
         with storage_errors(f"deleting donations in {self.path}"):
             self._files.delete([f"donations/{key}" for key in keys])
 
-    def delete_partials(self, older_than: float) -> None:
-        """Delete what writers that were killed have left behind on a local disk; ``older_than`` in seconds."""
-        if self.path.startswith("file://"):
-            for file in Path(self.path.removeprefix("file://")).expanduser().rglob(f".*{_PARTIAL}"):
-                with suppress(FileNotFoundError):
-                    if time() - file.stat().st_mtime > older_than:
-                        file.unlink()
-
     def put_receipt(self, receipt: Receipt) -> None:
         """Store a receipt: the block's stage is complete from here on."""
         content = json.dumps(asdict(receipt), sort_keys=True)
         text = json.dumps(
             {"checksum": _hash(content.encode()), "receipt": json.loads(content)}, sort_keys=True, indent=1
         )
-        self._put(_receipt_name(receipt.stage, receipt.box), text.encode())
+        put_file(self.path, _receipt_name(receipt.stage, receipt.box), text.encode())
 
     def receipt(self, stage: Stage, box: Box) -> Receipt | None:
         """The receipt of a block's stage; None if there is none, or none that is intact and of this fingerprint."""
@@ -243,7 +231,7 @@ class Exchange:
 
     def put_trial(self, trial: Trial) -> None:
         """Store what ``prepare`` has measured."""
-        self._put(_TRIAL, json.dumps(asdict(trial)).encode())
+        put_file(self.path, _TRIAL, json.dumps(asdict(trial)).encode())
 
     def trial(self) -> Trial | None:
         """What ``prepare`` has measured; None if it has not run yet."""
@@ -255,7 +243,7 @@ class Exchange:
 
     def _list(self, prefix: str) -> list[str]:
         with storage_errors(f"listing {self.path}/{prefix}"):
-            return [name for name in self._files.list(prefix=prefix) if not name.endswith(_PARTIAL)]
+            return [name for name in self._files.list(prefix=prefix) if not name.endswith(PARTIAL)]
 
     def _parse(self, content: bytes | None) -> Receipt | None:
         if content is None:
@@ -271,23 +259,6 @@ class Exchange:
             return Receipt(**{**fields, "block": vector(fields["block"]), "donations": entries})
         except (ValueError, KeyError, TypeError):
             return None
-
-    def _put(self, name: str, content: bytes) -> None:
-        with storage_errors(f"writing {self.path}/{name}"):
-            if self.path.startswith("file://"):
-                self._replace_file(name, content)
-            else:
-                self._files.put(name, content, compress=None, cache_control="no-cache")
-
-    def _replace_file(self, name: str, content: bytes) -> None:
-        target = Path(self.path.removeprefix("file://")).expanduser() / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{uuid.uuid4().hex}{_PARTIAL}")
-        try:
-            partial.write_bytes(content)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _receipt_name(stage: Stage, box_key: str) -> str:

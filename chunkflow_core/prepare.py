@@ -12,8 +12,8 @@ from chunkflow_core.geometry import vector
 from chunkflow_core.planner import State
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace, peak_memory
-from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import check_output, create_output, layer_exists, layer_files, processing_step
+from chunkflow_core.storage import delete_partials, storage_errors
+from chunkflow_core.volumes import check_output, create_output, layer_exists, layer_files, layer_path, processing_step
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def cleanup(spec: VolumeSpec) -> int:
     donations too many, never too few.
     """
     exchange = Exchange(spec)
-    exchange.delete_partials(older_than=_HOUR)
+    for path in (exchange.path, layer_path(spec.output.path)):
+        delete_partials(path, older_than=_HOUR)
     if spec.exchange.donations == "keep":
         return 0
     state = State.read(exchange)

@@ -156,8 +156,8 @@ def _leave(
     leaving: list[Future[Any]] = [
         pool.submit(_give, workspace, record, donation, sums.sum(donation.box)) for donation in piece.donations
     ]
-    if piece.core:
-        leaving.append(pool.submit(_write, workspace, record, piece.core, sums.converted(piece.core)))
+    for row in workspace.output.rows(piece.core):
+        leaving.append(pool.submit(_write, workspace, record, row, sums.converted(row)))
     return leaving
 
 

@@ -1,14 +1,22 @@
-"""One way of saying what went wrong with storage, whichever client it was."""
+"""What all files in storage have in common: they are replaced in one step, and there is one way of saying what went wrong."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import time
 
+from cloudfiles import CloudFiles
 from cloudfiles.exceptions import CompressionError, DecompressionError
+from cloudfiles.interfaces import FileInterface
 from cloudvolume.exceptions import DecodingError, EmptyVolumeException
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
+
+PARTIAL = ".partial"
+"""How names of files end that are being written to a local disk."""
 
 _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenacity", "cloudfiles")
 
@@ -29,3 +37,53 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS:
             raise StorageError(f"{doing}: {type(error).__name__}: {error}") from error
         raise
+
+
+def put_file(path: str, name: str, content: bytes, *, compression: str | None = None, cache: str = "no-cache") -> None:
+    """Store a file below ``path``. A reader never sees half of it: on a local disk it is renamed into place.
+
+    Args:
+        path: address of a folder.
+        name: of the file below it.
+        content: compressed already, if it is.
+        compression: ``gzip``, ``br`` or ``zstd`` if it is.
+        cache: for HTTP caches.
+
+    Raises:
+        StorageError: the storage does not answer, or is full.
+    """
+    with storage_errors(f"writing {path}/{name}"):
+        if path.startswith("file://"):
+            _replace(_local(path) / f"{name}{FileInterface.get_extension(compression)}", content)
+        else:
+            CloudFiles(path, progress=False).put(
+                name,
+                content,
+                content_type="application/octet-stream",
+                compress=compression,
+                cache_control=cache,
+                raw=True,
+            )
+
+
+def delete_partials(path: str, older_than: float) -> None:
+    """Delete what writers that were killed have left behind below a folder on a local disk; ``older_than`` in seconds."""
+    if path.startswith("file://"):
+        for file in _local(path).rglob(f".*{PARTIAL}"):
+            with suppress(FileNotFoundError):
+                if time() - file.stat().st_mtime > older_than:
+                    file.unlink()
+
+
+def _replace(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _local(path: str) -> Path:
+    return Path(path.removeprefix("file://")).expanduser()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.engines.base import Engine, cpu_streams, crop_to
+from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.outputs import cropped
 from chunkflow_core.spec import VolumeSpec
 
 
@@ -13,13 +14,12 @@ class Identity(Engine):
     """Repeats the input's channels in turn."""
 
     def __init__(self, spec: VolumeSpec) -> None:
-        self._channels, self._size, self.streams = spec.output.channels, spec.output_size, cpu_streams(spec)
+        self._spec = spec
         self.streams = cpu_streams(spec)
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        cropped: NDArray[np.float32] = crop_to(patches, self._size)
-        repeated: NDArray[np.float32] = cropped.take(np.arange(self._channels) % cropped.shape[1], axis=1)
-        return repeated
+        repeated = patches.take(np.arange(self._spec.output.channels) % patches.shape[1], axis=1)
+        return np.ascontiguousarray(cropped(repeated, self._spec, len(patches)))
 
 
 def load(spec: VolumeSpec) -> Identity:

@@ -1,4 +1,4 @@
-"""OpenVINO, the fastest on most CPUs: ``.xml`` (its own format), ``.onnx``, and PyTorch networks, converted once and kept."""
+"""OpenVINO, for CPUs: ``.xml`` (its own format), ``.onnx``, and PyTorch networks, converted once and kept."""
 
 from __future__ import annotations
 

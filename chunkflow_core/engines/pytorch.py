@@ -70,7 +70,8 @@ class PyTorch(Engine):
             torch.set_num_threads(threads)
         autocast = torch.autocast(self._device.type, self._precision, enabled=self._precision is not None)
         with torch.inference_mode(), autocast:
-            prepared = self._prepared(patches.clone())  # a network may work in place, on memory that is the caller's
+            # a network may work in place, on memory that is the caller's; and is compiled again for other strides
+            prepared = self._prepared(patches.clone(memory_format=torch.contiguous_format))
             output = self._network(prepared)
             return self._model.post_process(output) if self._model.post_process else output
 
