@@ -33,9 +33,10 @@ OPTIONS = {
     "run": ["SPEC", "--set", "--bbox", "--force", "--workers", "--seams"],
     "plan": ["SPEC", "--set", "--bbox", "--force", "--json"],
     "prepare": ["SPEC", "--set"],
+    "compile": ["SPEC", "--set", "--tolerance", "--patches", "--engines"],
     "verify": ["SPEC", "--set", "--bbox", "--seams", "--json"],
     "cleanup": ["SPEC", "--set"],
-    "report": ["SPEC", "--set", "--run", "--json"],
+    "report": ["SPEC", "--set", "--run", "--json", "--picture"],
     "picture": ["SPEC", "--set", "FILE.png", "--z"],
     "ingest": ["SOURCE", "LAYER", "--voxel-size", "--chunk-size", "--offset", "--overwrite"],
 }
