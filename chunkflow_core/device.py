@@ -138,14 +138,14 @@ class OnDevice:
 
     def _due(self, positions: list[Vector], planes: Planes) -> Iterator[Vector]:
         for position in positions:
-            if self._patches.voxels(position, planes) is None:
+            if self._patches.is_skipped(position, planes):
                 self._record.count("zeros")
                 self._patch_done()
             else:
                 yield position
 
     def _upload(self, planes: Planes) -> torch.Tensor:
-        voxels = torch.from_numpy(np.ascontiguousarray(planes[1]))
+        voxels = torch.from_numpy(planes[1])
         if self._transfers is None:
             return voxels.to(self._device)
         with torch.cuda.stream(self._transfers):

@@ -113,8 +113,7 @@ class ChunkInference:
         ]
         positions = indices(vector(r.start for r in touching), vector(r.stop for r in touching))
         for position in self.patches.inside_mask(positions):
-            box = self.patches.input_box(position)
-            self.patches.run(slab, position, (box, self.reader.read(box)), Record(), lambda: None)
+            self.patches.run(slab, position, self._read_patch(position), Record(), lambda: None)
         return slab.sum(window)
 
     def try_patch(self, position: Vector) -> float:
@@ -124,7 +123,7 @@ class ChunkInference:
             DataError: the output is not as declared.
         """
         patches, window = self.patches, self.spec.grid.patch_box(position) & self.spec.grid.roi
-        patch = patches.scaled(self.reader.read(patches.input_box(position)))
+        patch = patches.take(position, self._read_patch(position))
         engine = patches.engine
         with ThreadPoolExecutor(engine.streams) as pool:
             start = perf_counter()
@@ -135,6 +134,10 @@ class ChunkInference:
         slab.add(position, outputs[0])  # compiles what blending needs, once for all processes
         slab.converted(window, self.spec.output.dtype)
         return seconds
+
+    def _read_patch(self, position: Vector) -> Planes:
+        box = self.patches.input_box(position)
+        return _joined([(box, self.reader.read(box))], box)
 
     def _stream(
         self, runner: Runner, block: Block, layers: list[list[Vector]], record: Record
@@ -198,13 +201,13 @@ class ChunkInference:
 
 
 def _joined(held: Iterable[Planes], box: Box) -> Planes:
-    """Planes of ``box``, put together from stretches of them; an empty array from none."""
+    """Planes of ``box``, put together from stretches of them, contiguous; an empty array from none."""
     parts = [
         data[:, max(box.start[0], source.start[0]) - source.start[0] : box.stop[0] - source.start[0]]
         for source, data in held
     ]
     if len(parts) < 2:
-        return box, parts[0] if parts else np.empty((0, 0, 0, 0))
+        return box, np.ascontiguousarray(parts[0]) if parts else np.empty((0, 0, 0, 0))
     return box, np.concatenate(parts, axis=1)
 
 

@@ -2,10 +2,13 @@
 
 Only IEEE 754 operations of single precision, in a fixed order and never fused, so that they give the bits that numpy gives.
 Arrays are whole and contiguous, and parts of them are told by offsets: the compiler vectorises only along an axis whose
-stride it knows.
+stride it knows. Planes of sums are stored as strips along y, a patch wide: the rows of a patch in a plane thousands of voxels
+wide would each be in another page of memory, at a third of the speed.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
@@ -14,6 +17,14 @@ from numpy.typing import NDArray
 from chunkflow_core.geometry import Vector
 
 _compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_compile
+def _in_strip(width: int, x: int, count: int) -> tuple[int, int, int]:
+    """Which strip of a given width ``x`` is in, where in it, and how many of ``count`` voxels it holds from there."""
+    strip = x // width
+    first = x - strip * width
+    return strip, first, min(width - first, count)
 
 
 @_compile
@@ -30,7 +41,7 @@ def add_plane(
     """Add a plane of weighted values to a plane of sums, rounded to whole steps.
 
     Args:
-        sums: ``(channels, z, y, x)``, in steps; changed.
+        sums: ``(channels, z, strips, y, x of a strip)``, in steps; changed.
         to: where in ``sums``, zyx.
         values: ``(channels, z, y, x)``.
         source: where in ``values``, zyx.
@@ -42,17 +53,42 @@ def add_plane(
     Returns:
         Whether all values were within ``[low, high]``.
     """
-    beyond = np.int32(0)
+    within = True
     height, width = weight_yx.shape
     for c in range(values.shape[0]):
-        for y in range(height):
-            total = sums[c, to[0], to[1] + y, to[2] : to[2] + width]
-            value = values[c, source[0], source[1] + y, source[2] : source[2] + width]
-            weight = weight_yx[y]
-            for x in range(width):
-                beyond |= np.int32(not ((low <= value[x]) & (value[x] <= high)))
-                total[x] += np.rint(value[x] * weight[x] * weight_z)
-    return bool(beyond == 0)
+        done = 0
+        while done < width:
+            strip, first, count = _in_strip(sums.shape[4], to[2] + done, width - done)
+            x = source[2] + done
+            for y in range(height):
+                total = sums[c, to[0], strip, to[1] + y, first : first + count]
+                value = values[c, source[0], source[1] + y, x : x + count]
+                weight = weight_yx[y, done : done + count]
+                good = np.int32(0)  # a sum of integers, which compilers vectorise
+                for i in range(count):
+                    good += np.int32((low <= value[i]) & (value[i] <= high))
+                    total[i] += np.rint(value[i] * weight[i] * weight_z)
+                within &= good == count
+            done += count
+    return within
+
+
+@_compile
+def to_float32(
+    sums: NDArray[np.float32], start: Vector, unit: np.float32, result: NDArray[np.float32], plane: int
+) -> None:
+    """Copy a part of a plane of sums, times ``unit``; arguments as ``to_uint8``."""
+    height, width = result.shape[2:]
+    for c in range(sums.shape[0]):
+        done = 0
+        while done < width:
+            strip, first, count = _in_strip(sums.shape[4], start[2] + done, width - done)
+            for y in range(height):
+                total = sums[c, start[0], strip, start[1] + y, first : first + count]
+                copied = result[c, plane, y, done : done + count]
+                for i in range(count):
+                    copied[i] = total[i] * unit
+            done += count
 
 
 @_compile
@@ -68,7 +104,7 @@ def to_uint8(
     """Convert a part of a plane of sums: ``(sum · unit - low) · scale``, rounded half to even and clipped to 0–255.
 
     Args:
-        sums: ``(channels, z, y, x)``.
+        sums: ``(channels, z, strips, y, x of a strip)``.
         start: where in ``sums``, zyx.
         unit: value of one step.
         low: value that becomes 0.
@@ -78,12 +114,36 @@ def to_uint8(
     """
     height, width = result.shape[2:]
     for c in range(sums.shape[0]):
-        for y in range(height):
-            total = sums[c, start[0], start[1] + y, start[2] : start[2] + width]
-            converted = result[c, plane, y]
-            for x in range(width):
-                value = np.rint((total[x] * unit - low) * scale)
-                converted[x] = np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
+        done = 0
+        while done < width:
+            strip, first, count = _in_strip(sums.shape[4], start[2] + done, width - done)
+            for y in range(height):
+                total = sums[c, start[0], strip, start[1] + y, first : first + count]
+                converted = result[c, plane, y, done : done + count]
+                for i in range(count):
+                    value = np.rint((total[i] * unit - low) * scale)
+                    converted[i] = np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
+            done += count
+
+
+@_compile
+def take_scaled(planes: NDArray[Any], start: Vector, divisor: np.float32, patch: NDArray[np.float32]) -> None:
+    """Copy a part of the input, divided by ``divisor``.
+
+    Args:
+        planes: ``(channels, z, y, x)``, of any dtype.
+        start: where in ``planes``, zyx.
+        divisor: see above.
+        patch: ``(channels, z, y, x)``; filled.
+    """
+    channels, depth, height, width = patch.shape
+    for c in range(channels):
+        for z in range(depth):
+            for y in range(height):
+                row = planes[c, start[0] + z, start[1] + y, start[2] : start[2] + width]
+                taken = patch[c, z, y]
+                for x in range(width):
+                    taken[x] = np.float32(row[x]) / divisor
 
 
 @_compile

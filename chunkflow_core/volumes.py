@@ -21,7 +21,7 @@ from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
-_LEVELS = {"gzip": 4, "br": 5, "zstd": 3}
+_LEVELS = {"gzip": 1, "br": 5, "zstd": 1}
 """Of compression: what more effort gains is less than it costs."""
 
 _CACHE = "public, max-age=3600, s-max-age=3600"
