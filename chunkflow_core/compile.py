@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,9 +18,9 @@ from chunkflow_core.cpus import available_cpus
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine, cpu_streams
 from chunkflow_core.errors import ChunkflowError, DataError, UsageError
-from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.geometry import vector
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.volumes import InputLayer
+from chunkflow_core.stages import Workspace
 
 Patch = NDArray[np.float32]
 
@@ -147,17 +147,13 @@ def sample(spec: VolumeSpec, count: int) -> list[Patch]:
     Raises:
         MissingInputError, StorageError: the input layer can't be read.
     """
-    return list(_sample(spec, count))
-
-
-def _sample(spec: VolumeSpec, count: int) -> Iterator[Patch]:
-    layer, shape = InputLayer(spec), vector(axis.count for axis in spec.grid.axes)
+    workspace, shape = Workspace(spec), vector(axis.count for axis in spec.grid.axes)
+    taken = []
     for number in range(count):
         index = int((number + 0.5) / count * prod(shape))
-        position: Vector = vector(int(i) for i in np.unravel_index(index, shape))
-        data = layer.read(spec.grid.patch_box(position).grown(spec.halo, spec.halo))
-        highest = 1 if data.dtype.kind == "f" else np.iinfo(data.dtype).max
-        yield np.divide(data, np.float32(highest), dtype=np.float32, casting="unsafe")
+        z, y, x = (int(i) for i in np.unravel_index(index, shape))
+        taken.append(workspace.inference.take((z, y, x)))
+    return taken
 
 
 def table(measurements: Sequence[Measurement], best: Measurement) -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -36,6 +35,7 @@ class DeviceSlab:
         self.depth = min(depth, region.shape[0])
         self.sums = torch.zeros((channels, self.depth, *region.shape[1:]), dtype=torch.float32, device=device)
         self.start = region.start[0]
+        self._weights: dict[tuple[int, int], torch.Tensor] = {}
 
     def add(self, position: Vector, patch: torch.Tensor, share: float = 1.0) -> None:
         """Add a patch, weighted; ``patch`` float32 ``(channels, z, y, x)`` on the device."""
@@ -43,14 +43,10 @@ class DeviceSlab:
         inside = box & self.region
         if not inside:
             return
-        z, y, x = (
-            normalised_weight(axis, k)[part]
-            for axis, k, part in zip(self.grid.axes, position, inside.slices(box.start), strict=True)
-        )
-        weight_yx = torch.from_numpy(y[:, None] * x[None, :]).to(self.device, non_blocking=True)
-        weight_z = torch.from_numpy(z * np.float32(share / self.values.step)).to(self.device, non_blocking=True)
-        weighted = patch[(slice(None), *inside.slices(box.start))] * weight_yx
-        weighted.mul_(weight_z[:, None, None]).round_()
+        within = inside.slices(box.start)
+        z, y, x = (self._weight(axis, k)[part] for axis, (k, part) in enumerate(zip(position, within, strict=True)))
+        weighted = patch[(slice(None), *within)] * (y[:, None] * x[None, :])
+        weighted.mul_((z * (share / self.values.step))[:, None, None]).round_()
         done = 0
         for part in self._parts(inside):
             depth = part.shape[1]
@@ -76,6 +72,12 @@ class DeviceSlab:
             for part in self._parts(self.region.with_z(self.start, stop)):
                 part.zero_()
         self.start = plane
+
+    def _weight(self, axis: int, position: int) -> torch.Tensor:
+        if (axis, position) not in self._weights:
+            weight = torch.from_numpy(normalised_weight(self.grid.axes[axis], position))
+            self._weights[axis, position] = weight.to(self.device)
+        return self._weights[axis, position]
 
     def _parts(self, box: Box) -> Iterator[torch.Tensor]:
         """The one or two stretches of the ring that hold the planes of a box."""

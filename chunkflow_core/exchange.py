@@ -215,12 +215,13 @@ class Exchange:
         return self._parse(content)
 
     def receipts(self, stage: Stage) -> dict[Vector, Receipt]:
-        """All intact receipts of a stage, by block index."""
+        """All intact receipts of a stage, by block index; not those of a block that has another box since the ROI grew."""
         names = [name for name in self._list(f"receipts/{stage}/") if name.endswith(".json")]
+        grid = self.spec.grid
         with storage_errors(f"reading receipts in {self.path}"):
             answers = self._files.get(names) if names else []
         parsed = (self._parse(answer["content"]) for answer in answers)
-        return {receipt.block: receipt for receipt in parsed if receipt is not None}
+        return {r.block: r for r in parsed if r and r.block in grid and grid.block(r.block).box.key == r.box}
 
     def delete_receipts(self) -> int:
         """Delete all receipts, blends first, and return how many there were."""

@@ -116,6 +116,10 @@ class ChunkInference:
             self.patches.run(slab, position, self._read_patch(position), Record(), lambda: None)
         return slab.sum(window)
 
+    def take(self, position: Vector) -> NDArray[np.float32]:
+        """A patch as the network gets it, ``(channels, z, y, x)``."""
+        return self.patches.take(position, self._read_patch(position))
+
     def try_patch(self, position: Vector) -> float:
         """Run and check one patch, in all streams at once; seconds per patch.
 
@@ -123,7 +127,7 @@ class ChunkInference:
             DataError: the output is not as declared.
         """
         patches, window = self.patches, self.spec.grid.patch_box(position) & self.spec.grid.roi
-        patch = patches.take(position, self._read_patch(position))
+        patch = self.take(position)
         engine = patches.engine
         with ThreadPoolExecutor(engine.streams) as pool:
             start = perf_counter()

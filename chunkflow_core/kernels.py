@@ -8,7 +8,9 @@ wide would each be in another page of memory, at a third of the speed.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -16,7 +18,16 @@ from numpy.typing import NDArray
 
 from chunkflow_core.geometry import Vector
 
-_compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _compile(function: Function) -> Function:
+    """Compile at the first call, and keep the result for other processes where there is a place for it."""
+    for cache in (True, False):
+        with suppress(RuntimeError):  # neither this folder nor the user's can be written
+            compiled: Function = numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
+            break
+    return compiled
 
 
 @_compile

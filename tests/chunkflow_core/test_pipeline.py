@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,3 +194,17 @@ def test_a_device_sums_to_the_same_bits_as_the_host() -> None:
         np.testing.assert_array_equal(device.converted(planes, "uint8").numpy(), host.converted(planes, "uint8"))
         host.advance(planes.stop[0])
         device.advance(planes.stop[0])
+
+
+def test_kernels_run_where_nothing_can_be_cached() -> None:
+    """As in a container with a read-only file system."""
+    program = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+import numpy as np
+from chunkflow_core.codec import compress, decompress
+sums = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+assert (decompress(compress(sums), 1, (2, 3, 4)) == sums).all()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
