@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_core.geometry import ceil_to
 from chunkflow_core.lattice import AxisLattice
 
 MAX_PATCH = 2048
@@ -59,6 +60,16 @@ def normalised_weight(axis: AxisLattice, position: int) -> NDArray[np.float32]:
     return (weight / total).astype(np.float32)
 
 
+def strips(width: int) -> tuple[int, int]:
+    """In how many strips, of how many voxels, sums over a ``width`` are stored.
+
+    A strip is about a patch wide: rows of a patch in a plane thousands of voxels wide would each be in another page of
+    memory. It has whole cache lines: rows that end within one are half as fast.
+    """
+    count = -(-width // 128)
+    return count, ceil_to(-(-width // count), 16)
+
+
 class Grid:
     """The step to which contributions are rounded, for values within a declared range.
 
@@ -68,7 +79,7 @@ class Grid:
 
     def __init__(self, low: float, high: float) -> None:
         """Make the grid for values in ``[low, high]``."""
-        self.low, self.high = low, high
+        self.low, self.high = float(np.float32(low)), float(np.float32(high))
         mantissa, exponent = math.frexp(max(abs(low), abs(high)))
         self.step = math.ldexp(1.0, (exponent - 1 if mantissa == 0.5 else exponent) - MANTISSA_BITS)
 

@@ -1,16 +1,18 @@
 """Patches on an accelerator: input planes, batches, blending and sums stay there; final planes leave converted.
 
 Everything is queued on the device in order, and the caller runs ahead of it: while a layer of patches is computed, the planes
-of the next one arrive and final ones leave through pinned memory, on a stream of their own. The numbers are those of ``Slab``:
+of the next one arrive and final ones leave through pinned memory, each on a stream of their own. The numbers are those of ``Slab``:
 the same products, rounded and added by the same rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -101,23 +103,27 @@ class OnDevice:
         self._patches, self._record, self._patch_done, self._device = patches, record, patch_done, device
         grid, channels = patches.grid, patches.spec.output.channels
         self._slab = DeviceSlab(grid, block.chunk, grid.slab_depth(block), channels, patches.values, device)
-        cuda = device.type == "cuda"
-        self._transfers = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
-        self._unchecked: list[tuple[Vector, torch.Tensor]] = []
+        self._incoming, self._outgoing = _stream(device), _stream(device)
+        self._scales: dict[Any, torch.Tensor] = {}
+        self._extremes: list[tuple[Vector, torch.Tensor]] = []
+        self._checks: list[Callable[[], None]] = []
         self._forward: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self, positions: list[Vector], planes: Planes) -> None:
         """Queue a layer of patches."""
-        voxels = self._upload(planes)
-        # a tensor, as division by a number of the host would be a multiplication by its reciprocal on some devices
-        scale = torch.tensor(self._patches.scale(planes[1].dtype), device=self._device)
+        voxels, scale = self._upload(planes), self._scale(planes[1].dtype)
         due = self._due(positions, planes)
         jobs = iter([(position, t) for position in due for t in self._patches.transforms])
         while batch := list(islice(jobs, self._patches.engine.batch_size)):
             self._run(batch, planes[0], voxels, scale)
 
     def finish(self) -> None:
-        """Nothing to wait for: errors arise when a piece has left the device."""
+        """Queue what tells whether the layer's values were right; the error arises before any of them leaves."""
+        if self._extremes:
+            positions = [position for position, _ in self._extremes]
+            arriving = self._to_host(torch.stack([extreme for _, extreme in self._extremes]))
+            self._checks.append(partial(self._check, positions, arriving))
+            self._extremes = []
 
     def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
         """See ``inference.Sums``."""
@@ -146,14 +152,21 @@ class OnDevice:
             else:
                 yield position
 
+    def _scale(self, dtype: np.dtype[Any]) -> torch.Tensor:
+        """A tensor, as division by a number of the host would be a multiplication by its reciprocal on some devices."""
+        if dtype not in self._scales:
+            self._scales[dtype] = torch.tensor(self._patches.scale(dtype), device=self._device)
+        return self._scales[dtype]
+
     def _upload(self, planes: Planes) -> torch.Tensor:
         voxels = torch.from_numpy(planes[1])
-        if self._transfers is None:
+        if self._incoming is None:
             return voxels.to(self._device)
-        with torch.cuda.stream(self._transfers):
+        with torch.cuda.stream(self._incoming):
             arrived = voxels.pin_memory().to(self._device, non_blocking=True)
-        torch.cuda.current_stream(self._device).wait_stream(self._transfers)
-        arrived.record_stream(torch.cuda.current_stream(self._device))
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._incoming)
+        arrived.record_stream(computing)
         return arrived
 
     def _run(self, batch: Sequence[Job], box: Box, voxels: torch.Tensor, scale: torch.Tensor) -> None:
@@ -166,7 +179,7 @@ class OnDevice:
         outputs = self._run_network(given)
         extremes = torch.stack(outputs.flatten(1).aminmax(dim=1), dim=1)
         for (position, transform), output, extreme in zip(batch, outputs, extremes, strict=False):
-            self._unchecked.append((position, extreme))
+            self._extremes.append((position, extreme))
             self._slab.add(position, transform.undo(output), patches.share)
             if transform == patches.transforms[-1]:
                 self._record.count("patches")
@@ -182,35 +195,42 @@ class OnDevice:
         self._forward.append((start, end))
         return outputs
 
+    def _check(self, positions: list[Vector], arriving: Callable[[], torch.Tensor]) -> None:
+        low, high = self._patches.values.low, self._patches.values.high
+        for position, (least, most) in zip(positions, arriving().tolist(), strict=True):
+            if not (low <= least and most <= high):
+                raise self._patches.error(position, least, most)
+
     def _leaving(self, result: torch.Tensor) -> Callable[[], NDArray[Any]]:
-        """Start the copy to the host; the function that is returned waits for it, and checks the values on its way."""
-        positions = [position for position, _ in self._unchecked]
-        extremes = torch.stack([extreme for _, extreme in self._unchecked] or [torch.zeros(2, device=self._device)])
-        self._unchecked = []
-        arrived, arrived_extremes, event = self._to_host(result), self._to_host(extremes), None
-        if self._transfers is not None:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._transfers)
+        """Start the copy to the host; the function that is returned waits for it, and for the checks of its layers."""
+        arriving, checks = self._to_host(result), tuple(self._checks)
 
         def wait() -> NDArray[Any]:
-            if event is not None:
-                event.synchronize()
-            low, high = self._patches.values.low, self._patches.values.high
-            for position, (least, most) in zip(positions, arrived_extremes.tolist(), strict=False):
-                if not (low <= least and most <= high):
-                    raise self._patches.error(position, least, most)
-            array: NDArray[Any] = arrived.numpy()
+            for check in checks:
+                check()
+            array: NDArray[Any] = arriving().numpy()
             return array
 
         return wait
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._transfers is None:
-            return tensor.cpu()
-        self._transfers.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._transfers):
+    def _to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start a copy; the function that is returned waits for it."""
+        if self._outgoing is None:
+            return tensor.cpu
+        self._outgoing.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._outgoing):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor, non_blocking=True)
-        if tensor.device.type == "cuda":
-            tensor.record_stream(self._transfers)
-        return host
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            arrived.record()
+        tensor.record_stream(self._outgoing)
+
+        def wait() -> torch.Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

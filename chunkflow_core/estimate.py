@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from statistics import median
 
 import numpy as np
 
+from chunkflow_core.blending import strips
 from chunkflow_core.exchange import Receipt, Trial
 from chunkflow_core.lattice import Block
 from chunkflow_core.planner import Plan
@@ -55,7 +57,7 @@ def data_bytes(spec: VolumeSpec, block: Block) -> int:
 
 def _sums(spec: VolumeSpec, block: Block) -> int:
     _, height, width = block.chunk.shape
-    return spec.output.channels * spec.grid.slab_depth(block) * height * width * _FLOAT
+    return spec.output.channels * spec.grid.slab_depth(block) * height * prod(strips(width)) * _FLOAT
 
 
 def _planes(spec: VolumeSpec, block: Block) -> int:

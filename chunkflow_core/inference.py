@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
+from threading import Lock
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -89,8 +90,9 @@ class ChunkInference:
     def block(self, block: Block, record: Record, patch_done: Callable[[], object]) -> Iterator[tuple[Piece, Sums]]:
         """Run a block's patches; yield each final piece, and where its numbers are.
 
-        ``patch_done`` is called after each patch, from several threads at once.
+        ``patch_done`` is called after each patch, from several threads, but not at once.
         """
+        patch_done = _one_at_a_time(patch_done)
         layers: list[list[Vector]] = []
         for layer in range(block.first_patch[0], block.stop_patch[0]):
             whole = list(indices((layer, *block.first_patch[1:]), (layer + 1, *block.stop_patch[1:])))
@@ -121,7 +123,7 @@ class ChunkInference:
         return self.patches.take(position, self._read_patch(position))
 
     def try_patch(self, position: Vector) -> float:
-        """Run and check one patch, in all streams at once; seconds per patch.
+        """Run and check one patch, in all streams at once; seconds per patch, in all of its orientations.
 
         Raises:
             DataError: the output is not as declared.
@@ -130,9 +132,10 @@ class ChunkInference:
         patch = self.take(position)
         engine = patches.engine
         with ThreadPoolExecutor(engine.streams) as pool:
-            start = perf_counter()
             outputs = list(pool.map(patches.forward, [patch] * engine.streams))
-            seconds = (perf_counter() - start) / (engine.streams * engine.batch_size)
+            start = perf_counter()  # the first time takes longer
+            list(pool.map(patches.forward, [patch] * engine.streams))
+            seconds = (perf_counter() - start) * len(patches.transforms) / (engine.streams * engine.batch_size)
         patches.check(position, outputs[0])
         slab = Slab(self.spec.grid, window, window.shape[0], self.spec.output.channels, patches.values)
         slab.add(position, outputs[0])  # compiles what blending needs, once for all processes
@@ -202,6 +205,16 @@ class ChunkInference:
         first_cut = start + (origin - start) % self.z_step
         cuts = [start, *(z for z in range(first_cut, stop, self.z_step) if z > start), stop]
         return [whole.with_z(a, b) for a, b in pairwise(cuts)]
+
+
+def _one_at_a_time(function: Callable[[], object]) -> Callable[[], None]:
+    lock = Lock()
+
+    def call() -> None:
+        with lock:
+            function()
+
+    return call
 
 
 def _joined(held: Iterable[Planes], box: Box) -> Planes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -25,9 +25,9 @@ def _compile(function: Function) -> Function:
     """Compile at the first call, and keep the result for other processes where there is a place for it."""
     for cache in (True, False):
         with suppress(RuntimeError):  # neither this folder nor the user's can be written
-            compiled: Function = numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
+            compiled = numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
             break
-    return compiled
+    return cast(Function, compiled)
 
 
 @_compile

@@ -22,6 +22,8 @@ class LayerScale:
     """Storage chunk size."""
     dtype: str
     channels: int
+    encoding: str
+    """``raw``, or how else storage chunks are encoded; ``sharded`` if they are not files of their own."""
 
 
 def read_info(path: str) -> dict[str, Any]:
@@ -80,4 +82,5 @@ def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
         chunk=vector(reversed(scale["chunk_sizes"][0])),
         dtype=info["data_type"],
         channels=info["num_channels"],
+        encoding="sharded" if scale.get("sharding") else scale.get("encoding", "raw"),
     )

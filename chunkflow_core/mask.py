@@ -27,7 +27,7 @@ from chunkflow_core.geometry import Box, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import _read
+from chunkflow_core.volumes import read_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Mask:
             region = Box(vector(int(p[0]) for p in wanted), vector(int(p[-1]) + 1 for p in wanted))
             advice = "If missing chunks of this layer mean zeros, set skip.mask.fill_missing: true"
             with storage_errors(f"reading the mask {self.path} at {region}", missing=advice):
-                data = _read(self._volume, region, self.scale.bounds)[0] != 0
+                data = read_box(self._volume, region, self.scale.bounds)[0] != 0
             present[part] = data[np.ix_(*(p - start for p, start in zip(wanted, region.start, strict=True)))]
 
     def _mask_voxels(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.kernels import take_scaled
-from chunkflow_core.mask import Mask, MaskWindow
+from chunkflow_core.mask import Mask
 from chunkflow_core.record import Record
 from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec
@@ -53,10 +53,6 @@ class Patches:
         boxes = [self.grid.patch_box(position) & self.grid.roi for position in positions]
         window = self.mask.window(Box.around(boxes))
         return [position for position, box in zip(positions, boxes, strict=True) if window.touches(box)]
-
-    def mask_window(self, box: Box) -> MaskWindow | None:
-        """The mask in a box of the output; None if there is no mask."""
-        return None if self.mask is None else self.mask.window(box)
 
     def is_skipped(self, position: Vector, planes: Planes) -> bool:
         """Whether a patch is not run since its input is all zeros."""

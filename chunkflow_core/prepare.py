@@ -108,7 +108,7 @@ def last_fingerprint(spec: VolumeSpec) -> str | None:
 
 
 def _provenance(spec: VolumeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The output layer's provenance, and what its last step says if it was one of ours."""
+    """The output layer's provenance, and what the last of our steps in it says."""
     with storage_errors(f"reading the provenance of {spec.output.path}"):
         content = layer_files(spec.output.path).get("provenance")
     try:
@@ -118,5 +118,5 @@ def _provenance(spec: VolumeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(provenance, dict) or not isinstance(provenance.setdefault("processing", []), list):
         provenance = {"processing": []}
     steps = [step.get("method") for step in provenance["processing"] if isinstance(step, dict)]
-    last = steps[-1] if steps else None
-    return provenance, last if isinstance(last, dict) and last.get("task") == "chunkflow-airflow" else {}
+    ours = [step for step in steps if isinstance(step, dict) and step.get("task") == "chunkflow-airflow"]
+    return provenance, ours[-1] if ours else {}

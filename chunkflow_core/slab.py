@@ -6,20 +6,21 @@ at different planes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
 from threading import Condition, Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.blending import Grid, normalised_weight
+from chunkflow_core.blending import Grid, normalised_weight, strips
 from chunkflow_core.errors import ChunkflowError
-from chunkflow_core.geometry import Box, Vector, ceil_to
+from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.kernels import add_plane, to_float32, to_uint8
 from chunkflow_core.lattice import BlockGrid
 
-STRIP = 128
-"""Voxels along x that are stored together for all y, at most."""
+Map = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+"""``map``, or an executor's."""
 
 
 class Cancelled(ChunkflowError):
@@ -29,14 +30,17 @@ class Cancelled(ChunkflowError):
 class Slab:
     """Sums over consecutive planes of a chunk, in grid steps; moves up along z as planes become final."""
 
-    def __init__(self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid) -> None:
-        """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped."""
-        self.grid, self.region, self.values = grid, region, values
+    def __init__(
+        self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid, mapping: Map = map
+    ) -> None:
+        """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped.
+
+        ``mapping`` is what goes over planes that are copied out or cleared: ``map`` of an executor does it in several threads.
+        """
+        self.grid, self.region, self.values, self._map = grid, region, values, mapping
         self.depth = min(depth, region.shape[0])
-        _, height, width = region.shape
-        strips = -(-width // STRIP)
-        strip = ceil_to(-(-width // strips), 16)  # whole cache lines: twice as fast as rows that end within one
-        self.sums = np.zeros((channels, self.depth, strips, height, strip), np.float32)
+        count, strip = strips(region.shape[2])
+        self.sums = np.zeros((channels, self.depth, count, region.shape[1], strip), np.float32)
         self.start = region.start[0]
         self._moved = Condition()
         self._cancelled = False
@@ -84,8 +88,11 @@ class Slab:
     def sum(self, box: Box) -> NDArray[np.float32]:
         """A copy of the sums in ``box``: float32 ``(channels, z, y, x)`` in the units of the values."""
         result = np.empty((len(self.sums), *box.shape), np.float32)
-        for plane, start in enumerate(self._planes(box)):
-            to_float32(self.sums, start, np.float32(self.values.step), result, plane)
+
+        def copy(plane: int) -> None:
+            to_float32(self.sums, self._start(box, plane), np.float32(self.values.step), result, plane)
+
+        self._for_each(copy, range(box.shape[0]))
         return result
 
     def converted(self, box: Box, dtype: str) -> NDArray[np.float32 | np.uint8]:
@@ -93,14 +100,21 @@ class Slab:
         if dtype == "float32":
             return self.sum(box)
         result = np.empty((len(self.sums), *box.shape), np.uint8)
-        for plane, start in enumerate(self._planes(box)):
-            to_uint8(self.sums, start, np.float32(self.values.step), *self.values.uint8, result, plane)
+
+        def convert_plane(plane: int) -> None:
+            start, step = self._start(box, plane), np.float32(self.values.step)
+            to_uint8(self.sums, start, step, *self.values.uint8, result, plane)
+
+        self._for_each(convert_plane, range(box.shape[0]))
         return result
 
     def advance(self, plane: int) -> None:
         """Drop the planes below ``plane`` and make room above."""
-        for z in range(self.start, min(plane, self.start + self.depth)):
+
+        def clear(z: int) -> None:
             self.sums[:, (z - self.region.start[0]) % self.depth] = 0
+
+        self._for_each(clear, range(self.start, min(plane, self.start + self.depth)))
         with self._moved:
             self.start = plane
             self._moved.notify_all()
@@ -127,11 +141,13 @@ class Slab:
         z, y, x = (a - b for a, b in zip(box.start, self.region.start, strict=True))
         return z % self.depth, y, x
 
-    def _planes(self, box: Box) -> Iterator[Vector]:
-        """Where the planes of a box are in ``sums``."""
+    def _start(self, box: Box, plane: int) -> Vector:
+        """Where a plane of a box is in ``sums``."""
         z, y, x = self._place(box)
-        for plane in range(box.shape[0]):
-            yield (z + plane) % self.depth, y, x
+        return (z + plane) % self.depth, y, x
+
+    def _for_each(self, function: Callable[[int], None], planes: Iterable[int]) -> None:
+        deque(self._map(function, planes), maxlen=0)
 
 
 def convert(sums: NDArray[np.float32], dtype: str, values: Grid) -> NDArray[np.float32 | np.uint8]:

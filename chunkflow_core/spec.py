@@ -225,7 +225,7 @@ class RunnerSpec(_Section):
 
     kind: Literal["local"] = "local"
     parallel: int | None = Field(None, ge=1)
-    """Blocks at a time; default: as many as Airflow has slots."""
+    """Blocks at a time; default: 16. The machine's CPUs are shared out among so many."""
     pool: str = "default_pool"
     """Airflow pool that inference tasks take a slot of."""
     retries: int = Field(3, ge=0)

@@ -27,7 +27,7 @@ from chunkflow_core.exchange import DonationEntry, Exchange, Receipt
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference import ChunkInference, Sums
 from chunkflow_core.lattice import Block, Donation, Piece
-from chunkflow_core.mask import Mask
+from chunkflow_core.mask import Mask, MaskWindow
 from chunkflow_core.record import Record
 from chunkflow_core.slab import convert
 from chunkflow_core.spec import VolumeSpec
@@ -78,10 +78,10 @@ class Workspace:
         """Which patches are run; None for all."""
         return Mask(self.spec) if self.spec.skip.mask else None
 
-    def masked(self, box: Box, data: NDArray[Any]) -> NDArray[Any]:
-        """Output of a box, ``(channels, z, y, x)``, set to 0 outside the mask, in place."""
+    def masked(self, box: Box, data: NDArray[Any], window: MaskWindow | None = None) -> NDArray[Any]:
+        """Output of a box, ``(channels, z, y, x)``, set to 0 outside the mask, in place; ``window`` if it is read already."""
         if self.mask is not None:
-            data[:, ~self.mask.window(box).voxels(box)] = 0
+            data[:, ~(window or self.mask.window(box)).voxels(box)] = 0
         return data
 
     @cached_property
@@ -127,7 +127,7 @@ def inference_and_donate(
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         writing: list[Future[Any]] = []
         for piece, sums in workspace.inference.block(block, record, patch_done):
-            entries += _wait(writing, record)  # so that no more than two pieces are in memory
+            entries += _wait(writing, record)  # so that no more than one piece is in memory
             writing = _leave(workspace, record, piece, sums, pool)
             log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
         entries += _wait(writing, record)
@@ -156,8 +156,9 @@ def _leave(
     leaving: list[Future[Any]] = [
         pool.submit(_give, workspace, record, donation, sums.sum(donation.box)) for donation in piece.donations
     ]
+    window = record.measure("read", workspace.mask.window, piece.core) if workspace.mask and piece.core else None
     for row in workspace.output.rows(piece.core):
-        leaving.append(pool.submit(_write, workspace, record, row, sums.converted(row)))
+        leaving.append(pool.submit(_write, workspace, record, row, sums.converted(row), window))
     return leaving
 
 
@@ -260,8 +261,14 @@ def _give(
     return entry
 
 
-def _write(workspace: Workspace, record: Record, box: Box, converted: Callable[[], NDArray[Any]]) -> None:
-    data = record.measure("convert", workspace.masked, box, converted())
+def _write(
+    workspace: Workspace,
+    record: Record,
+    box: Box,
+    converted: Callable[[], NDArray[Any]],
+    window: MaskWindow | None = None,
+) -> None:
+    data = record.measure("convert", workspace.masked, box, converted(), window)
     record.measure("write", workspace.output.write, box, data)
     record.count("bytes written", data.nbytes)
     record.count("storage chunks", sum(1 for _ in workspace.output.expected_chunks(box)))

@@ -18,6 +18,8 @@ from chunkflow_core.errors import DataError, MissingInputError, StorageError
 PARTIAL = ".partial"
 """How names of files end that are being written to a local disk."""
 
+_EXTENSIONS = {FileInterface.get_extension(compression) for compression in (None, "gzip", "br", "zstd")}
+
 _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenacity", "cloudfiles")
 
 
@@ -54,7 +56,7 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
     """
     with storage_errors(f"writing {path}/{name}"):
         if path.startswith("file://"):
-            _replace(_local(path) / f"{name}{FileInterface.get_extension(compression)}", content)
+            _replace(_local(path) / name, FileInterface.get_extension(compression), content)
         else:
             CloudFiles(path, progress=False).put(
                 name,
@@ -75,14 +77,17 @@ def delete_partials(path: str, older_than: float) -> None:
                     file.unlink()
 
 
-def _replace(target: Path, content: bytes) -> None:
+def _replace(target: Path, extension: str, content: bytes) -> None:
+    """Write a file, and remove those of the same name in other compressions, which a reader might find first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
         partial.write_bytes(content)
-        partial.replace(target)
+        partial.replace(f"{target}{extension}")
     finally:
         partial.unlink(missing_ok=True)
+    for other in _EXTENSIONS - {extension}:
+        Path(f"{target}{other}").unlink(missing_ok=True)
 
 
 def _local(path: str) -> Path:

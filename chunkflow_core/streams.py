@@ -33,7 +33,15 @@ class Streams:
     ) -> None:
         self._patches, self._record, self._patch_done = patches, record, patch_done
         grid = patches.grid
-        self._slab = Slab(grid, block.chunk, grid.slab_depth(block), patches.spec.output.channels, patches.values)
+        self._copying = ThreadPoolExecutor(streams, thread_name_prefix="copy")
+        self._slab = Slab(
+            grid,
+            block.chunk,
+            grid.slab_depth(block),
+            patches.spec.output.channels,
+            patches.values,
+            self._copying.map,
+        )
         self._pool = ThreadPoolExecutor(streams, thread_name_prefix="stream")
         self._layers: deque[list[Future[None]]] = deque()
 
@@ -64,6 +72,7 @@ class Streams:
         """Give up what has not been done."""
         self._slab.cancel()
         self._pool.shutdown(cancel_futures=True)
+        self._copying.shutdown()
 
     def _run(self, position: Vector, planes: Planes) -> None:
         wait = partial(self._slab.wait_for_room, position)

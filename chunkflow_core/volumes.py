@@ -54,7 +54,7 @@ class InputLayer:
         source = Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
         advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
         with storage_errors(f"reading {self.path} at {source}", missing=advice):
-            data = _read(self._volume, source, self.scale.bounds)
+            data = read_box(self._volume, source, self.scale.bounds)
         for a, indices in enumerate(maps):
             if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
                 data = np.take(data, indices - source.start[a], axis=a + 1)
@@ -111,7 +111,7 @@ class OutputLayer:
         """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
         advice = "Its block is not done: `plan` shows what is due, `run` does it"
         with storage_errors(f"reading {self.path} at {box}", missing=advice):
-            return _read(self._volume, box, self.scale.bounds)
+            return read_box(self._volume, box, self.scale.bounds)
 
     def stored_chunks(self) -> set[str]:
         """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``."""
@@ -182,12 +182,13 @@ def check_output(spec: VolumeSpec) -> LayerScale:
         "chunk_size": (scale.chunk, spec.storage_chunk),
         "bounds": (str(scale.bounds), str(roi)),
     }
-    for what, (there, expected) in wanted.items():
-        if there != expected:
-            raise SpecError(
-                f"output.path: the layer at {spec.output.path} has {what} {there}, the spec says {expected}. "
-                "Give another path, or delete that layer"
-            )
+    problems = [f"{what} {a}, the spec says {b}" for what, (a, b) in wanted.items() if a != b]
+    if scale.encoding != "raw":
+        problems.append(f"encoding {scale.encoding}, only raw is written")
+    if problems:
+        raise SpecError(
+            f"output.path: the layer at {spec.output.path} has {problems[0]}. Give another path, or delete that layer"
+        )
     return scale
 
 
@@ -231,7 +232,8 @@ class NewLayer:
             self._volume[_xyz(box)] = np.ascontiguousarray(data).T
 
 
-def _read(volume: CloudVolume, box: Box, bounds: Box) -> NDArray[Any]:
+def read_box(volume: CloudVolume, box: Box, bounds: Box) -> NDArray[Any]:
+    """Voxels of a box inside a layer's bounds, ``(channels, z, y, x)``."""
     # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of the storage chunk.
     larger = (box.grown((1, 1, 1), (1, 1, 1)) & bounds) if box.voxels == 1 else box
     data: NDArray[Any] = np.asarray(volume[_xyz(larger)]).T

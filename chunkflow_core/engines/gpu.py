@@ -41,7 +41,10 @@ def _lock(path: Path) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     except PermissionError:  # made by another user; in a folder for all, it may only be opened without O_CREAT
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except PermissionError:  # nor that: whether it is free can't be told
+            return False
     with suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _held.append(descriptor)

@@ -28,10 +28,7 @@ class ONNX(Engine):
         outputs = session.get_outputs()
         names = [({output.name}, _channels(output.shape)) for output in outputs]
         self._output = outputs[choose(names, spec)].name
-        self._on_gpu = session.get_providers()[0] != _CPU
-        if self._on_gpu:
-            self.batch_size = spec.model.batch_size
-        else:
+        if session.get_providers()[0] == _CPU:
             self.streams = cpu_streams(spec)
 
     @property
@@ -40,7 +37,7 @@ class ONNX(Engine):
         return {"onnxruntime": self._version, "device": provider, "threads": self._spec.model.threads}
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._batch(patches) if self._on_gpu else each_by_itself(self._batch, patches)
+        return each_by_itself(self._batch, patches)
 
     def _batch(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         try:

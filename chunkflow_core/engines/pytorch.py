@@ -28,10 +28,11 @@ class PyTorch(Engine):
         self._precision = _PRECISIONS.get(spec.model.precision)
         self._channels_last = False
         on_gpu = device.type == "cuda"
-        if on_gpu:
-            self.batch_size = spec.model.batch_size
-            self.device = None if model.takes_numpy else device
-        elif not model.takes_numpy:  # an object of the model file's own class may keep state from call to call
+        if on_gpu and not model.takes_numpy:
+            self.batch_size, self.device = spec.model.batch_size, device
+        elif (
+            not on_gpu and not model.takes_numpy
+        ):  # an object of the model file's own class may keep state between calls
             self.streams = cpu_streams(spec)
         if isinstance(model.network, torch.nn.Module) and (on_gpu or self._precision is not None):
             self._try_channels_last(model.network)
@@ -66,6 +67,8 @@ class PyTorch(Engine):
 
     def _run(self, patches: torch.Tensor) -> Any:
         threads = self._spec.model.threads
+        if self._device.type == "cuda":  # this too is a matter of each thread, and model files may say just "cuda"
+            torch.cuda.set_device(self._device)
         if torch.get_num_threads() != threads:  # each thread of the process has a number of its own
             torch.set_num_threads(threads)
         autocast = torch.autocast(self._device.type, self._precision, enabled=self._precision is not None)
@@ -131,6 +134,7 @@ def _make_deterministic(threads: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as that writes all twice
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -142,7 +146,7 @@ def _device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", claim(torch.cuda.device_count()))
-    torch.cuda.set_device(device)  # also for model files that say just "cuda"
+    torch.cuda.set_device(device)
     return device
 
 

@@ -60,7 +60,7 @@ def run_block(spec: VolumeSpec, engine: Engine) -> Workspace:
 
 
 def stream_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "read", "write"))]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "read", "write", "copy"))]
 
 
 def test_as_many_patches_at_once_as_there_are_streams(volume: VolumeSpec) -> None:
@@ -85,20 +85,34 @@ def test_the_next_layer_starts_before_the_last_patch_of_a_layer_is_done(volume: 
     run_block(volume, Scripted(wait_for_the_next_layer, streams=2))
 
 
-@pytest.mark.parametrize("bad", [0, 5])
-def test_a_bad_patch_ends_the_block_and_every_thread(volume: VolumeSpec, bad: int) -> None:
-    class Bad(Scripted):
-        def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-            with self.lock:
-                number, self.calls = self.calls, self.calls + 1
-            return np.full((1, 2, *patches.shape[2:]), np.nan if number == bad else 0.5, np.float32)
+class Bad(Engine):
+    """Gives NaN for one patch."""
 
-    engine = Bad(lambda n: None, streams=2)
+    def __init__(self, bad: int, *, on_device: bool) -> None:
+        self.bad, self.calls, self.lock, self.streams = bad, 0, threading.Lock(), 2
+        self.device = torch.device("cpu") if on_device else None
+
+    def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self.lock:
+            number, self.calls = self.calls, self.calls + 1
+        return np.full((1, 2, *patches.shape[2:]), np.nan if number == self.bad else 0.5, np.float32)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self(patches.numpy()))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("bad", [0, 5])
+def test_a_bad_patch_ends_the_block_and_every_thread(volume: VolumeSpec, bad: int, on_device: bool) -> None:
     with pytest.raises(DataError, match=r"NaN or infinity .* at lattice position"):
-        run_block(volume, engine)
+        run_block(volume, Bad(bad, on_device=on_device))
 
     assert not stream_threads()
-    assert Workspace(volume).exchange.receipt("infer", volume.grid.block((0, 0, 0)).box) is None
+    workspace = Workspace(volume)
+    assert workspace.exchange.receipt("infer", volume.grid.block((0, 0, 0)).box) is None
+    if bad == 0:
+        assert not workspace.output.stored_chunks(), "nothing of its layer may be written"
+        assert not workspace.exchange.donation_keys()
 
 
 def test_giving_up_a_block_ends_every_thread(volume: VolumeSpec) -> None:

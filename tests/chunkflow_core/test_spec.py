@@ -549,6 +549,24 @@ def test_output_layer_of_another_kind_is_never_overwritten(
     assert (tmp_path / "output" / "info").read_bytes() == info
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"encoding": "jpeg"}, "encoding jpeg"), ({"sharding": {"@type": "neuroglancer_uint64_sharded_v1"}}, "sharded")],
+)
+def test_output_layer_that_is_not_raw_is_refused(
+    make_spec: MakeSpec, tmp_path: Path, chunkflow: Command, change: dict[str, Any], what: str
+) -> None:
+    assert chunkflow("prepare", make_spec()).returncode == 0
+    file = tmp_path / "output" / "info"
+    info = json.loads(file.read_text())
+    info["scales"][0] |= change
+    file.write_text(json.dumps(info))
+    outcome = chunkflow("prepare", make_spec())
+    assert outcome.returncode == 78
+    assert what in outcome.stderr
+    assert "only raw is written" in outcome.stderr
+
+
 def test_output_layer_of_another_roi(make_spec: MakeSpec, chunkflow: Command) -> None:
     assert chunkflow("prepare", make_spec()).returncode == 0
     outcome = chunkflow("prepare", make_spec(), "--set", "roi=[[0, 0, 0], [12, 48, 40]]")

@@ -15,7 +15,7 @@ from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.spec import load_spec
 from operators.dag import volume_dag
 from operators.specs import volume_dags
-from operators.volume import BOX_PARAMS, blend_task_id, infer_task_id
+from operators.volume import BOX_PARAMS, InferenceAndDonateOperator, blend_task_id, infer_task_id
 
 DAGS = Path(dags.__file__).parent
 
@@ -39,6 +39,17 @@ def test_a_blend_waits_for_its_donors_and_nothing_else(dag: DAG, make_spec: Call
     assert dag.get_task("verify").upstream_task_ids == {"infer.0_0_0"} | {
         blend_task_id(index) for index in grid.indices() if any(index)
     }
+
+
+@pytest.mark.parametrize(("parallel", "share"), [(1, "12"), (3, "4"), (None, "1")])
+def test_tasks_that_may_run_at_once_share_the_cpus(
+    make_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, parallel: int | None, share: str
+) -> None:
+    path = make_spec(runner={"kind": "local", "parallel": parallel})
+    monkeypatch.setenv("CHUNKFLOW_CPUS", "12")
+    task = volume_dag(load_spec(path), path).get_task("infer.0_0_0")
+    assert isinstance(task, InferenceAndDonateOperator)
+    assert task.environment == {"CHUNKFLOW_CPUS": share}
 
 
 def test_finishing_goes_before_starting(dag: DAG) -> None:
