@@ -27,6 +27,7 @@ from chunkflow_core.record import Record
 from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.volumes import NewLayer
 
 TIMEOUT = 60.0
 
@@ -143,6 +144,37 @@ def test_reading_keeps_ahead_and_within_bounds(ahead: int) -> None:
         assert box == boxes[number]
         assert (data == number).all()
         assert len(started) == min(len(boxes), number + 1 + ahead)
+
+
+def test_a_block_outside_the_mask_reads_nothing_and_loads_no_model(tmp_path: Path) -> None:
+    """The mask has voxels 4 × 8 × 8 times as large, and one of them is inside, in the first block."""
+    inside = np.zeros((1, 5, 6, 5), np.uint8)
+    inside[0, 0, 1, 1] = 1
+    layer = NewLayer(f"file://{tmp_path}/mask", (5, 6, 5), dtype="uint8", resolution=(160, 32, 32), chunk=(8, 8, 8))
+    layer.write(Box((0, 0, 0), (5, 6, 5)), inside)
+    path = write_volume(tmp_path, skip={"mask": {"path": f"file://{tmp_path}/mask"}})
+    assert main(["prepare", str(path)]) == 0
+    spec = load_spec(path)
+    workspace = Workspace(spec)
+
+    def fail(*arguments: Any) -> Any:
+        raise AssertionError("there is nothing to do")
+
+    workspace.input.read = fail  # type: ignore[method-assign]
+    workspace.inference.patches._load = fail
+    last = inference_and_donate(workspace, (1, 1, 1)).receipt
+    assert last is not None
+    assert (last.patches, last.skipped) == (0, {"outside mask": spec.grid.block((1, 1, 1)).patches})
+    assert all(entry.checksum is None for entry in last.donations)
+    assert last.storage_chunks > 0, "zeros are written, too"
+
+    assert main(["run", str(path)]) == 0
+    report = {index: receipt.skipped for index, receipt in workspace.exchange.receipts("infer").items()}
+    assert report[0, 0, 0].get("outside mask", 0) < spec.grid.block((0, 0, 0)).patches
+    output = output_of(path)
+    assert output[:, :4, 8:16, 8:16].any()
+    output[:, :4, 8:16, 8:16] = 0
+    assert not output.any()
 
 
 def test_an_error_of_reading_arises_in_the_block(volume: VolumeSpec) -> None:

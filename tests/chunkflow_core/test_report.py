@@ -117,8 +117,11 @@ def test_figures_are_those_of_the_receipts(done: Path, tmp_path: Path, chunkflow
     assert report["task_voxels_per_second"]["median"] == pytest.approx(np.median(rates), rel=1e-2)
     assert report["peak_memory"]["value"] == max(r["facts"]["peak_memory_bytes"] for r in both)
     slowest = sorted(both, key=lambda r: -r["facts"]["wall"])[:3]
-    assert [(f["stage"], f["value"]) for f in report["slowest"]] == [(r["stage"], r["facts"]["wall"]) for r in slowest]
-    assert [f["block"] for f in report["slowest"]] == ["_".join(map(str, r["block"])) for r in slowest]
+    assert [f["value"] for f in report["slowest"]] == [r["facts"]["wall"] for r in slowest]
+    walls = {(r["stage"], "_".join(map(str, r["block"]))): r["facts"]["wall"] for r in both}
+    assert all(walls[f["stage"], f["block"]] == f["value"] for f in report["slowest"]), (
+        "which of equals does not matter"
+    )
     assert report["hosts"] == {infer[0]["facts"]["host"]: 15}
     assert sum(report["devices"].values()) == 8
     assert report["runs"] == {infer[0]["run"]: 15}

@@ -235,7 +235,7 @@ def test_wrong_data_fails_at_once_and_names_the_patch(volumes: Volumes) -> None:
     assert tasks["blend.0_3_0"]["state"] == "success", "what does not depend on it goes on"
     assert tasks["blend.0_4_0"]["state"] == "upstream_failed"
     log = volumes.log("poison", run, "infer.0_4_0", 1)
-    assert "NaN or infinity for the patch at lattice position (0, 4, 0)" in log
+    assert "NaN or infinity (or its input has them already) for the patch at lattice position (0, 4, 0)" in log
     assert "exit code 65, a retry can't help" in log
 
 
