@@ -196,10 +196,8 @@ class OnDevice:
         return outputs
 
     def _check(self, positions: list[Vector], arriving: Callable[[], torch.Tensor]) -> None:
-        low, high = self._patches.values.low, self._patches.values.high
         for position, (least, most) in zip(positions, arriving().tolist(), strict=True):
-            if not (low <= least and most <= high):
-                raise self._patches.error(position, least, most)
+            self._patches.check_extremes(position, least, most)
 
     def _leaving(self, result: torch.Tensor) -> Callable[[], NDArray[Any]]:
         """Start the copy to the host; the function that is returned waits for it, and for the checks of its layers."""

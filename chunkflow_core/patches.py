@@ -98,15 +98,15 @@ class Patches:
 
     def check(self, position: Vector, output: NDArray[np.float32]) -> None:
         """``DataError`` unless all values of an output are within the declared range."""
-        least, most = float(output.min()), float(output.max())
-        if not (self.values.low <= least and most <= self.values.high):
-            raise self.error(position, least, most)
+        self.check_extremes(position, float(output.min()), float(output.max()))
 
-    def error(self, position: Vector, least: float, most: float) -> DataError:
-        """What is wrong with a patch, the least and largest value of whose output are given."""
+    def check_extremes(self, position: Vector, least: float, most: float) -> None:
+        """``check``, given the least and largest value of a patch's output; NaN if there is one among them."""
+        if self.values.low <= least and most <= self.values.high:
+            return
         finite = isfinite(least) and isfinite(most)
         what = f"values from {least:.6g} to {most:.6g}" if finite else "NaN or infinity (or its input has them already)"
-        return DataError(
+        raise DataError(
             f"the model gave {what} for the patch at lattice position {position} ({self.grid.patch_box(position)}), "
             f"expected values within output.range [{self.values.low:g}, {self.values.high:g}]"
         )
