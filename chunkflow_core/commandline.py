@@ -17,7 +17,7 @@ from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec, load_spec
 
 EXIT_CODES = """exit codes: 0 done or up to date, 64 wrong usage, 65 data that can't be right, 66 an input is missing,
-75 storage or network trouble (worth a retry), 78 wrong spec, 1 anything unforeseen"""
+75 storage or network trouble (worth a retry), 78 wrong spec or credentials, 1 anything unforeseen"""
 
 
 class Parser(argparse.ArgumentParser):

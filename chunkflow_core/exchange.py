@@ -21,11 +21,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cloudfiles import CloudFiles
-
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.lattice import Donation
+from chunkflow_core.object_stores import open_files
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
@@ -143,7 +142,7 @@ class Exchange:
         """Open it; nothing is read or written yet."""
         self.fingerprint, self.spec = spec.fingerprint, spec
         self.path = f"{spec.exchange.path.removeprefix('precomputed://').rstrip('/')}/{self.fingerprint}"
-        self._files = CloudFiles(self.path, progress=False)
+        self._files = open_files(self.path)
 
     def put_donation(self, donation: Donation, payload: bytes | None) -> DonationEntry:
         """Store a donation, given its compressed sums, or None if all are zero; its entry for the receipt."""
@@ -187,8 +186,6 @@ class Exchange:
         """Whether all donations of a receipt are still there, in their full size."""
         sizes = {f"donations/{entry.key}": entry.bytes for entry in receipt.donations if entry.checksum is not None}
         with storage_errors(f"looking for donations in {self.path}"):
-            if not all(self._files.exists(list(sizes)).values()):
-                return False
             return not sizes or dict(self._files.size(list(sizes))) == sizes
 
     def donation_keys(self) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class LayerScale:
     channels: int
     encoding: str
     """``raw``, or how else storage chunks are encoded; ``sharded`` if they are not files of their own."""
+    info: dict[str, Any] = field(compare=False, repr=False)
+    """The whole layer's, so that whoever opens it need not read it again."""
 
 
 def read_info(path: str) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def read_info(path: str) -> dict[str, Any]:
 
     Raises:
         MissingInputError: there is no layer at ``path``, or its ``info`` is not that of a layer.
+        SpecError: the storage refuses the credentials, or finds none.
         StorageError: the storage did not answer.
     """
     path = path.removeprefix("precomputed://")
@@ -38,12 +41,15 @@ def read_info(path: str) -> dict[str, Any]:
         if path.startswith("file://"):
             text: bytes | None = (Path(path.removeprefix("file://")).expanduser() / "info").read_bytes()
         else:
-            from cloudfiles import CloudFiles  # a second of imports that a DAG of file:// layers need not pay
+            # a second of imports that a DAG of file:// layers need not pay
+            from chunkflow_core.object_stores import open_files
+            from chunkflow_core.storage import storage_errors
 
-            text = CloudFiles(path).get("info")
+            with storage_errors(f"{path}: cannot read the layer's info"):
+                text = open_files(path).get("info")
     except (FileNotFoundError, NotADirectoryError):
         text = None
-    except Exception as error:
+    except OSError as error:
         raise StorageError(f"{path}: cannot read the layer's info: {error}") from error
     if text is None:
         raise MissingInputError(
@@ -83,4 +89,5 @@ def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
         dtype=info["data_type"],
         channels=info["num_channels"],
         encoding="sharded" if scale.get("sharding") else scale.get("encoding", "raw"),
+        info=info,
     )

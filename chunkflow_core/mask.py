@@ -19,7 +19,6 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
 from chunkflow_core.errors import SpecError
@@ -27,7 +26,7 @@ from chunkflow_core.geometry import Box, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import read_box
+from chunkflow_core.volumes import open_volume, read_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +83,7 @@ class Mask:
         mask_sizes = _voxel_size("skip.mask.path", self.path, self.scale)
         self._ratios = [size / mask_size for size, mask_size in zip(sizes, mask_sizes, strict=True)]
         with storage_errors(f"opening {self.path}"):
-            self._volume = CloudVolume(
-                self.path, mip=mask.mip, fill_missing=mask.fill_missing, progress=False, bounded=True
-            )
+            self._volume = open_volume(self.path, self.scale, mask.mip, fill_missing=mask.fill_missing)
 
     def window(self, box: Box) -> MaskWindow:
         """Read the mask where it covers ``box``, in input voxels.

@@ -5,9 +5,7 @@ This module is imported whenever Airflow parses its DAG files, so it imports nei
 
 from __future__ import annotations
 
-import ast
 import difflib
-import glob
 import hashlib
 import json
 import math
@@ -17,7 +15,7 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,6 +25,9 @@ from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.geometry import AXES, Box, Vector, vector
 from chunkflow_core.lattice import Block, BlockGrid
 from chunkflow_core.layer_info import LayerScale, read_scale
+from chunkflow_core.model_files import with_companions
+from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec
+from chunkflow_core.spec_transport import FROM_ENVIRONMENT, check_transportable, from_environment
 
 ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
 """Names of the engines; each is a module of ``chunkflow_core.engines``."""
@@ -35,7 +36,9 @@ STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """The default storage chunk is the divisor of the block that is nearest to this, per axis."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-_PROTOCOL = re.compile(r"(precomputed://)?(file://[/~]|(gs|s3|s3\w*|https?|mem|matrix|tigerdata|cave\+https?)://).+")
+_STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]+/[^/]"
+_PROTOCOL = re.compile(rf"(precomputed://)?(file://[/~]|mem://.|{_STORES}|(\w+\+)?https?://[^/]).*")
+_ALIAS = re.compile(r"(?:precomputed://)?(\w+)://[^/]")
 
 
 def _three_integers(value: Any) -> Any:
@@ -54,14 +57,33 @@ def _three_positive_integers(value: Any) -> Any:
 
 def check_storage_path(value: Any) -> Any:
     """The value, if it is the address of a place in storage; ``ValueError`` if not. Local ones have to be absolute."""
-    if not isinstance(value, str) or not _PROTOCOL.fullmatch(value):
-        raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
-    return value
+    if isinstance(value, str) and (_PROTOCOL.fullmatch(value) or _has_alias(value)):
+        return value
+    if isinstance(value, str) and re.match(r"(precomputed://)?s3://https?:", value):
+        raise ValueError('expected endpoint, bucket and path, such as "s3://https://minio.example.org/bucket/em"')
+    raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
+
+
+def _has_alias(path: str) -> bool:
+    """Whether a path begins with an alias for an endpoint, of those that CloudFiles reads from its ``aliases.json``."""
+    match = _ALIAS.match(path)
+    file = Path(os.environ.get("CLOUD_FILES_DIR") or "~/.cloudfiles").expanduser() / "aliases.json"
+    if match is None or not file.is_file():
+        return False
+    try:
+        aliases = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the aliases in {file} can't be read, they are not JSON: {error}") from error
+    return isinstance(aliases, dict) and match[1] in aliases
+
+
+def _is_fetchable(path: str) -> bool:
+    return re.match(rf"file://[/~]|{_STORES}", path) is not None or _has_alias(path)
 
 
 def _writable_path(value: Any) -> Any:
     check_storage_path(value)
-    if re.match(r"(precomputed://)?(cave\+)?https?://", value):
+    if re.match(r"(precomputed://)?(\w+\+)?https?://", value):
         raise ValueError(
             'expected a place that can be written, such as "file:///data/em" or "gs://bucket/em", not http'
         )
@@ -157,9 +179,9 @@ class ModelSpec(_Section):
 
     engine: Literal["identity", "pytorch", "openvino", "onnx", "pznet"]
     path: str | None = None
-    """Model file, relative to the spec's folder; for pznet the folder of the compiled net."""
+    """Model file, relative to the spec's folder, or an address in gs:// or s3://; for pznet the folder of the net."""
     weights: str | None = None
-    """Checkpoint, relative to the spec's folder."""
+    """Checkpoint, relative to the spec's folder, or an address in gs:// or s3://."""
     batch_size: int = Field(1, ge=1)
     """Patches of one forward pass on a GPU. On CPUs each patch is run by itself."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -198,7 +220,12 @@ class ModelSpec(_Section):
         return self
 
     def _check_engine(self) -> None:
-        """Refuse what the engine would have to ignore."""
+        """Refuse addresses that models can't be fetched from, and what the engine would have to ignore."""
+        for key, value in {"path": self.path, "weights": self.weights}.items():
+            if value and "://" in value and not _is_fetchable(value):
+                raise ValueError(
+                    f'{key}: {value}: expected a path, or an address such as "gs://bucket/net.py" or "s3://bucket/net.py"'
+                )
         suffix = PurePath(self.path or "").suffix.lower()
         compiled = self.engine in ("onnx", "pznet") or suffix in (".onnx", ".xml")
         fits = {"pytorch": suffix not in (".onnx", ".xml"), "onnx": suffix == ".onnx"}
@@ -220,19 +247,6 @@ class ModelSpec(_Section):
                 raise ValueError(problem)
 
 
-class RunnerSpec(_Section):
-    """What runs the blocks of the Airflow DAG."""
-
-    kind: Literal["local"] = "local"
-    parallel: int | None = Field(None, ge=1)
-    """Blocks at a time; default: 16. The machine's CPUs are shared out among so many."""
-    pool: str = "default_pool"
-    """Airflow pool that inference tasks take a slot of."""
-    retries: int = Field(3, ge=0)
-    retry_delay: float = Field(30.0, ge=0)
-    """Seconds before the first retry; doubles with each."""
-
-
 class VolumeSpec(_Section):
     """Everything about one volume. Sizes in voxels, order z, y, x."""
 
@@ -247,7 +261,7 @@ class VolumeSpec(_Section):
     block_size: Size
     model: ModelSpec
     skip: SkipSpec = SkipSpec()
-    runner: RunnerSpec = RunnerSpec()
+    runner: RunnerSpec = LocalRunner()
     schedule: str | None = None
     """Cron expression or preset such as ``@weekly``."""
     folder: str = Field(".", exclude=True)
@@ -359,8 +373,15 @@ class VolumeSpec(_Section):
         return hashlib.sha256(json.dumps([self.grid.digest(block), faces]).encode()).hexdigest()[:16]
 
     def model_path(self, name: str) -> Path:
-        """Path of a model file of the spec on this machine (a folder for pznet); ``MissingInputError`` if there is none."""
-        path = Path(self.folder) / Path(name).expanduser()
+        """Path of a model file of the spec on this machine (a folder for pznet); ``MissingInputError`` if there is none.
+
+        One at a storage address is fetched into the cache, with its companions.
+        """
+        if "://" in name and not name.startswith("file://"):
+            from chunkflow_core.remote_files import fetch  # a second of imports that local models need not pay
+
+            return fetch(name, folder=self.model.engine == "pznet")
+        path = Path(self.folder) / Path(name.removeprefix("file://")).expanduser()
         if self.model.engine == "pznet":
             if not path.is_dir():
                 raise MissingInputError(f"the folder {path} does not exist (model.path of the spec, a net of pznet)")
@@ -375,19 +396,22 @@ class VolumeSpec(_Section):
         That is: the siblings that a Python file imports, the weights beside an OpenVINO or ONNX file, a net's whole folder.
         """
         files = [self.model_path(self.model.weights)] if self.model.weights else []
-        return files + (_with_companions(self.model_path(self.model.path)) if self.model.path else [])
+        return files + (with_companions(self.model_path(self.model.path)) if self.model.path else [])
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
     """Read a spec file.
 
     Args:
-        path: YAML file; values may contain ``${ENVIRONMENT_VARIABLE}``.
+        path: YAML file; values may contain ``${ENVIRONMENT_VARIABLE}``. Or ``env:CHUNKFLOW_SPEC``: what
+            ``spec_transport.to_environment`` gave, in which they have been replaced already.
         overrides: ``key.sub=value`` texts, the value in YAML; they replace what the file says.
 
     Raises:
         SpecError: naming file, key, value and what was expected.
     """
+    if str(path).startswith(FROM_ENVIRONMENT):
+        return _load_from_environment(str(path), overrides)
     path = Path(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -400,6 +424,15 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
     for override in overrides:
         _apply(data, override)
     return parse_spec(_substitute(data, str(path)), source=str(path), folder=str(path.resolve().parent))
+
+
+def _load_from_environment(source: str, overrides: Iterable[str]) -> VolumeSpec:
+    data = from_environment(source.removeprefix(FROM_ENVIRONMENT))
+    for override in overrides:
+        _apply(data, override)
+    spec = parse_spec(data, source=source)
+    check_transportable(spec, source=source)
+    return spec
 
 
 def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".") -> VolumeSpec:
@@ -470,27 +503,34 @@ def _substitute(value: Any, where: str) -> Any:
 def _explain(error: Any) -> str:
     """One line for one of pydantic's errors: key, value, what was expected."""
     location = [str(part) for part in error["loc"] if part not in ("int", "str")]
+    kind = location.pop(1) if location[:1] == ["runner"] and len(location) > 1 else "local"
     key, message, value = ".".join(location), error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] == "missing":
         return f"{key}: missing; this key is required"
     if error["type"] == "model_type":
-        message = f"expected a section with keys below it ({', '.join(_fields(location))})"
+        message = f"expected a section with keys below it ({', '.join(_fields(location, kind))})"
     if error["type"] == "extra_forbidden":
-        known = _fields(location[:-1])
+        known = _fields(location[:-1], kind)
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
-    if error["type"] == "value_error" and _fields(location):  # of a whole section: the message begins with the key
+    if error["type"] == "value_error" and _fields(
+        location, kind
+    ):  # of a whole section: the message begins with the key
         return f"{key}.{message}" if key else message
     shown = json.dumps(value, default=str, ensure_ascii=False)
     return f"{key}: {shown if len(shown) < 80 else shown[:77] + '...'}: {message[:1].lower() + message[1:]}"
 
 
-def _fields(location: Sequence[str]) -> list[str]:
-    """Keys of the section at a location; none if there is a value."""
+def _fields(location: Sequence[str], runner: str) -> list[str]:
+    """Keys of the section at a location; none if there is a value. ``runner`` is the kind of the runner section."""
     section: Any = VolumeSpec
     for name in location:
-        section = section.model_fields[name].annotation
+        fields = getattr(section, "model_fields", {})
+        if name.isdigit() or name not in fields:  # an element of a list, or a key of a mapping
+            section = next((part for part in get_args(section) if hasattr(part, "model_fields")), None)
+        else:
+            section = RUNNERS[runner] if (section, name) == (VolumeSpec, "runner") else fields[name].annotation
     return [name for name in getattr(section, "model_fields", ()) if name != "folder"]
 
 
@@ -533,49 +573,3 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MissingInputError(f"model file {path} can't be read: {error.strerror}") from error
-
-
-def _with_companions(path: Path) -> list[Path]:
-    """A model file and the files that it can't do without; of a net of pznet, all that did not arise from loading it."""
-    if path.is_dir():
-        made = ("lib", "__pycache__")  # lib holds the net's layers, compiled for the machine that loaded it
-        return sorted(f for f in path.rglob("*") if f.is_file() and f.relative_to(path).parts[0] not in made)
-    if path.suffix == ".py":
-        return _with_imported_siblings(path)
-    beside = {
-        ".xml": [path.with_suffix(".bin")],
-        ".onnx": sorted(path.parent.glob(f"{glob.escape(path.name)}[._]data*")),
-    }
-    return [path, *(file for file in beside.get(path.suffix.lower(), []) if file.is_file())]
-
-
-def _with_imported_siblings(path: Path) -> list[Path]:
-    """A Python file and, recursively, the files beside it that it imports; sorted, each once."""
-    found: set[Path] = set()
-    todo = [path]
-    while todo:
-        file = todo.pop()
-        if file in found:
-            continue
-        found.add(file)
-        for name in _imported_names(file):
-            base = path.parent / name
-            todo += [p for p in [base.with_suffix(".py")] if p.is_file()]
-            todo += sorted(base.rglob("*.py")) if base.is_dir() else []  # a package, with or without __init__.py
-    return sorted(found)
-
-
-def _imported_names(file: Path) -> set[str]:
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return set()  # reported when the file is digested or loaded
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom):
-            names |= {alias.name for alias in node.names}
-    return names

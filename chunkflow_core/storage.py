@@ -8,19 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import time
 
-from cloudfiles import CloudFiles
 from cloudfiles.exceptions import CompressionError, DecompressionError
 from cloudfiles.interfaces import FileInterface
-from cloudvolume.exceptions import DecodingError, EmptyVolumeException
 
-from chunkflow_core.errors import DataError, MissingInputError, StorageError
+from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError
+from chunkflow_core.object_stores import explained, meaning, open_files
 
 PARTIAL = ".partial"
 """How names of files end that are being written to a local disk."""
 
 _EXTENSIONS = {FileInterface.get_extension(compression) for compression in (None, "gzip", "br", "zstd")}
-
-_CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenacity", "cloudfiles")
 
 
 @contextmanager
@@ -31,13 +28,17 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except EmptyVolumeException as error:
-        raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
-    except (DecodingError, CompressionError, DecompressionError) as error:
-        raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
+    except ChunkflowError:
+        raise
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS:
-            raise StorageError(f"{doing}: {type(error).__name__}: {error}") from error
+        from cloudvolume.exceptions import DecodingError, EmptyVolumeException  # only here: it takes a second to import
+
+        if isinstance(error, EmptyVolumeException):
+            raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
+        if isinstance(error, DecodingError | CompressionError | DecompressionError):
+            raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
+        if kind := meaning(error):
+            raise kind(f"{doing}: {explained(error)}") from error
         raise
 
 
@@ -58,10 +59,10 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
         if path.startswith("file://"):
             _replace(_local(path) / name, FileInterface.get_extension(compression), content)
         else:
-            CloudFiles(path, progress=False).put(
+            open_files(path).put(
                 name,
                 content,
-                content_type="application/octet-stream",
+                content_type="application/json" if name.endswith(".json") else "application/octet-stream",
                 compress=compression,
                 cache_control=cache,
                 raw=True,

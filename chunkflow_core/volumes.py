@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import DataError, SpecError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
+from chunkflow_core.object_stores import located, open_files
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
 _LEVELS = {"gzip": 1, "br": 5, "zstd": 1}
 """Of compression: what more effort gains is less than it costs."""
 
-_CACHE = "public, max-age=3600, s-max-age=3600"
-"""What CloudVolume tells HTTP caches of storage chunks."""
+_CACHE = "public, max-age=3600"
+"""What HTTP caches may do with storage chunks: those of a layer that is made anew are seen an hour later at the latest."""
 
 
 class InputLayer:
@@ -36,9 +37,7 @@ class InputLayer:
         self.path, self.padding = spec.input.path, spec.input.padding
         self.scale: LayerScale = spec.input_scale
         with storage_errors(f"opening {self.path}"):
-            self._volume = CloudVolume(
-                self.path, mip=spec.input.mip, fill_missing=spec.input.fill_missing, progress=False, bounded=True
-            )
+            self._volume = open_volume(self.path, self.scale, spec.input.mip, fill_missing=spec.input.fill_missing)
         kind = np.dtype(self.scale.dtype).kind
         if kind not in "uif":
             raise DataError(f"{self.path}: dtype {self.scale.dtype} is not a number type")
@@ -85,7 +84,7 @@ class OutputLayer:
         self.scale = check_output(spec)
         self._compression = None if spec.output.compression == "none" else spec.output.compression
         with storage_errors(f"opening {self.path}"):
-            self._volume = CloudVolume(self.path, progress=False, bounded=True, non_aligned_writes=False)
+            self._volume = open_volume(self.path, self.scale)
 
     def write(self, box: Box, data: NDArray[Any]) -> None:
         """Write ``data``, ``(channels, z, y, x)`` in the layer's dtype, to a box of whole storage chunks.
@@ -145,7 +144,7 @@ class OutputLayer:
 def layer_exists(path: str) -> bool:
     """Whether there is a layer at a path."""
     with storage_errors(f"looking for {path}"):
-        return bool(layer_files(path).exists("info"))
+        return layer_files(path).get("info") is not None
 
 
 def create_output(spec: VolumeSpec) -> None:
@@ -220,7 +219,7 @@ class NewLayer:
         )
         self.path = path
         with storage_errors(f"creating {path}"):
-            self._volume = CloudVolume(path, info=info, progress=False)
+            self._volume = CloudVolume(**located(path), info=info, progress=False)
             for key, value in (provenance or {}).items():
                 setattr(self._volume.provenance, key, value)
             self._volume.commit_info()
@@ -230,6 +229,20 @@ class NewLayer:
         """Write ``data``, ``(channels, z, y, x)``, to a box of whole storage chunks."""
         with storage_errors(f"writing {self.path} at {box}"):
             self._volume[_xyz(box)] = np.ascontiguousarray(data).T
+
+
+def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> CloudVolume:
+    """The layer, without a request: ``info`` has been read for its scale, and nobody asks for its provenance here."""
+    return CloudVolume(
+        **located(path),
+        mip=mip,
+        info=scale.info,
+        provenance={},
+        fill_missing=fill_missing,
+        bounded=True,
+        non_aligned_writes=False,
+        progress=False,
+    )
 
 
 def read_box(volume: CloudVolume, box: Box, bounds: Box) -> NDArray[Any]:
@@ -247,7 +260,7 @@ def _xyz(box: Box) -> tuple[slice, slice, slice]:
 
 def layer_files(path: str) -> CloudFiles:
     """The files of a layer, for what CloudVolume has no call for."""
-    return CloudFiles(layer_path(path))
+    return open_files(layer_path(path))
 
 
 def layer_path(path: str) -> str:

@@ -28,7 +28,7 @@ def told(error: BaseException, spec: VolumeSpec) -> str:
     """An error in one line, with the line of the model's folder where it arose."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    folder = (Path(spec.folder) / (spec.model.path or "")).expanduser().parent.resolve()
+    folder = (spec.model_path(spec.model.path) if spec.model.path else Path(spec.folder) / "-").parent.resolve()
     own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
     where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {text}{where}"

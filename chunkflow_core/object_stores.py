@@ -1,0 +1,162 @@
+"""How the clients of object stores are set up, and what their errors mean.
+
+CloudFiles 6.4 and CloudVolume 12.15 are given here what they lack: S3 endpoints in paths of layers, credentials from the
+environment without a session token, an end to retries that can't help, and silence on standard output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from typing import Any, Final
+
+import tenacity
+from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound  # type: ignore[import-untyped]
+from cloudfiles import CloudFiles, connectionpools, interfaces, paths, secrets
+from cloudfiles.exceptions import UnsupportedProtocolError
+from google.auth.exceptions import DefaultCredentialsError, RefreshError
+
+from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
+
+PATIENCE_VARIABLE = "CHUNKFLOW_STORAGE_PATIENCE"
+"""Environment variable: for how many seconds a request is tried again before a command gives up."""
+
+_PATIENCE = 180.0
+
+_LARGEST_UPLOAD: Final = 5 * 10**9
+"""Bytes. S3 takes no more in one request; CloudFiles would cut files of 100 MB up into parts that have names of their own."""
+
+_ENDPOINT = re.compile(r"(?P<format>precomputed://)?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
+
+_CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenacity", "cloudfiles")
+
+_NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, DefaultCredentialsError)
+
+_SET_UP_WRONG = {"ExpiredToken", "AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidToken"}
+"""S3's codes, beside those of status 401 and 403."""
+
+
+def located(path: str) -> dict[str, Any]:
+    """``cloudpath`` and ``secrets`` by which CloudFiles and CloudVolume find a place in storage.
+
+    An S3 endpoint in the path becomes an alias: CloudVolume does not take it otherwise, and CloudFiles would use one
+    connection for buckets of the same name at different endpoints.
+    """
+    _complete_environment()
+    match = _ENDPOINT.fullmatch(path)
+    if match is None:
+        return {"cloudpath": path, "secrets": None}
+    endpoint, bucket = match["endpoint"], match["bucket"]
+    alias = f"s3_{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}"
+    if alias not in paths.ALIASES:
+        paths.add_alias(alias, f"s3://{endpoint}/")
+    address = f"{match['format'] or ''}{alias}://{bucket}{match['rest']}"
+    return {"cloudpath": address, "secrets": secrets.aws_credentials(bucket, "s3")}
+
+
+def open_files(path: str) -> CloudFiles:
+    """The files below an address; nothing is read yet."""
+    return CloudFiles(**located(path), progress=False, composite_upload_threshold=_LARGEST_UPLOAD)
+
+
+def meaning(error: Exception) -> type[ChunkflowError] | None:
+    """What an error of a client of storage is to a user; None if it isn't one.
+
+    ``SpecError``: no or wrong credentials, no permission. ``MissingInputError``: no such bucket. ``StorageError``: anything
+    else, which may pass.
+    """
+    if isinstance(error, _NO_CREDENTIALS) or (isinstance(error, RefreshError) and not error.retryable):
+        return SpecError
+    if type(error).__name__ == UnsupportedProtocolError.__name__:  # CloudVolume has one of its own
+        return SpecError
+    if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
+        return None
+    status, code = _status(error)
+    if status in (401, 403) or code in _SET_UP_WRONG:
+        return SpecError
+    return MissingInputError if status == 404 else StorageError
+
+
+def explained(error: Exception) -> str:
+    """What to know and to do about an error of ``meaning``."""
+    kind, text = meaning(error), f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if type(error).__name__ == UnsupportedProtocolError.__name__:
+        return 'the address is not one that CloudVolume takes; expected such as "gs://bucket/em" or "s3://bucket/em"'
+    if kind is SpecError:
+        return (
+            f"{text}. The storage refuses these credentials, or finds none. For s3:// they are looked for in "
+            f"{secrets.secretpath('aws-secret.json')}, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, and the "
+            f"machine's role; for gs:// in {secrets.secretpath('google-secret.json')}, GOOGLE_APPLICATION_CREDENTIALS, and "
+            "the machine's service account. They have to allow reading, writing, deleting and listing (docs/storage.md)"
+        )
+    if kind is MissingInputError:
+        return f"{text}. There is no such bucket; buckets have to be made beforehand"
+    if type(error).__module__ == "builtins":  # of this machine's disks
+        return text
+    return (
+        f"{text}. It was tried again for {patience():.0f} s ({PATIENCE_VARIABLE}). See whether the storage is reachable from "
+        "here and not over its limits, then run again: what is done is kept"
+    )
+
+
+def patience() -> float:
+    """For how many seconds a request is tried again."""
+    text = os.environ.get(PATIENCE_VARIABLE) or str(_PATIENCE)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SpecError(f"{PATIENCE_VARIABLE}: {text!r}: expected a number of seconds") from error
+
+
+def _status(error: Exception) -> tuple[int | None, str]:
+    """HTTP status, and S3's word for it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), response.get("Error", {}).get("Code", "")
+    return getattr(response, "status_code", None), ""
+
+
+def _complete_environment() -> None:
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # without the third, CloudFiles ends with a KeyError
+        os.environ.setdefault("AWS_SESSION_TOKEN", "")
+    # Google's client would ask for the bucket's metadata, which takes a permission of its own, once a thread
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+
+
+def _set_retries() -> None:
+    """Try again what may pass, for a bounded time; CloudFiles does so seven times, also for want of a bucket or permission.
+
+    Below that, the clients of S3 and GCS have retries of their own, for some seconds and for two minutes.
+    """
+    classes = (
+        interfaces.S3Interface,
+        interfaces.GoogleCloudStorageInterface,
+        interfaces.HttpInterface,
+        connectionpools.S3ConnectionPool,
+        connectionpools.GCloudBucketPool,
+    )
+    policy: dict[str, Any] = {
+        "retry": tenacity.retry_if_exception(_may_pass),
+        "stop": _out_of_patience,
+        "wait": tenacity.wait_random_exponential(0.5, 30),
+    }
+    interfaces.retry = tenacity.retry(reraise=True, **policy)  # of what is decorated later: requests of a listing
+    for method in [method for cls in classes for method in vars(cls).values() if hasattr(method, "retry")]:
+        vars(method.retry).update(policy)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, Exception) and meaning(error) is StorageError
+
+
+def _out_of_patience(state: tenacity.RetryCallState) -> bool:
+    return (state.seconds_since_start or 0) >= patience()
+
+
+def _quiet(*_: object) -> None:
+    """In place of ``print``: CloudFiles gives advice about Google's credentials on standard output, where results go."""
+
+
+_set_retries()
+secrets.print = _quiet
