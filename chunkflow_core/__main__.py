@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from chunkflow_core.commandline import (
     spec_of,
 )
 from chunkflow_core.errors import DataError, UsageError
+from chunkflow_core.progress import progress
 from chunkflow_core.spec import check_storage_path
 
 # torch and cloudvolume take seconds to import: each command imports what it needs once its arguments are right
@@ -262,6 +264,8 @@ def parser() -> Parser:
         "ingest", ingest_command, "Store a TIFF stack, folder of images, HDF5 dataset or npy as a precomputed layer."
     )
     _add_ingest(sub)
+    for point in entry_points(group="chunkflow_core.commands"):
+        point.load()(add)
     return top
 
 
@@ -275,8 +279,8 @@ def _verify(workspace: object, options: argparse.Namespace) -> None:
     from chunkflow_core.verify import verify
 
     assert isinstance(workspace, Workspace)
-    with tqdm(total=options.seams, unit="seam", desc="verify", disable=None) as bar:
-        audit = verify(workspace, box=box_of(options, workspace.spec.grid), seams=options.seams, step_done=bar.update)
+    with progress("verify", options.seams, "seams") as step_done:
+        audit = verify(workspace, box=box_of(options, workspace.spec.grid), seams=options.seams, step_done=step_done)
     if options.json:
         print(json.dumps(asdict(audit)))
     else:

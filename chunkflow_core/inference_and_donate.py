@@ -12,8 +12,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the package's own folder must not shadow other modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tqdm import tqdm
-
 from chunkflow_core.commandline import (
     EXIT_CODES,
     Parser,
@@ -23,6 +21,7 @@ from chunkflow_core.commandline import (
     set_up_logging,
     spec_of,
 )
+from chunkflow_core.progress import progress
 
 
 def add_stage_arguments(parser: Parser) -> None:
@@ -56,9 +55,9 @@ def command(arguments: Sequence[str]) -> None:
     from chunkflow_core.stages import Workspace, inference_and_donate  # torch only once the arguments are right
 
     block = spec.grid.block(index)
-    with tqdm(total=block.patches, unit="patch", desc=f"block {block.name}", disable=None) as bar:
+    with progress(f"block {block.name}", block.patches, "patches") as patch_done:
         result = inference_and_donate(
-            Workspace(spec), index, run=options.run, force=options.force, patch_done=bar.update
+            Workspace(spec), index, run=options.run, force=options.force, patch_done=patch_done
         )
     if result.up_to_date:
         print(f"block {block.name}: inference is up to date")

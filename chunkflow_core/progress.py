@@ -1,0 +1,59 @@
+"""How far long work has come: a bar on a terminal, a line now and then in a pod's log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+EVERY = 30.0
+"""Seconds between two lines."""
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, every: float = EVERY) -> Iterator[Callable[[], object]]:
+    """Gives a function to be called after each of ``total`` steps, not by two threads at once; ``unit`` in the plural."""
+    if not sys.stderr.isatty():
+        yield Lines(title, total, unit, every).step
+        return
+    with tqdm(total=total, unit=f" {unit}", desc=title) as bar:
+        yield bar.update
+
+
+class Lines:
+    """Logs how far it has come, how fast it goes on, and the most memory so far."""
+
+    def __init__(
+        self, title: str, total: int, unit: str, every: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Nothing is done yet. Arguments as ``progress``; ``now`` is a clock, in seconds."""
+        self._title, self._total, self._unit, self._every, self._now = title, total, unit, every, now
+        self._done, self._told, self._when = 0, 0, now()
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        passed = self._now() - self._when
+        if passed < self._every:
+            return
+        from chunkflow_core.stages import peak_memory  # which the work has imported, torch and all
+
+        rate, share = (self._done - self._told) / passed, 100 * self._done // self._total
+        log.info(
+            "%s: %d of %d %s (%d %%), %.3g/s, some %d s to go, peak memory %.2f GiB",
+            self._title,
+            self._done,
+            self._total,
+            self._unit,
+            share,
+            rate,
+            (self._total - self._done) / rate,
+            peak_memory() / 2**30,
+        )
+        self._told, self._when = self._done, self._when + passed
