@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from airflow.sdk import DAG, Asset, BaseOperator, Param, TaskGroup
 from airflow.sdk.exceptions import AirflowException
@@ -22,22 +23,14 @@ from airflow.sdk.exceptions import AirflowException
 from chunkflow_core.errors import SpecError
 from chunkflow_core.geometry import AXES, Vector
 from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.runner_spec import KubernetesRunner, Spot
 from chunkflow_core.spec import VolumeSpec
-from operators.volume import (
-    BOX_PARAMS,
-    InferenceAndDonateOperator,
-    PublishOperator,
-    ReceiveAndBlendOperator,
-    SelectBlocksOperator,
-    VerifyOperator,
-    VolumeOperator,
-    blend_task_id,
-    infer_task_id,
-)
+from operators.base import BOX_PARAMS, blend_task_id, infer_task_id
 
 MAX_BLOCKS = 1000
 """Blocks in a DAG: above, Airflow's scheduler and graph get slow (its cost grows with open task instances)."""
 
+_PARALLEL = {"local": 16, "kubernetes": MAX_BLOCKS}
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _MAX_RETRY_DELAY = timedelta(minutes=10)
 
@@ -66,7 +59,7 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         catchup=False,
         auto_register=False,
         max_active_runs=1,
-        max_active_tasks=spec.runner.parallel or 16,
+        max_active_tasks=spec.runner.parallel or _PARALLEL[spec.runner.kind],
         params=_params(spec),
         tags=["chunkflow", spec.model.engine],
         doc_md=_documentation(spec, file),
@@ -99,6 +92,8 @@ class _Tasks:
 
     def __init__(self, spec: VolumeSpec, file: str) -> None:
         self.spec, self.file, self.grid = spec, file, spec.grid
+        # Imported here, since the Kubernetes client takes most of a second that local volumes need not pay.
+        self.operators: Any = import_module(f"operators.{spec.runner.kind}")
 
     def build_all(self) -> None:
         """All tasks and their order; a collapsed group for each layer of blocks in z keeps graph and grid readable."""
@@ -139,20 +134,27 @@ class _Tasks:
         asset = Asset(name=f"chunkflow-{self.spec.name}", uri=self.spec.output.path)
 
         def plain(name: str, **options: Any) -> BaseOperator:
-            return VolumeOperator(task_id=name, spec=file, command=("chunkflow_core", name), **options)
+            made: BaseOperator = self.operators.CommandOperator(
+                task_id=name, spec=file, command=("chunkflow_core", name), **options
+            )
+            return made
 
         return {
-            "prepare": lambda: plain("prepare", priority_weight=first),
-            "select_blocks": lambda: SelectBlocksOperator(task_id="select_blocks", spec=file, priority_weight=first),
-            "verify": lambda: VerifyOperator(
+            "prepare": lambda: plain("prepare", runs_model=True, priority_weight=first),
+            "select_blocks": lambda: self.operators.SelectBlocksOperator(
+                task_id="select_blocks", spec=file, priority_weight=first
+            ),
+            "verify": lambda: self.operators.VerifyOperator(
                 task_id="verify", spec=file, trigger_rule="none_failed", priority_weight=last
             ),
-            "publish": lambda: PublishOperator(task_id="publish", spec=file, asset=asset, priority_weight=last),
+            "publish": lambda: self.operators.PublishOperator(
+                task_id="publish", spec=file, asset=asset, priority_weight=last
+            ),
             "cleanup": lambda: plain("cleanup", priority_weight=last),
         }
 
     def _infer(self, index: Vector) -> BaseOperator:
-        return InferenceAndDonateOperator(
+        task: BaseOperator = self.operators.InferenceAndDonateOperator(
             task_id=infer_task_id(index),
             spec=self.file,
             block=index,
@@ -160,15 +162,17 @@ class _Tasks:
             trigger_rule="none_failed",
             priority_weight=self._priority(index),
         )
+        return task
 
     def _blend(self, index: Vector) -> BaseOperator:
-        return ReceiveAndBlendOperator(
+        task: BaseOperator = self.operators.ReceiveAndBlendOperator(
             task_id=blend_task_id(index),
             spec=self.file,
             block=index,
             trigger_rule="none_failed",
             priority_weight=2 * MAX_BLOCKS + self._priority(index),
         )
+        return task
 
     def _priority(self, index: Vector) -> int:
         """Finishing before starting, and blocks in the order in which they let others finish."""
@@ -197,6 +201,30 @@ def _params(spec: VolumeSpec) -> dict[str, Param]:
     }
     params["force"] = Param(
         False, type="boolean", title="force", description="infer the blocks again although they are done"
+    )
+    return params | (_pod_params(spec.runner) if isinstance(spec.runner, KubernetesRunner) else {})
+
+
+def _pod_params(runner: KubernetesRunner) -> dict[str, Param]:
+    """What of the runner can be set for a run; the names are those of ``operators.base.RUNNER_PARAMS``."""
+    section = "Pods (empty: as the spec says)"
+    texts = {
+        "image": f"container image; empty: {runner.image}",
+        "infer_memory": f"memory of inference, such as 32Gi; empty: {runner.infer.memory}",
+        "blend_memory": f"memory of blending, such as 4Gi; empty: {runner.blend.memory}",
+        "priority_class": f"of inference; empty: {runner.infer.priority_class or 'none'}",
+    }
+    params = {
+        name: Param(None, type=["null", "string"], title=name.replace("_", " "), description=text, section=section)
+        for name, text in texts.items()
+    }
+    params["spot"] = Param(
+        None,
+        type=["null", "string"],
+        enum=[None, *get_args(Spot)],
+        title="spot",
+        description=f"nodes for inference that the cloud may take back; empty: {runner.infer.spot}",
+        section=section,
     )
     return params
 

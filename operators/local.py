@@ -1,4 +1,4 @@
-"""Runs a stage's command as a process on the worker."""
+"""Runs the commands of a volume's DAG as processes on the worker."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import IO
+from functools import cached_property
+from math import prod
+from typing import IO, Any
 
-_ERROR = "error: "
+from airflow.sdk import Context
+from airflow.sdk.configuration import conf
+
+from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
+from operators import base
+from operators.outcomes import classify, last_word
+
 _GRACE = 10.0
 """Seconds between asking a process to end and killing it."""
 
@@ -54,7 +62,7 @@ class LocalRunner:
         self._stream(self._process.stdout, tail, stdout)
         errors.join()
         code = self._process.wait()
-        return code, "".join(stdout), _last_word(list(tail))
+        return code, "".join(stdout), last_word(list(tail)) or "no output"
 
     def kill(self) -> None:
         """End the running command and everything it started."""
@@ -76,8 +84,55 @@ class LocalRunner:
             self._log.info("%s", line.rstrip())
 
 
-def _last_word(lines: list[str]) -> str:
-    for number, line in reversed(list(enumerate(lines))):
-        if line.startswith(_ERROR):
-            return "\n".join([line.removeprefix(_ERROR), *lines[number + 1 :]])
-    return lines[-1] if lines else "no output"
+class LocalOperator(base.Command):
+    """A command as a process on the worker."""
+
+    def execute(self, context: Context) -> Any:
+        """Run the command; ``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
+        code, output, message = self.runner.run([*self.command, self.spec, *self.arguments_for(context)])
+        if code:
+            base.raise_for(classify(code, message, inputs_may_come=self.inputs_may_come))
+        return self.result(output, context)
+
+    def on_kill(self) -> None:
+        """End the command when the task is cleared, marked or killed."""
+        self.runner.kill()
+
+    @cached_property
+    def runner(self) -> LocalRunner:
+        """What runs the command."""
+        return LocalRunner(self.log, self.environment)  # type: ignore[arg-type]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a block, the machine's CPUs shared out among the tasks that may run at once."""
+        if self.block is None:
+            return {}
+        assert self.dag is not None
+        blocks = prod(self.volume.grid.shape)
+        tasks = min(self.dag.max_active_tasks, conf.getint("core", "parallelism"), blocks)
+        return {CPUS_VARIABLE: str(max(1, available_cpus() // tasks))}
+
+
+class InferenceAndDonateOperator(base.Inference, LocalOperator):
+    __doc__ = base.Inference.__doc__
+
+
+class ReceiveAndBlendOperator(base.Blending, LocalOperator):
+    __doc__ = base.Blending.__doc__
+
+
+class SelectBlocksOperator(base.Selection, LocalOperator):
+    __doc__ = base.Selection.__doc__
+
+
+class VerifyOperator(base.Verification, LocalOperator):
+    __doc__ = base.Verification.__doc__
+
+
+class PublishOperator(base.Publication, LocalOperator):
+    __doc__ = base.Publication.__doc__
+
+
+CommandOperator = LocalOperator
+"""Runs any other command."""

@@ -1,59 +1,106 @@
-"""How a stage command ended, and what a retry is worth."""
+"""How a command ended, and what a retry is worth."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
-_REASONS = {
-    0: "done",
-    1: "unforeseen error",
-    64: "wrong usage",
-    65: "data that can't be right",
-    66: "an input is missing",
-    75: "storage or network trouble",
-    78: "wrong spec",
-    137: "killed (memory, eviction)",
-    143: "terminated (eviction, preemption)",
+
+class Retry(StrEnum):
+    """What trying again is worth."""
+
+    NEVER = "a retry can't help"
+    COUNTED = "worth a retry"
+    MORE_MEMORY = "worth a retry with more memory"
+    AT_ONCE = "not the block's fault, goes on in another pod"
+
+
+class Kind(StrEnum):
+    """What happened."""
+
+    DONE = "done"
+    WRONG_USAGE = "wrong usage"
+    WRONG_DATA = "data that can't be right"
+    MISSING_INPUT = "an input is missing"
+    STORAGE = "storage or network trouble"
+    WRONG_SPEC = "wrong spec"
+    ERROR = "unforeseen error"
+    KILLED = "killed"
+    OUT_OF_MEMORY = "out of memory"
+    EVICTED = "evicted"
+    PREEMPTED = "preempted"
+    NODE_SHUTDOWN = "node shut down"
+    NODE_LOST = "node lost"
+    DELETED = "pod deleted"
+    DEADLINE = "deadline exceeded"
+    IMAGE = "image can't be run"
+    CONFIGURATION = "pod can't be set up"
+    NOT_STARTED = "pod did not start"
+    NO_NODE = "no node for the pod"
+    REJECTED = "pod refused by the cluster"
+    UNREACHABLE = "cluster out of reach"
+    CANCELLED = "cancelled"
+
+
+_EXITS = {
+    0: Kind.DONE,
+    1: Kind.ERROR,
+    64: Kind.WRONG_USAGE,
+    65: Kind.WRONG_DATA,
+    66: Kind.MISSING_INPUT,
+    75: Kind.STORAGE,
+    78: Kind.WRONG_SPEC,
 }
 
-_FINAL = frozenset({64, 65, 78})
+_FINAL = frozenset({Kind.WRONG_USAGE, Kind.WRONG_DATA, Kind.WRONG_SPEC})
 
-MISSING_INPUT = 66
+_ERROR = "error: "
+
+_SIGNALS = {9: "killed (memory, eviction)", 15: "terminated (eviction, preemption)"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One end of a command."""
 
-    code: int
-    """Exit code; 128 + number for a signal."""
-    reason: str
-    retry: bool
-    """Whether trying again can help."""
+    kind: Kind
+    retry: Retry
     message: str
-    """The command's own last word, for people."""
+    """For people: the command's own last word, or what the cluster says; and what to do."""
+    code: int | None = None
+    """Exit code, 128 + number for a signal; None if the command never ended by itself."""
+    reason: str = ""
+    """``kind`` in more words."""
 
     def __str__(self) -> str:
-        worth = "worth a retry" if self.retry else "a retry can't help"
-        return f"{self.reason} (exit code {self.code}, {worth}): {self.message}"
+        code = "" if self.code is None else f"exit code {self.code}, "
+        return f"{self.reason or self.kind.value} ({code}{self.retry.value}): {self.message}"
 
 
 def classify(code: int, message: str, *, inputs_may_come: bool) -> Outcome:
-    """The outcome of a command.
+    """The outcome of a command that ended by itself, or by a signal for an unknown reason.
 
     Args:
-        code: as ``subprocess`` gives it, negative for a signal.
+        code: as ``subprocess`` gives it, negative for a signal; or 128 + number.
         message: what the command said last.
         inputs_may_come: whether a missing input can appear by itself: a donation can, a layer or a model can't.
     """
     if code < 0:
         code = 128 - code
-    if code in _REASONS:
-        reason = _REASONS[code]
-    elif 128 < code < 128 + signal.NSIG:
-        reason = f"killed by signal {code - 128}"
-    else:
-        reason = "unknown exit code"
-    final = code in _FINAL or (code == MISSING_INPUT and not inputs_may_come)
-    return Outcome(code, reason, not final, message)
+    if 128 < code < 128 + signal.NSIG:
+        reason = _SIGNALS.get(code - 128, f"killed by signal {code - 128}")
+        return Outcome(Kind.KILLED, Retry.COUNTED, message, code, reason)
+    kind = _EXITS.get(code, Kind.ERROR)
+    final = kind in _FINAL or (kind is Kind.MISSING_INPUT and not inputs_may_come)
+    reason = "" if code in _EXITS else "unknown exit code"
+    return Outcome(kind, Retry.NEVER if final else Retry.COUNTED, message, code, reason)
+
+
+def last_word(lines: Sequence[str]) -> str:
+    """What a command said last: its error message if it gave one. Empty if it said nothing."""
+    for number, line in reversed(list(enumerate(lines))):
+        if line.startswith(_ERROR):
+            return "\n".join([line.removeprefix(_ERROR), *lines[number + 1 :]])
+    return lines[-1] if lines else ""

@@ -40,11 +40,16 @@ _LOCAL_SETTINGS = '''\
 """Written by chunkflow-airflow at each start. No process of the service outlives the one that forked it."""
 
 import os
+import sys
 
 if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
     from operators.launch import tie_forks
 
     tie_forks()
+    if "scheduler" in sys.argv:
+        from operators.service_preload import preload
+
+        preload()
 
 __all__ = []
 '''

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from airflow.sdk import DAG
 
 from chunkflow_core.errors import ChunkflowError
+from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import load_spec
 from operators.dag import volume_dag
 
@@ -38,6 +40,17 @@ def volume_dags(
             yield error
         except Exception as error:  # whatever is wrong with one volume, the others go on
             yield ChunkflowError(f"{file}: {type(error).__name__}: {error}")
+
+
+def clusters(default: Path) -> set[tuple[str, str | None]]:
+    """Airflow connection and namespace of each place where volumes have pods. Specs that can't be used are left out."""
+    found = set()
+    for file in _spec_files(default):
+        with suppress(ChunkflowError):
+            runner = load_spec(file).runner
+            if isinstance(runner, KubernetesRunner):
+                found.add((runner.connection, runner.namespace))
+    return found
 
 
 def _spec_files(default: Path) -> Iterator[Path]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import psutil
 import pytest
 import tifffile
 import yaml
+from airflow_volumes import RUN_LIMIT, Volumes, files, until
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.geometry import Box
@@ -27,9 +26,6 @@ pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).resolve().parents[2]
 EM = Path(os.environ.get("CHUNKFLOW_EM_DATA", ROOT.parent / "shared" / "em"))
 UNET = ROOT / "examples" / "unet"
-RUN_LIMIT = 300.0
-"""Seconds after which a run counts as stuck."""
-
 NAN_IN_ONE_BLOCK = """
 import torch
 
@@ -52,42 +48,6 @@ class PatchInferencer:
             time.sleep(3600)
         return patch
 """
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """An Airflow and the folder of its specs."""
-
-    client: Client
-    folder: Path
-
-    def trigger(self, name: str, **conf: Any) -> str:
-        """Start a run; its id."""
-        return str(self.client.post(f"dags/{name}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"])
-
-    def wait(self, name: str, run: str) -> str:
-        """Wait until a run has ended; its state."""
-        until(lambda: self.client.get(f"dags/{name}/dagRuns/{run}")["state"] in ("success", "failed"), RUN_LIMIT)
-        return str(self.client.get(f"dags/{name}/dagRuns/{run}")["state"])
-
-    def tasks(self, name: str, run: str) -> dict[str, dict[str, Any]]:
-        """Task instances of a run by task id."""
-        path = f"dags/{name}/dagRuns/{run}/taskInstances"
-        return {task["task_id"]: task for task in self.client.pages(path, "task_instances")}
-
-    def log(self, name: str, run: str, task: str, attempt: int) -> str:
-        """The log of one try."""
-        path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
-        return str(self.client.get(path, full_content=True))
-
-
-def until(condition: Callable[[], Any], seconds: float) -> Any:
-    """Wait for a condition; its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-    return value
 
 
 def stage_processes(spec: Path) -> list[psutil.Process]:
@@ -247,11 +207,6 @@ def test_marking_a_task_ends_its_process(volumes: Volumes) -> None:
     volumes.client.patch(f"dags/endless/dagRuns/{run}", {"state": "failed"})
 
     until(lambda: not stage_processes(spec), 60)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """The storage chunks of a layer, byte for byte."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/*")}
 
 
 def whole(spec: Path, overrides: list[str]) -> np.ndarray:

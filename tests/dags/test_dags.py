@@ -13,9 +13,10 @@ from airflow.sdk import DAG
 import dags
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.spec import load_spec
+from operators.base import BOX_PARAMS, blend_task_id, infer_task_id
 from operators.dag import volume_dag
+from operators.local import InferenceAndDonateOperator
 from operators.specs import volume_dags
-from operators.volume import BOX_PARAMS, InferenceAndDonateOperator, blend_task_id, infer_task_id
 
 DAGS = Path(dags.__file__).parent
 

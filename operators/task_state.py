@@ -1,0 +1,54 @@
+"""What a task remembers between its tries: kept by Airflow, shown with the task, cleared by nobody but the user."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from airflow.sdk import Context
+
+from operators.outcomes import Outcome
+
+_KEPT_ENDS = 20
+MEMORY, INTERRUPTIONS, ENDS = "memory_bytes", "interruptions", "pod_ends"
+
+
+class TaskState:
+    """Reads and writes Airflow's task state store."""
+
+    def __init__(self, context: Context) -> None:
+        """The state of the context's task instance."""
+        self._store: Any = context["task_state_store"]
+        self._try = context["ti"].try_number
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a pod gets after others were killed for memory; 0 if none was."""
+        return int(self._store.get(MEMORY, 0))
+
+    @memory.setter
+    def memory(self, value: int) -> None:
+        self._store.set(MEMORY, value)
+
+    @property
+    def interruptions(self) -> int:
+        """Pods of this try that the cluster took away."""
+        stored = self._store.get(INTERRUPTIONS, {})
+        return int(stored["count"]) if stored.get("try") == self._try else 0
+
+    @interruptions.setter
+    def interruptions(self, value: int) -> None:
+        self._store.set(INTERRUPTIONS, {"try": self._try, "count": value})
+
+    def add_end(self, pod: str, outcome: Outcome) -> None:
+        """Append how a pod ended; the last of them are kept."""
+        ends = cast(list[Any], self._store.get(ENDS, []))
+        end = {
+            "pod": pod,
+            "kind": outcome.kind.name.lower(),
+            "code": outcome.code,
+            "message": outcome.message,
+            "try": self._try,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._store.set(ENDS, [*ends, end][-_KEPT_ENDS:])

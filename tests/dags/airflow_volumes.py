@@ -1,0 +1,67 @@
+"""Volumes in a real Airflow, as a test sees them: through the REST API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from operators.service import Client
+
+RUN_LIMIT = 300.0
+"""Seconds after which a run counts as stuck."""
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """An Airflow and the folder of its specs."""
+
+    client: Client
+    folder: Path
+
+    def trigger(self, name: str, **conf: Any) -> str:
+        """Start a run; its id."""
+        return str(self.client.post(f"dags/{name}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"])
+
+    def wait(self, name: str, run: str, limit: float = RUN_LIMIT) -> str:
+        """Wait until a run has ended; its state."""
+        until(lambda: self.client.get(f"dags/{name}/dagRuns/{run}")["state"] in ("success", "failed"), limit)
+        return str(self.client.get(f"dags/{name}/dagRuns/{run}")["state"])
+
+    def tasks(self, name: str, run: str) -> dict[str, dict[str, Any]]:
+        """Task instances of a run by task id."""
+        path = f"dags/{name}/dagRuns/{run}/taskInstances"
+        return {task["task_id"]: task for task in self.client.pages(path, "task_instances")}
+
+    def log(self, name: str, run: str, task: str, attempt: int) -> str:
+        """The log of one try."""
+        path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
+        return str(self.client.get(path, full_content=True))
+
+    def state(self, name: str, run: str, task: str) -> dict[str, Any]:
+        """What a task remembers."""
+        path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/state-store"
+        return {entry["key"]: entry["value"] for entry in self.client.get(path)["task_state_store"]}
+
+    def clear(self, name: str, run: str, tasks: list[str]) -> None:
+        """Clear tasks and what comes after them, as the UI does."""
+        self.client.post(
+            f"dags/{name}/clearTaskInstances",
+            {"dag_run_id": run, "task_ids": tasks, "include_downstream": True, "dry_run": False, "only_failed": False},
+        )
+
+
+def until(condition: Callable[[], Any], seconds: float) -> Any:
+    """Wait for a condition; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+    return value
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The storage chunks of a layer, byte for byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/*")}

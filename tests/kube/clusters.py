@@ -1,0 +1,252 @@
+"""The cluster that tests run pods on: the double, or with KUBECONFIG and ``-m cluster`` a real one.
+
+Nothing that uses this may know which it is, but for what only the double can do (``cluster.double``). See ``tests/README.md`` for the
+environment variables that describe a real cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from double import Cluster
+from kubernetes import client, config, utils
+
+MOODS = Path(__file__).with_name("moods") / "sitecustomize.py"
+_IMAGE = "chunkflow:test"
+_HANGING = "mood: hang"
+_CONFIG_MAP = "chunkflow-test-moods"
+
+
+@dataclass
+class TestCluster:
+    """A cluster to run volumes on."""
+
+    __test__ = False
+
+    kubeconfig: Path
+    namespace: str
+    image: str
+    storage: str
+    """Address below which pods and tests can keep layers."""
+    mount: str
+    """Where pods find the file that makes them misbehave."""
+    runner: dict[str, Any]
+    """What the runner section needs for this cluster, beside kind and image."""
+    double: Cluster | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def api(self) -> client.CoreV1Api:
+        """The API's client."""
+        return client.CoreV1Api(config.new_client_from_config(str(self.kubeconfig)))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What Airflow needs to know of the cluster."""
+        extra = {"kube_config_path": str(self.kubeconfig), "namespace": self.namespace}
+        connection = {"conn_type": "kubernetes", "extra": extra}
+        return {"AIRFLOW_CONN_KUBERNETES_DEFAULT": json.dumps(connection)}
+
+    def runner_section(self, moods: Mapping[str, list[str]], place: str, **changes: Any) -> dict[str, Any]:
+        """A runner section. ``place`` is where it is remembered which moods have passed."""
+        section = {
+            "kind": "kubernetes",
+            "image": self.image,
+            "namespace": self.namespace,
+            "retry_delay": 1,
+            "poll_interval": 1,
+            "termination_grace": 5,
+            "infer": {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi", "gpu": 0},
+            "blend": {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi"},
+        } | self.runner
+        section["volumes"] = [*section.get("volumes", []), {"mount": self.mount, "config_map": _CONFIG_MAP}]
+        section["env"] = section.get("env", {}) | {
+            "PYTHONPATH": self.mount,
+            "CHUNKFLOW_MOODS": json.dumps(moods),
+            "CHUNKFLOW_MOODS_URL": place,
+        }
+        return section | changes
+
+    def pods(self, volume: str) -> list[dict[str, Any]]:
+        """The pods of a volume, as the API gives them."""
+        found = self.api.list_namespaced_pod(
+            self.namespace, label_selector=f"chunkflow/volume={volume}", _preload_content=False
+        )
+        items: list[dict[str, Any]] = json.loads(found.data)["items"]
+        return items
+
+    @contextmanager
+    def ending(self, volume: str, ends: Mapping[str, Sequence[End]]) -> Iterator[list[str]]:
+        """Meanwhile, end the pods of some tasks, one after the other, once they hang; gives a list of what was done."""
+        ended: list[str] = []
+        stop = threading.Event()
+
+        def watch() -> None:
+            left, seen = {task: list(todo) for task, todo in ends.items()}, set()
+            while any(left.values()) and not stop.wait(0.2):
+                for pod in self.pods(volume):
+                    labels, name = pod["metadata"]["labels"], pod["metadata"]["name"]
+                    task = f"{labels['chunkflow/stage']}.{labels.get('chunkflow/block', '')}"
+                    if left.get(task) and name not in seen and self._hangs(pod):
+                        seen.add(name)
+                        left[task].pop(0)(self, name)
+                        ended.append(task)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield ended
+        finally:
+            stop.set()
+            thread.join()
+
+    def _hangs(self, pod: Mapping[str, Any]) -> bool:
+        if pod["status"].get("phase") != "Running":
+            return False
+        with suppress(client.ApiException):
+            return _HANGING in self.api.read_namespaced_pod_log(pod["metadata"]["name"], self.namespace)
+        return False
+
+
+End = Callable[[TestCluster, str], None]
+"""Ends a pod of that name."""
+
+
+def delete(cluster: TestCluster, name: str) -> None:
+    """As ``kubectl delete pod``."""
+    cluster.api.delete_namespaced_pod(name, cluster.namespace)
+
+
+def drain(cluster: TestCluster, name: str) -> None:
+    """As ``kubectl drain`` does with each pod."""
+    body = client.V1Eviction(metadata=client.V1ObjectMeta(name=name, namespace=cluster.namespace))
+    cluster.api.create_namespaced_pod_eviction(name, cluster.namespace, body)
+
+
+def preempt(cluster: TestCluster, name: str) -> None:
+    """As the scheduler does for a pod of higher priority."""
+    assert cluster.double
+    cluster.double.preempt(name)
+
+
+def evict(cluster: TestCluster, name: str) -> None:
+    """As the kubelet does when memory gets short."""
+    assert cluster.double
+    cluster.double.evict(name)
+
+
+def evict_for_disk(cluster: TestCluster, name: str) -> None:
+    """As the kubelet does when the disk gets full: with less of a trace."""
+    assert cluster.double
+    cluster.double.evict(name, disruption_target=False, container_statuses=False)
+
+
+def shut_down(cluster: TestCluster, name: str) -> None:
+    """Shut the pod's node down."""
+    _to_node(cluster, name, "CHUNKFLOW_TEST_SHUT_DOWN", "shutdown_node")
+
+
+def lose(cluster: TestCluster, name: str) -> None:
+    """Cut the power of the pod's node."""
+    _to_node(cluster, name, "CHUNKFLOW_TEST_LOSE", "lose_node")
+
+
+def _to_node(cluster: TestCluster, name: str, variable: str, method: str) -> None:
+    node = cluster.api.read_namespaced_pod(name, cluster.namespace).spec.node_name
+    if cluster.double:
+        getattr(cluster.double, method)(node)
+    else:
+        subprocess.run([*shlex.split(os.environ[variable]), node], check=True)
+
+
+def ends_from_outside(cluster: TestCluster) -> list[End]:
+    """How the pods of this cluster can be ended."""
+    if cluster.double:
+        return [delete, drain, preempt, evict, evict_for_disk, shut_down, lose]
+    of_nodes = {"CHUNKFLOW_TEST_SHUT_DOWN": shut_down, "CHUNKFLOW_TEST_LOSE": lose}
+    return [delete, drain, *(end for variable, end in of_nodes.items() if os.environ.get(variable))]
+
+
+@contextmanager
+def the_double(folder: Path, **options: Any) -> Iterator[TestCluster]:
+    """The double, in a folder."""
+    mounts = folder / "mounts"
+    with Cluster(
+        folder / "kubeconfig", images={_IMAGE}, folder=folder / "pods", mount_root=mounts, **options
+    ) as cluster:
+        cluster.add_config_map(_CONFIG_MAP, {"sitecustomize.py": MOODS.read_text()})
+        data = folder / "data"
+        data.mkdir()
+        yield TestCluster(
+            kubeconfig=folder / "kubeconfig",
+            namespace="default",
+            image=_IMAGE,
+            storage=f"file://{data}",
+            mount=str(mounts / "moods"),
+            runner={"volumes": [{"mount": str(data), "host_path": str(data)}]},
+            double=cluster,
+        )
+
+
+def why_no_real_cluster() -> str | None:
+    """What is missing for tests on a real cluster."""
+    needed = ("KUBECONFIG", "CHUNKFLOW_TEST_IMAGE", "CHUNKFLOW_TEST_STORAGE")
+    missing = [name for name in needed if not os.environ.get(name)]
+    return f"no real cluster: set {', '.join(missing)} (tests/README.md)" if missing else None
+
+
+@contextmanager
+def the_real_one() -> Iterator[TestCluster]:
+    """The cluster of KUBECONFIG, in a namespace of its own that is deleted in the end."""
+    kubeconfig = Path(os.environ["KUBECONFIG"])
+    namespace = os.environ.get("CHUNKFLOW_TEST_NAMESPACE") or f"chunkflow-test-{uuid.uuid4().hex[:8]}"
+    own = "CHUNKFLOW_TEST_NAMESPACE" not in os.environ
+    place = f"{os.environ['CHUNKFLOW_TEST_STORAGE'].rstrip('/')}/{uuid.uuid4().hex[:8]}"
+    cluster = TestCluster(
+        kubeconfig=kubeconfig,
+        namespace=namespace,
+        image=os.environ["CHUNKFLOW_TEST_IMAGE"],
+        storage=place,
+        mount="/moods",
+        runner=json.loads(os.environ.get("CHUNKFLOW_TEST_RUNNER", "{}")),
+    )
+    api = cluster.api
+    if own:
+        api.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=namespace)))
+    try:
+        if own and (manifests := os.environ.get("CHUNKFLOW_TEST_MANIFESTS")):
+            utils.create_from_yaml(api.api_client, manifests, namespace=namespace)
+        body = client.V1ConfigMap(
+            metadata=client.V1ObjectMeta(name=_CONFIG_MAP), data={"sitecustomize.py": MOODS.read_text()}
+        )
+        api.create_namespaced_config_map(namespace, body)
+        _wait_for_service_account(api, namespace)
+        yield cluster
+    finally:
+        if own:
+            api.delete_namespace(namespace)
+        else:
+            api.delete_namespaced_config_map(_CONFIG_MAP, namespace)
+            api.delete_collection_namespaced_pod(namespace, label_selector="app.kubernetes.io/managed-by=chunkflow")
+
+
+def _wait_for_service_account(api: client.CoreV1Api, namespace: str) -> None:
+    """Pods are refused until the namespace's account is there."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with suppress(client.ApiException):
+            api.read_namespaced_service_account("default", namespace)
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"the namespace {namespace} got no service account")

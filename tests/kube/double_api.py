@@ -1,0 +1,453 @@
+"""The cluster's API over HTTP: what the clients, Airflow's provider and kubectl ask for, and the faults to give them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from aiohttp import web
+from double_admission import admit
+from double_containers import Line
+from double_kubelet import Kubelet
+from double_objects import ApiError, Object, field_selects, selects
+from double_pods import Pod
+from double_store import Change
+
+_LOOK_SECONDS = 1.0
+_VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "watch"]
+_VERSION = {
+    "major": "1",
+    "minor": "34",
+    "gitVersion": "v1.34.0",
+    "gitCommit": "0" * 40,
+    "gitTreeState": "clean",
+    "buildDate": "2025-08-27T10:00:00Z",
+    "goVersion": "go1.24.6",
+    "compiler": "gc",
+    "platform": "linux/amd64",
+}
+_KINDS = {"pods": "PodList", "events": "EventList"}
+_WAITING_WORDS = {
+    "ErrImagePull": "image can't be pulled",
+    "ImagePullBackOff": "trying and failing to pull image",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    time: float
+    """Seconds since the epoch."""
+
+
+@dataclass
+class Fault:
+    """See ``Cluster.add_fault``."""
+
+    method: str
+    path: re.Pattern[str]
+    left: int
+    """How many requests it is still going to hit."""
+    status: int | None = None
+    delay: float | None = None
+    cut: bool = False
+    lost_response: bool = False
+
+
+@dataclass
+class Api:
+    """The server. ``namespaces``, ``accounts``, ``priorities``: what there is. ``quota``: name and pods, by namespace."""
+
+    kubelet: Kubelet
+    token: str
+    namespaces: Collection[str]
+    accounts: Collection[str]
+    priorities: Collection[str]
+    quota: dict[str, tuple[str, int]]
+    port: int = 0
+    requests: list[Request] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    tls: ssl.SSLContext | None = None
+    _runner: web.AppRunner | None = None
+    _server: asyncio.Server | None = None
+    _held: socket.socket | None = None
+    """Keeps the port for this server while nobody listens."""
+
+    # The server
+
+    async def start(self) -> None:
+        """Take a port and listen."""
+        app = web.Application(middlewares=[self._around])
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        self._held = _bound(self.port)
+        self.port = self._held.getsockname()[1]
+        await self.listen()
+
+    async def listen(self) -> None:
+        """Accept connections."""
+        assert self._runner is not None
+        if self._server is None:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(
+                self._runner.server,  # type: ignore[arg-type]
+                sock=_bound(self.port),
+                ssl=self.tls,
+            )
+
+    def leave(self) -> None:
+        """Refuse connections, and cut those there are."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._runner is not None and self._runner.server is not None:
+            for connection in self._runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+
+    async def stop(self) -> None:
+        """The end."""
+        self.leave()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._held is not None:
+            self._held.close()
+
+    @web.middleware
+    async def _around(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        self.requests.append(Request(request.method, request.path, dict(request.query), time.time()))
+        try:
+            fault = self._fault(request)
+            if fault is not None and fault.delay is not None:
+                await asyncio.sleep(fault.delay)
+            if fault is not None and fault.cut:
+                return _cut(request)
+            if fault is not None and fault.status is not None:
+                raise ApiError(fault.status, f"injected: {request.method} {request.path}")
+            if request.path != "/version" and request.headers.get("Authorization") != f"Bearer {self.token}":
+                raise ApiError(401, "Unauthorized")
+            response = await handler(request)
+            return _cut(request) if fault is not None and fault.lost_response else response
+        except ApiError as error:
+            return _error(error)
+        except ConnectionError:
+            return _cut(request)
+        except Exception as error:
+            self.kubelet.failures.append(error)
+            return _error(ApiError(500, f"the test double failed: {error!r}"))
+
+    def _fault(self, request: web.Request) -> Fault | None:
+        for fault in self.faults:
+            if fault.left > 0 and fault.method in ("*", request.method) and fault.path.search(request.path):
+                fault.left -= 1
+                return fault
+        return None
+
+    # What is asked for
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET" and (found := _DISCOVERY.get(request.path.rstrip("/"))) is not None:
+            return web.json_response(found)
+        parts = request.path.strip("/").split("/")
+        namespace: str | None = None
+        if parts[:3] == ["api", "v1", "namespaces"] and len(parts) >= 4:
+            namespace, rest = parts[3], parts[4:]
+            if namespace not in self.namespaces:
+                raise ApiError(404, f'namespaces "{namespace}" not found', name=namespace, kind="namespaces")
+        elif parts[:2] == ["api", "v1"]:
+            rest = parts[2:]
+        else:
+            raise ApiError(404, "the server could not find the requested resource")
+        if rest == [] and namespace and request.method == "GET":
+            metadata = {"name": namespace, "uid": namespace, "creationTimestamp": None}
+            return web.json_response({"kind": "Namespace", "apiVersion": "v1", "metadata": metadata})
+        if len(rest) == 1 and rest[0] in _KINDS:
+            return await self._collection(request, rest[0], namespace)
+        if len(rest) >= 2 and rest[0] == "pods" and namespace:
+            return await self._single(request, namespace, rest[1], "/".join(rest[2:]))
+        raise ApiError(404, "the server could not find the requested resource")
+
+    async def _collection(self, request: web.Request, collection: str, namespace: str | None) -> web.StreamResponse:
+        match request.method, collection:
+            case "GET", _ if _true(request.query.get("watch")):
+                return await self._watch(request, collection, namespace)
+            case "GET", _:
+                items = ",".join(self._texts(request, collection, namespace))
+                return _list(_KINDS[collection], self.kubelet.store.version, items)
+            case "POST", "pods" if namespace:
+                return self._create(await _body(request), namespace)
+            case "DELETE", "pods" if namespace:
+                options = await _body(request)
+                chosen = list(self._pods(request, namespace))
+                for pod in chosen:
+                    self.kubelet.delete(pod, _grace(request, options))
+                items = ",".join(pod.text_object for pod in chosen)
+                return _list("PodList", self.kubelet.store.version, items)
+        raise _not_allowed()
+
+    async def _single(self, request: web.Request, namespace: str, name: str, part: str) -> web.StreamResponse:
+        body = await _body(request)
+        # Only now: it may have gone while the body came.
+        pod = self.kubelet.store.pods.get((namespace, name))
+        if pod is None:
+            raise ApiError(404, f'pods "{name}" not found', name=name)
+        match request.method, part:
+            case "GET", "" | "status":
+                pass
+            case "GET", "log":
+                return await self._log(request, pod)
+            case "PATCH", "":
+                if request.content_type == "application/json-patch+json" or not isinstance(body, dict):
+                    raise ApiError(415, "this cluster is a test double: merge patches only")
+                self.kubelet.patch(pod, body)
+            case "DELETE", "":
+                wanted = (body.get("preconditions") or {}).get("uid")
+                if wanted not in (None, uid := pod.object["metadata"]["uid"]):
+                    raise ApiError(
+                        409, f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}"
+                    )
+                self.kubelet.delete(pod, _grace(request, body))
+            case "POST", "eviction":
+                message = "Eviction API: evicting"
+                grace = _grace(request, body.get("deleteOptions") or {})
+                self.kubelet.disrupt(pod, "EvictionByEvictionAPI", message, grace)
+                status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
+                return web.json_response(status, status=201)
+            case _:
+                raise _not_allowed()
+        return web.Response(text=pod.text_object, content_type="application/json")
+
+    def _create(self, body: Any, namespace: str) -> web.Response:
+        if not isinstance(body, dict) or not isinstance(body.get("spec"), dict):
+            raise ApiError(400, "the object provided is not a pod")
+        item = admit(body, namespace, now=time.time(), accounts=self.accounts, priorities=self.priorities)
+        if namespace in self.quota:
+            name, limit = self.quota[namespace]
+            used = sum(pod.namespace == namespace and not pod.over for pod in self.kubelet.store.pods.values())
+            if used >= limit:
+                pod = item["metadata"]["name"]
+                why = f"exceeded quota: {name}, requested: pods=1, used: pods={used}, limited: pods={limit}"
+                raise ApiError(403, f'pods "{pod}" is forbidden: {why}', name=pod)
+        text = self.kubelet.add(item).text_object
+        return web.Response(text=text, status=201, content_type="application/json")
+
+    def _pods(self, request: web.Request, namespace: str | None) -> Iterator[Pod]:
+        labels, fields = request.query.get("labelSelector", ""), request.query.get("fieldSelector", "")
+        for pod in list(self.kubelet.store.pods.values()):
+            inside = namespace in (None, pod.namespace)
+            if inside and selects(labels, pod.labels) and field_selects(fields, pod.object):
+                yield pod
+
+    def _texts(self, request: web.Request, collection: str, namespace: str | None) -> Iterator[str]:
+        if collection == "pods":
+            yield from (pod.text_object for pod in self._pods(request, namespace))
+            return
+        fields = request.query.get("fieldSelector", "")
+        events = self.kubelet.store.events
+        about = re.search(r"involvedObject\.name==?([^,]+)", fields)
+        # The one pod's, not a look at all: a cluster has many pods.
+        keys = [(namespace, about[1])] if about and namespace else list(events)
+        for key in keys:
+            for event in events.get(key, {}).values():
+                if namespace in (None, key[0]) and field_selects(fields, event):
+                    yield json.dumps(event)
+
+    # Watches
+
+    async def _watch(self, request: web.Request, collection: str, namespace: str | None) -> web.StreamResponse:
+        store, query = self.kubelet.store, request.query
+        changes: asyncio.Queue[Change] = asyncio.Queue()
+        version = query.get("resourceVersion") or "0"
+        at = store.version
+        first = [f'{{"type":"ADDED","object":{text}}}' for text in self._texts(request, collection, namespace)]
+        if _true(query.get("sendInitialEvents")):
+            metadata = {"resourceVersion": str(at), "annotations": {"k8s.io/initial-events-end": "true"}}
+            kind = _KINDS[collection].removesuffix("List")
+            bookmark = {"kind": kind, "apiVersion": "v1", "metadata": metadata}
+            first.append(json.dumps({"type": "BOOKMARK", "object": bookmark}))
+        elif version != "0":
+            first = []
+            for change in store.history:
+                if change.version > int(version):
+                    changes.put_nowait(change)
+        store.watchers.add(changes)
+        response = await _stream(request, "application/json")
+        ends = time.monotonic() + float(query.get("timeoutSeconds", 1800))
+        try:
+            for text in first:
+                await response.write(text.encode() + b"\n")
+            while (left := ends - time.monotonic()) > 0 and request.transport is not None:
+                try:
+                    change = await asyncio.wait_for(changes.get(), min(left, _LOOK_SECONDS))
+                except TimeoutError:
+                    continue
+                if self._concerns(change, request, collection, namespace):
+                    line = f'{{"type":"{change.kind}","object":{change.text}}}\n'
+                    await response.write(line.encode())
+            await response.write_eof()
+        finally:
+            store.watchers.discard(changes)
+        return response
+
+    def _concerns(self, change: Change, request: web.Request, collection: str, namespace: str | None) -> bool:
+        if change.collection != collection:
+            return False
+        item = json.loads(change.text)
+        labels, fields = request.query.get("labelSelector", ""), request.query.get("fieldSelector", "")
+        return (
+            namespace in (None, item["metadata"]["namespace"])
+            and selects(labels, item["metadata"].get("labels") or {})
+            and field_selects(fields, item)
+        )
+
+    # Logs
+
+    async def _log(self, request: web.Request, pod: Pod) -> web.StreamResponse:
+        self._check_log(request, pod)
+        query = request.query
+        if pod.node is None:
+            return web.Response(status=204)
+        lines = list(pod.log.since(0))
+        at = pod.log.end
+        if "tailLines" in query:
+            lines = lines[max(len(lines) - int(_number(query["tailLines"])), 0) :]
+        oldest = 0.0
+        if "sinceSeconds" in query:
+            oldest = (time.time() - _number(query["sinceSeconds"])) * 1e9
+        elif "sinceTime" in query:
+            oldest = datetime.fromisoformat(query["sinceTime"]).timestamp() * 1e9
+        lines = [line for line in lines if line.nanoseconds >= oldest]
+        stamped = _true(query.get("timestamps"))
+        response = await _stream(request, "text/plain")
+        await _write(response, lines, stamped)
+        while _true(query.get("follow")) and not (pod.log.closed and pod.log.end == at):
+            await pod.log.more(at, _LOOK_SECONDS)
+            if request.transport is None:
+                return response
+            lines, at = list(pod.log.since(at)), pod.log.end
+            await _write(response, lines, stamped)
+        if _true(query.get("follow")) and pod.log.broken:
+            return _cut(request)
+        await response.write_eof()
+        return response
+
+    def _check_log(self, request: web.Request, pod: Pod) -> None:
+        box = pod.box["name"]
+        container = request.query.get("container", box)
+        if container != box:
+            raise ApiError(400, f"container {container} is not valid for pod {pod.name}")
+        if pod.node is not None and self.kubelet.places[pod.node].lost:
+            address = f"https://127.0.0.1:10250/containerLogs/{pod.namespace}/{pod.name}/{container}"
+            raise ApiError(500, f'Get "{address}": dial tcp 127.0.0.1:10250: connect: no route to host')
+        statuses = pod.object["status"].get("containerStatuses")
+        if pod.no_log and pod.over:
+            if statuses:
+                raise ApiError(500, pod.no_log)
+            raise ApiError(400, f'container "{container}" in pod "{pod.name}" is not available')
+        if _true(request.query.get("previous")):
+            raise ApiError(400, f'previous terminated container "{container}" in pod "{pod.name}" not found')
+        if statuses and (waiting := statuses[0]["state"].get("waiting")):
+            why = _WAITING_WORDS.get(waiting["reason"], waiting["reason"])
+            raise ApiError(400, f'container "{container}" in pod "{pod.name}" is waiting to start: {why}')
+
+
+def _bound(port: int) -> socket.socket:
+    # With this option two sockets may have one port as long as only one of them listens.
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind(("127.0.0.1", port))
+    return found
+
+
+def _true(text: str | None) -> bool:
+    return text in ("1", "t", "T", "true", "True", "TRUE")
+
+
+def _cut(request: web.Request) -> web.Response:
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()
+
+
+def _error(error: ApiError) -> web.Response:
+    headers = {"Retry-After": "1"} if error.code == 429 else {}
+    return web.json_response(error.body, status=error.code, headers=headers)
+
+
+def _not_allowed() -> ApiError:
+    return ApiError(405, "the server does not allow this method on the requested resource")
+
+
+def _list(kind: str, version: int, items: str) -> web.Response:
+    metadata = json.dumps({"resourceVersion": str(version)})
+    text = f'{{"kind":"{kind}","apiVersion":"v1","metadata":{metadata},"items":[{items}]}}'
+    return web.Response(text=text, content_type="application/json")
+
+
+async def _body(request: web.Request) -> Any:
+    if not (text := await request.read()):
+        return {}
+    try:
+        return json.loads(text) or {}
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+
+
+def _grace(request: web.Request, options: Object) -> float | None:
+    given = request.query.get("gracePeriodSeconds", options.get("gracePeriodSeconds"))
+    return None if given is None else _number(given)
+
+
+def _number(text: Any) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ApiError(400, f"strconv.ParseInt: parsing {text!r}: invalid syntax") from error
+
+
+async def _stream(request: web.Request, content_type: str) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": content_type})
+    response.enable_chunked_encoding()
+    await response.prepare(request)
+    return response
+
+
+async def _write(response: web.StreamResponse, lines: list[Line], stamped: bool) -> None:
+    if data := b"".join(line.stamped if stamped else line.text for line in lines):
+        await response.write(data)
+
+
+def _resource(name: str, kind: str, verbs: list[str]) -> Object:
+    return {"name": name, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
+
+
+_DISCOVERY: dict[str, Object] = {
+    "/version": _VERSION,
+    "/api": {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []},
+    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
+    "/api/v1": {
+        "kind": "APIResourceList",
+        "groupVersion": "v1",
+        "resources": [
+            {**_resource("pods", "Pod", _VERBS), "shortNames": ["po"], "categories": ["all"]},
+            _resource("pods/log", "Pod", ["get"]),
+            {**_resource("pods/eviction", "Eviction", ["create"]), "group": "policy", "version": "v1"},
+            {**_resource("events", "Event", ["get", "list", "watch"]), "shortNames": ["ev"]},
+        ],
+    },
+}

@@ -1,0 +1,298 @@
+"""What runs in a pod: its log, and its container, which is a session of real processes on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from operators import launch
+from operators.processes import is_alive
+
+_LAUNCH_SECONDS = 0.005
+_KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a log, its line break included if it has one."""
+
+    nanoseconds: int
+    text: bytes
+
+    @property
+    def stamped(self) -> bytes:
+        """With the time in front, nanoseconds and all."""
+        seconds, rest = divmod(self.nanoseconds, 10**9)
+        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z ".encode() + self.text
+
+
+class Log:
+    """What a container wrote. Lines are counted from its start; of the oldest only the count may be left."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.lines: deque[Line] = deque()
+        self.dropped = 0
+        self.closed = False
+        self.broken = False
+        """The connection to the node is gone: readers get no proper end."""
+        self._limit = limit
+        self._size = 0
+        self._last = 0
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    @property
+    def end(self) -> int:
+        """How many lines there ever were."""
+        return self.dropped + len(self.lines)
+
+    @property
+    def text(self) -> str:
+        """All there is of it."""
+        return b"".join(line.text for line in self.lines).decode(errors="replace")
+
+    def append(self, text: bytes) -> None:
+        """Add a line, written now."""
+        self._last = max(time.time_ns(), self._last + 1)
+        self.lines.append(Line(self._last, text))
+        self._size += len(text)
+        while self._limit is not None and self._size > self._limit and len(self.lines) > 1:
+            self._size -= len(self.lines.popleft().text)
+            self.dropped += 1
+        self._wake()
+
+    def close(self, broken: bool = False) -> None:
+        """Nothing more will come."""
+        self.closed, self.broken = True, broken
+        self._wake()
+
+    def since(self, start: int) -> Iterator[Line]:
+        """The lines from number ``start`` on, of those there are."""
+        for index in range(max(start - self.dropped, 0), len(self.lines)):
+            yield self.lines[index]
+
+    async def more(self, after: int, timeout: float) -> None:
+        """Wait until there are more than ``after`` lines, or none will come, or the time is over."""
+        if self.end > after or self.closed:
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        await asyncio.wait({future}, timeout=timeout)
+        self._waiting.discard(future)
+
+    def tail(self, lines: int, size: int) -> str:
+        """The end of it, at most so many lines and bytes."""
+        last = list(self.lines)[-lines:]
+        return b"".join(line.text for line in last)[-size:].decode(errors="replace")
+
+    def _wake(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+
+class Container(Protocol):
+    """What runs in a pod."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the main process."""
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it."""
+
+    async def wait(self) -> int:
+        """The exit code as Kubernetes counts: 128 + number of the signal."""
+
+
+class Sleeping:
+    """A container that is only simulated: it writes a line and succeeds after ``seconds``."""
+
+    def __init__(self, seconds: float, log: Log) -> None:
+        log.append(f"simulated: asleep for {seconds} s\n".encode())
+        self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._end, 0)
+
+    def _end(self, code: int) -> None:
+        self._timer.cancel()
+        if not self._code.done():
+            self._code.set_result(code)
+
+    def signal(self, number: int) -> None:
+        """Every signal ends it."""
+        self._end(128 + number)
+
+    def kill(self) -> None:
+        """End it."""
+        self._end(128 + signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """The exit code."""
+        return await asyncio.shield(self._code)
+
+
+class Keeper:
+    """A process that outlives this one by a moment and kills the sessions which are left then.
+
+    The kernel ends only the main process of each pod with this one, not that process' children.
+    """
+
+    _SCRIPT = """
+import os, signal, sys
+left = set()
+for line in sys.stdin:
+    (left.add if line[0] == "+" else left.discard)(int(line[1:]))
+for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    try:
+        if os.getsid(pid) in left:
+            os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+    def __init__(self) -> None:
+        argv = [sys.executable, "-I", "-S", "-c", self._SCRIPT]
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
+
+    def watch(self, session: int) -> None:
+        """Kill that one if need be."""
+        self._tell(f"+{session}\n")
+
+    def forget(self, session: int) -> None:
+        """That one is dead, or about to be; its number may be given to another one."""
+        self._tell(f"-{session}\n")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        if not self._process.stdin.closed:
+            self._process.stdin.write(line)
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Session:
+    """A container that runs: a session of processes whose first one is the main process.
+
+    To be made in a thread that lives on: the kernel kills the main process when the thread that started it ends.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        log: Log,
+        on_line: Callable[[bytes], None],
+        keeper: Keeper,
+    ) -> None:
+        self._log, self._on_line, self._rest = log, on_line, b""
+        self._output, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writing, True)
+        try:
+            self._process = subprocess.Popen(
+                launch.command(argv),
+                env=dict(environment),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
+        self.pid = self._process.pid
+        self._keeper = keeper
+        keeper.watch(self.pid)
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = os.pidfd_open(self.pid)
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(self._descriptor, self.reap)
+
+    async def executed(self) -> None:
+        """Wait until the launcher has become the command, which is when there is something to signal and a log to read."""
+        with contextlib.suppress(OSError):
+            while (
+                self._process.returncode is None
+                and b"operators.launch" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+            ):
+                await asyncio.sleep(_LAUNCH_SECONDS)
+        if not self._ended.done():
+            self._loop.add_reader(self._output, self._read)
+
+    def _members(self) -> list[psutil.Process]:
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if os.getsid(pid) == self.pid:
+                    found.append(psutil.Process(pid))
+        return found
+
+    def signal(self, number: int) -> None:
+        """Process 1 of a container gets only those signals that it has a handler for, and SIGKILL from outside."""
+        if self._process.returncode is None and (number in (signal.SIGKILL, signal.SIGSTOP) or self._handles(number)):
+            os.kill(self.pid, number)
+
+    def _handles(self, number: int) -> bool:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("SigCgt:"):
+                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+        return False
+
+    def kill(self) -> None:
+        """SIGKILL to all, again until there is no new one."""
+        self._keeper.forget(self.pid)
+        deadline = time.monotonic() + _KILL_SECONDS
+        while alive := [member for member in self._members() if is_alive(member)]:
+            for member in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"these processes of a pod don't die: {alive}")
+            time.sleep(0.001)
+
+    async def wait(self) -> int:
+        """The exit code, once the log is complete."""
+        return await asyncio.shield(self._ended)
+
+    def reap(self) -> None:
+        """Take note of the end, whatever is left in the session. Called when the process has ended or is about to."""
+        if self._ended.done():
+            return
+        self._loop.remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        code = self._process.wait()
+        self.kill()
+        self._read()
+        self._loop.remove_reader(self._output)
+        os.close(self._output)
+        if self._rest:
+            self._line(self._rest)
+        self._ended.set_result(code if code >= 0 else 128 - code)
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._output, 1 << 16):
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                for line in lines:
+                    self._line(line + b"\n")
+            # End of file: nobody can write any more.
+            self._loop.remove_reader(self._output)
+
+    def _line(self, text: bytes) -> None:
+        self._log.append(text)
+        self._on_line(text)

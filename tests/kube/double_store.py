@@ -1,0 +1,88 @@
+"""The objects that the cluster's API shows, and the history of their changes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from double_objects import Object, stamp
+from double_pods import Pod
+
+_HISTORY = 20_000
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a stored object, as watchers see it."""
+
+    version: int
+    collection: str
+    kind: str
+    """ADDED, MODIFIED or DELETED."""
+    text: str
+
+
+class Store:
+    """All objects, and who watches them."""
+
+    def __init__(self) -> None:
+        self.version = 1000
+        self.pods: dict[tuple[str, str], Pod] = {}
+        self.events: dict[tuple[str, str], dict[tuple[str, str], Object]] = {}
+        """By namespace and pod name, then by reason and message."""
+        self.history: deque[Change] = deque(maxlen=_HISTORY)
+        self.watchers: set[asyncio.Queue[Change]] = set()
+
+    def changed(self, pod: Pod, kind: str = "MODIFIED") -> None:
+        """A pod's object is now as it is. Of one that is gone nobody hears."""
+        if pod.gone and kind != "DELETED":
+            return
+        pod.text_object = self._note("pods", kind, pod.object)
+
+    def event(self, pod: Pod, reason: str, message: str, warning: bool = False, component: str = "kubelet") -> None:
+        """Something happened to a pod; the same thing again is counted."""
+        events = self.events.setdefault((pod.namespace, pod.name), {})
+        now = stamp(time.time())
+        known = events.get((reason, message))
+        if known is not None and known["involvedObject"]["uid"] == pod.object["metadata"]["uid"]:
+            known |= {"count": known["count"] + 1, "lastTimestamp": now}
+            self._note("events", "MODIFIED", known)
+            return
+        about = {key: pod.object["metadata"][key] for key in ("name", "namespace", "uid", "resourceVersion")}
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {
+                "name": f"{pod.name}.{secrets.token_hex(8)}",
+                "namespace": pod.namespace,
+                "uid": secrets.token_hex(16),
+                "creationTimestamp": now,
+            },
+            "involvedObject": {"apiVersion": "v1", "kind": "Pod", "fieldPath": "", **about},
+            "reason": reason,
+            "message": message,
+            "source": {"component": component, "host": pod.node or ""},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "type": "Warning" if warning else "Normal",
+            "eventTime": None,
+            "reportingComponent": component,
+            "reportingInstance": pod.node or "",
+        }
+        events[reason, message] = event
+        self._note("events", "ADDED", event)
+
+    def _note(self, collection: str, kind: str, item: Object) -> str:
+        self.version += 1
+        item["metadata"]["resourceVersion"] = str(self.version)
+        text = json.dumps(item)
+        change = Change(self.version, collection, kind, text)
+        self.history.append(change)
+        for watcher in self.watchers:
+            watcher.put_nowait(change)
+        return text
