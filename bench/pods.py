@@ -1,6 +1,6 @@
 """Many pods at once through one triggerer: memory, CPU, and whether every end is noticed.
 
-    python bench/pods.py [--pods 500] [--seconds 120]
+    python bench/pods.py [--pods 500] [--seconds 420]
 
 starts a private Airflow and the tests' stand-in for a cluster (pods are simulated, the API is real HTTP), has one DAG with a task
 per pod, and measures the processes of Airflow from the first pod to the last.
@@ -27,11 +27,11 @@ from double import Cluster, Node  # noqa: E402
 
 from chunkflow_core.geometry import Box  # noqa: E402
 from chunkflow_core.volumes import NewLayer  # noqa: E402
-from operators.processes import with_variable  # noqa: E402
+from operators.processes import describe, tree, with_variable  # noqa: E402
 from operators.service import Client, start  # noqa: E402
 
 _IMAGE = "chunkflow:bench"
-_COMPONENTS = ("triggerer", "scheduler", "api-server")
+_COMPONENTS = ("triggerer", "scheduler")
 
 
 @dataclass
@@ -63,7 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pods", type=int, default=500, help="pods at once (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=120, help="life of each pod once all run (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=420,
+        help="life of each pod; all have to be launched before the first one ends (default: %(default)s)",
     )
     parser.add_argument("--poll", type=float, default=15, help="runner.poll_interval (default: %(default)s)")
     options = parser.parse_args()
@@ -165,9 +168,8 @@ def sample(home: Path, usage: dict[str, Usage]) -> None:
     """Look at the processes of Airflow."""
     ours = with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", str(home))
     for name, used in usage.items():
-        roots = [p for p in ours if f"airflow {name}" in " ".join(p.cmdline())]
-        family = {process.pid: process for root in roots for process in (root, *root.children(recursive=True))}
-        used.look(list(family.values()))
+        roots = [process for process in ours if f"airflow {name}" in describe(process)]
+        used.look(list({process.pid: process for root in roots for process in tree(root)}.values()))
 
 
 def states(client: Client, run: str) -> dict[str, int]:

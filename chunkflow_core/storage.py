@@ -31,11 +31,10 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
     except ChunkflowError:
         raise
     except Exception as error:
-        from cloudvolume.exceptions import DecodingError, EmptyVolumeException  # only here: it takes a second to import
-
-        if isinstance(error, EmptyVolumeException):
+        kind_name = type(error).__name__  # cloudvolume takes a second to import, and Airflow's side does without it
+        if kind_name == "EmptyVolumeException":
             raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
-        if isinstance(error, DecodingError | CompressionError | DecompressionError):
+        if kind_name == "DecodingError" or isinstance(error, CompressionError | DecompressionError):
             raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
         if kind := meaning(error):
             raise kind(f"{doing}: {explained(error)}") from error

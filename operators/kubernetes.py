@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ from chunkflow_core.runner_spec import KubernetesRunner, PodResources, parse_mem
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.spec_transport import check_transportable, to_environment
 from operators import base
-from operators.orphans import TASK_ANNOTATIONS
+from operators.orphans import AIRFLOW_LABEL, TASK_ANNOTATIONS, airflow_label
 from operators.outcomes import Kind, Outcome, Retry
 from operators.pod_api import Pod, PodApi, RefusedError, TryLaterError
 from operators.pod_ends import BASE, NEVER_RAN, Limits, Look, examine, vanished, with_events
@@ -40,7 +41,7 @@ from operators.task_state import TaskState
 from operators.triggers import PodTrigger
 
 _RETRY_OUT_OF_MEMORY = timedelta(seconds=1)
-_SOON, _LATE = 15.0, 300.0
+_SOON, _LATE = 2.0, 300.0
 """Seconds until a launch that the cluster could not do is tried again: at first, and after a while."""
 _LOG_PATIENCE = 60.0
 """Seconds that the log of a pod that is still there may be out of reach."""
@@ -50,10 +51,22 @@ class PodOutOfMemoryError(AirflowException):
     """A pod was killed for memory; the next try gets more."""
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What keeps a task from getting on."""
+
+    kind: str
+    """A value of ``Kind``."""
+    since: float
+    """Seconds since the epoch."""
+
+
 class PodOperator(base.Command, KubernetesPodOperator):
     """A command in a pod."""
 
     template_fields: Sequence[str] = ("spec", "memory")
+    _memory: int
+    """Bytes that the next pod gets."""
 
     def __init__(self, *, spec: str, **options: Any) -> None:
         """Arguments: those of ``operators.base.Command``, and of ``BaseOperator``."""
@@ -66,7 +79,6 @@ class PodOperator(base.Command, KubernetesPodOperator):
             poll_interval=runner.poll_interval,
             base_container_name=BASE,
             termination_grace_period=runner.termination_grace,
-            automount_service_account_token=False,
             termination_message_policy="FallbackToLogsOnError",
             on_finish_action="keep_pod",
             random_name_suffix=False,
@@ -91,20 +103,19 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     def execute(self, context: Context) -> Any:
         """Run the command; ``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
-        return self._go_on(context, since=time.time())
+        return self._go_on(context)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> Any:
         """Go on after the triggerer has seen the pod's end."""
-        since = float(event.get("since") or time.time())
+        waiting = Waiting(**event["waiting"]) if event.get("waiting") else None
         if event["status"] == "launch":
-            return self._go_on(context, since=since)
+            return self._go_on(context, waiting)
         name, namespace = event["name"], event["namespace"]
         self._hold(name, namespace)
         try:
             look = self._look(name, namespace)
         except TryLaterError as later:
-            self._give_up_if_late(later, since)
-            self._defer_to_watch(name, namespace, since=since)
+            self._defer_to_watch(name, namespace, self._still_waiting(later, waiting))
         except RefusedError as refused:
             base.raise_for(refused.outcome)
         if look.outcome is None:
@@ -113,18 +124,16 @@ class PodOperator(base.Command, KubernetesPodOperator):
             self._defer_to_watch(name, namespace)
         return self._finish(context, PodLog(name, namespace), look.outcome)
 
-    def _go_on(self, context: Context, *, since: float) -> Any:
-        """Find the task's pod, or launch one, and see it through. ``since`` is when that was first tried."""
+    def _go_on(self, context: Context, waiting: Waiting | None = None) -> Any:
+        """Find the task's pod, or launch one, and see it through."""
         while True:
             try:
                 name, namespace = self._attach(context) or self._launch(context)
             except TryLaterError as later:
-                self._give_up_if_late(later, since)
-                delay = min(max(_SOON, (time.time() - since) / 4), _LATE)
+                waiting = self._still_waiting(later, waiting)
+                delay = min(max(_SOON, (time.time() - waiting.since) / 4), _LATE)
                 self.log.info("%s: %s; trying again in %.0f s", later.kind.value, later, delay)
-                if self.deferrable:
-                    self._defer("", "", delay=delay, carried={"since": since})
-                time.sleep(delay)
+                self._pause(delay, waiting)
                 continue
             except RefusedError as refused:
                 base.raise_for(refused.outcome)
@@ -138,17 +147,23 @@ class PodOperator(base.Command, KubernetesPodOperator):
         """The pod that an earlier process of this task has launched and that is worth going on with."""
         namespace, current = self._namespace, str(context["ti"].try_number)
         kept: list[Pod] = []
+        dealt_with = self._state.ended_pods
         for pod in self._api.find(namespace, self._build_find_pod_label_selector(context)):
             name = pod["metadata"]["name"]
             outcome = self._judge(pod).outcome
             if pod["metadata"].get("deletionTimestamp"):
                 continue
-            if outcome and outcome.kind is not Kind.DONE and pod["metadata"]["labels"].get("try_number") != current:
+            if name in dealt_with:
+                self._retire(name, namespace)
+            elif outcome and outcome.kind is not Kind.DONE and pod["metadata"]["labels"].get("try_number") != current:
                 self.log.info("pod %s of an earlier try: %s", name, outcome)
                 self._remember(name, outcome)
                 self._retire(name, namespace)
+                if outcome.retry is Retry.MORE_MEMORY:
+                    self._with_more_memory(outcome)
             else:
                 kept.append(pod)
+        kept.sort(key=lambda pod: self._judge(pod).outcome is None)  # one that has succeeded before one that works
         for surplus in kept[1:]:
             self._retire(surplus["metadata"]["name"], namespace)
         if not kept:
@@ -184,6 +199,9 @@ class PodOperator(base.Command, KubernetesPodOperator):
         pod = self.build_pod_request_obj(context)
         self._hold(name, self._namespace)  # so that it is deleted if the task is killed while the call is under way
         self._api.create(pod)
+        if self._killed:  # while the call was under way: the pod was not there yet to be deleted
+            self._api.delete(name, self._namespace)
+            raise AirflowException(f"{Kind.CANCELLED.value}: the task was killed while it launched pod {name}")
         self.log.info("launched pod %s with %d MiB of memory", name, self._memory // 2**20)
         return name, self._namespace
 
@@ -200,14 +218,13 @@ class PodOperator(base.Command, KubernetesPodOperator):
                 if look.outcome:
                     return look.outcome
                 if state == "running":
-                    self._show(self._api.read(log.read) or [])
+                    self._show(log.read(self._api) or [])
             except TryLaterError as later:
                 if time.monotonic() - answered > self._runner.api_timeout:
                     base.raise_for(Outcome(Kind.UNREACHABLE, Retry.COUNTED, str(later)))
                 self.log.warning("can't look at pod %s: %s", name, later)
             except RefusedError as refused:
-                # A log that isn't there yet is refused, too; what is really wrong, the pod's object will say.
-                self.log.debug("pod %s: %s", name, refused)
+                base.raise_for(refused.outcome)
             time.sleep(self.poll_interval)
 
     def _finish(self, context: Context, log: PodLog, outcome: Outcome) -> Any:
@@ -218,15 +235,17 @@ class PodOperator(base.Command, KubernetesPodOperator):
         if self._killed:
             raise AirflowException(f"{Kind.CANCELLED.value}: the task was killed while pod {name} ran")
         outcome = self._explained(name, namespace, outcome)
+        self.log.log(_weight(outcome), "pod %s: %s", name, outcome)
         self._remember(name, outcome)
         self._retire(name, namespace)
         if outcome.kind is Kind.DONE:
             return self.result("\n".join(log.lines), context)
-        self.log.log(_weight(outcome), "pod %s: %s", name, outcome)
         if outcome.retry is Retry.AT_ONCE:
-            if self._state.interruptions <= self._runner.interruptions:
-                return self._go_on(context, since=time.time())
             count = self._state.interruptions
+            if count <= self._runner.interruptions:
+                if count > 1:  # what takes every pod away at once does not get 20 in a minute
+                    self._pause(min(2.0 ** (count - 1), _LATE))
+                return self._go_on(context)
             outcome = Outcome(
                 outcome.kind, Retry.COUNTED, f"{count} pods of this try were interrupted: {outcome.message}"
             )
@@ -243,9 +262,9 @@ class PodOperator(base.Command, KubernetesPodOperator):
             where = f"runner.{'infer' if self.runs_model else 'blend'}.memory_max"
             message = f"{outcome.message}, the most that {where} allows; raise it, or take smaller patches or blocks"
             return Outcome(outcome.kind, Retry.NEVER, message, outcome.code)
-        memory = min(int(self._memory * self._runner.memory_growth), most)
-        self._state.memory = memory
-        message = f"{outcome.message}; the next try gets {memory // 2**20} MiB"
+        self._memory = min(int(self._memory * self._runner.memory_growth), most)
+        self._state.memory = self._memory
+        message = f"{outcome.message}; the next try gets {self._memory // 2**20} MiB"
         return Outcome(outcome.kind, Retry.MORE_MEMORY, message, outcome.code)
 
     def _remember(self, name: str, outcome: Outcome) -> None:
@@ -272,12 +291,10 @@ class PodOperator(base.Command, KubernetesPodOperator):
         gone = outcome.retry is Retry.AT_ONCE or outcome.code is None
         while True:
             try:
-                new = self._api.read(log.read)
+                new = log.read(self._api)
                 if new is not None and (log.lines or not gone):
                     self._show(new)
                     return
-            except RefusedError:
-                pass
             except TryLaterError as later:
                 if not gone and time.monotonic() < deadline:
                     self.log.info("the pod's log is out of reach: %s", later)
@@ -287,8 +304,8 @@ class PodOperator(base.Command, KubernetesPodOperator):
         url = self._log_url(context, log.name)
         try:
             kept = read_log(url)
-        except ChunkflowError as error:
-            self.log.warning("%s", error)
+        except Exception as error:  # whatever it is, a log does not decide how a task ends
+            self.log.warning("%s: %s", url, error)
             kept = None
         if kept is None:
             self.log.warning("no log of pod %s is left, neither in the cluster nor at %s", log.name, url)
@@ -303,6 +320,8 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     def _explained(self, name: str, namespace: str, outcome: Outcome) -> Outcome:
         """The outcome, with what the cluster's events tell about it."""
+        if outcome.kind not in NEVER_RAN | {Kind.DELETED}:
+            return outcome
         try:
             events = self._api.events(name, namespace)
         except (TryLaterError, RefusedError):
@@ -315,21 +334,33 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     def _judge(self, pod: Pod) -> Look:
         limits = Limits(self._runner.pending_timeout, self._runner.start_timeout)
-        return examine(pod, limits, datetime.now(UTC), inputs_may_come=self.inputs_may_come)
+        return examine(pod, limits, self._api.now, inputs_may_come=self.inputs_may_come)
 
     def _hold(self, name: str, namespace: str) -> None:
         """Have ``on_kill`` delete this pod."""
         self.pod = V1Pod(metadata=V1ObjectMeta(name=name, namespace=namespace))
 
-    def _give_up_if_late(self, later: TryLaterError, since: float) -> None:
+    def _still_waiting(self, later: TryLaterError, before: Waiting | None) -> Waiting:
+        """What is waited for, and since when; fails the try if that is too long."""
+        waiting = before if before and before.kind == later.kind.value else Waiting(later.kind.value, time.time())
         patience = self._runner.api_timeout if later.kind is Kind.UNREACHABLE else self._runner.pending_timeout
-        if time.time() - since > patience:
+        if time.time() - waiting.since > patience:
             base.raise_for(Outcome(later.kind, Retry.COUNTED, f"for {patience:.0f} s: {later}"))
+        return waiting
 
-    def _defer_to_watch(self, name: str, namespace: str, since: float | None = None) -> NoReturn:
-        self._defer(name, namespace, carried={"since": since} if since else {})
+    def _pause(self, delay: float, waiting: Waiting | None = None) -> None:
+        """Wait for some seconds: here, or off the worker; then ``trigger_reentry`` goes on."""
+        if not self.deferrable:
+            time.sleep(delay)
+            return
+        # Its pod, if it has one after all, is still to be deleted when the task is cancelled.
+        held = self.pod.metadata if self.pod else V1ObjectMeta(name="", namespace="")
+        self._defer(held.name, held.namespace, waiting, delay=delay)
 
-    def _defer(self, name: str, namespace: str, *, delay: float | None = None, carried: dict[str, Any]) -> NoReturn:
+    def _defer_to_watch(self, name: str, namespace: str, waiting: Waiting | None = None) -> NoReturn:
+        self._defer(name, namespace, waiting)
+
+    def _defer(self, name: str, namespace: str, waiting: Waiting | None, *, delay: float | None = None) -> NoReturn:
         """Leave the worker; raises ``TaskDeferred``."""
         runner = self._runner
         trigger = PodTrigger(
@@ -342,7 +373,7 @@ class PodOperator(base.Command, KubernetesPodOperator):
             api_timeout=runner.api_timeout,
             termination_grace_period=runner.termination_grace,
             delay=delay,
-            carried=carried,
+            carried={"waiting": asdict(waiting)} if waiting else {},
         )
         raise TaskDeferred(trigger=trigger, method_name="trigger_reentry")
 
@@ -355,7 +386,7 @@ class PodOperator(base.Command, KubernetesPodOperator):
         assert isinstance(self.volume.runner, KubernetesRunner)
         self._runner: KubernetesRunner = self.volume.runner
         self._resources: PodResources = self._runner.infer if self.runs_model else self._runner.blend
-        self.labels = own_labels(self.volume.name, self.stage, self.block)
+        self.labels = own_labels(self.volume.name, self.stage, self.block) | {AIRFLOW_LABEL: airflow_label()}
         ti = context["ti"]
         self.annotations = dict(zip(TASK_ANNOTATIONS, (ti.dag_id, ti.run_id, ti.task_id), strict=True))
         self._state = TaskState(context)
@@ -363,7 +394,11 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     @cached_property
     def _api(self) -> PodApi:
-        return PodApi(lambda: self.client, self._refresh_cached_properties)
+        return PodApi(lambda: self.client, self._forget_client)
+
+    def _forget_client(self) -> None:
+        for name in ("hook", "client"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def _namespace(self) -> str:
@@ -417,6 +452,8 @@ def _load(spec: str, changed: int) -> VolumeSpec:
 
 
 def _weight(outcome: Outcome) -> int:
+    if outcome.kind is Kind.DONE:
+        return logging.INFO
     return logging.WARNING if outcome.retry is Retry.AT_ONCE else logging.ERROR
 
 

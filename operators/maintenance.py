@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import DAG, BaseOperator, Context, Param
+from airflow.sdk.exceptions import AirflowException
 
-from operators.orphans import MANAGED, orphans, pod_info
+from operators.orphans import AIRFLOW_LABEL, MANAGED, States, airflow_label, orphans, pod_info
+
+if TYPE_CHECKING:
+    from operators.pod_api import PodApi
 
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _YOUNG = 300
@@ -35,7 +39,7 @@ class DeleteOrphansOperator(BaseOperator):
         """Delete them, and say which."""
         from airflow.providers.cncf.kubernetes.hooks.kubernetes import KubernetesHook
 
-        from operators.pod_api import PodApi
+        from operators.pod_api import PodApi, RefusedError, TryLaterError
 
         runtime: Any = context["ti"]
 
@@ -43,18 +47,27 @@ class DeleteOrphansOperator(BaseOperator):
             found = runtime.get_task_states(dag_id=dag, run_ids=[run], task_ids=sorted(tasks))
             return cast(dict[str, str], found.get(run, {}))
 
-        youngest = float(context["params"]["youngest"])
+        failed = []
         for connection, namespace in self.places:
-            hook = KubernetesHook(conn_id=connection)
-            api = PodApi(partial(getattr, hook, "core_v1_client"), lambda: None)
-            place = namespace or hook.get_namespace() or "default"
-            now = datetime.now(UTC)
-            pods = [pod_info(pod, now) for pod in api.find(place, MANAGED)]
-            lost = orphans((pod for pod in pods if pod.seconds >= youngest), states)
-            for pod in lost:
-                self.log.info("deleting pod %s (%s) of %s", pod.name, pod.phase, " ".join(pod.task))
-                api.delete(pod.name, pod.namespace)
-            self.log.info("namespace %s: %d pods, %d of them orphans", place, len(pods), len(lost))
+            try:
+                hook = KubernetesHook(conn_id=connection)
+                place = namespace or hook.get_namespace() or "default"
+                api = PodApi(partial(getattr, hook, "core_v1_client"), lambda: None)
+                self._clean(api, place, states, float(context["params"]["youngest"]))
+            except (TryLaterError, RefusedError) as error:
+                failed.append(f"{connection}, namespace {namespace}: {error}")
+        if failed:
+            raise AirflowException("\n".join(failed))
+
+    def _clean(self, api: PodApi, place: str, states: States, youngest: float) -> None:
+        """Delete the orphans of a namespace."""
+        selector = f"{MANAGED},{AIRFLOW_LABEL}={airflow_label()}"
+        pods = [pod_info(pod, datetime.now(UTC)) for pod in api.find(place, selector)]
+        lost = orphans((pod for pod in pods if pod.seconds >= youngest), states)
+        for pod in lost:
+            self.log.info("deleting pod %s (%s) of %s", pod.name, pod.phase, " ".join(pod.task))
+            api.delete(pod.name, pod.namespace)
+        self.log.info("namespace %s: %d pods, %d of them orphans", place, len(pods), len(lost))
 
 
 def maintenance_dag(places: Collection[tuple[str, str | None]]) -> DAG:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ MANAGED = "app.kubernetes.io/managed-by=chunkflow"
 """Label selector of all pods of ours."""
 TASK_ANNOTATIONS = ("chunkflow/dag-id", "chunkflow/run-id", "chunkflow/task-id")
 """Whose pod it is, unabridged: labels can't hold every character of a run id."""
+AIRFLOW_LABEL = "chunkflow/airflow"
+"""Label that tells the pods of one Airflow from those of another."""
 ENDED = ("Succeeded", "Failed")
 GOING_ON = frozenset(("scheduled", "queued", "running", "restarting", "deferred", "up_for_retry", "up_for_reschedule"))
 """States of tasks that may still come back to a pod."""
@@ -40,6 +43,14 @@ class PodInfo:
     """Age."""
 
 
+def airflow_label() -> str:
+    """The value of that label for this Airflow: a hash of its secret key, in a rotation of the older one."""
+    from airflow.sdk.configuration import conf
+
+    key = str(conf.get("core", "fernet_key", fallback="")).split(",")[-1]
+    return hashlib.sha256(key.encode()).hexdigest()[:10]
+
+
 def pod_info(pod: dict[str, Any], now: datetime) -> PodInfo:
     """What of a pod's object is of interest here."""
     meta = pod["metadata"]
@@ -56,12 +67,16 @@ def pod_info(pod: dict[str, Any], now: datetime) -> PodInfo:
     )
 
 
-def orphans(pods: Iterable[PodInfo], states: Callable[[str, str, Collection[str]], dict[str, str]]) -> list[PodInfo]:
+States = Callable[[str, str, Collection[str]], dict[str, str]]
+"""Gives the states of some tasks of a DAG's run; a task that is unknown is left out."""
+
+
+def orphans(pods: Iterable[PodInfo], states: States) -> list[PodInfo]:
     """The pods whose task is not going on.
 
     Args:
         pods: all that there are.
-        states: gives the states of some tasks of a DAG's run; a task that is unknown is left out.
+        states: of tasks.
     """
     runs: dict[tuple[str, str], list[PodInfo]] = {}
     for pod in pods:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from operators.outcomes import Kind, Outcome, Retry, classify, last_word
@@ -41,16 +42,28 @@ _STATUS_REASONS = {
     # The node refused the pod after the scheduler had chosen it.
     "NodeAffinity": Kind.EVICTED,
     "UnexpectedAdmissionError": Kind.EVICTED,
+    "TopologyAffinityError": Kind.EVICTED,
 }
+_SHUTDOWN = re.compile(r"shutdown", re.I)
+_OWN_LIMIT = re.compile(
+    r"exceed\w* (the|its|total) .*limit|exceeds the limit|ephemeral local storage usage exceeds", re.I
+)
+"""Of evictions for what the pod itself has taken."""
+_MORE_DISK = "raise ephemeral_storage in runner.infer or runner.blend, or the volume's memory"
 _REFUSED_BY_NODE = re.compile(r"OutOf\S+")
 
-_NEVER_STARTS = {"InvalidImageName": Kind.IMAGE, "ErrImageNeverPull": Kind.IMAGE}
+_NEVER_STARTS = ("InvalidImageName", "ErrImageNeverPull")
 _IMAGE_TROUBLE = ("ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable")
-_NO_SUCH_IMAGE = re.compile(
-    r"not found|manifest unknown|does not exist|denied|unauthorized|authentication|forbidden", re.I
-)
-_CONFIGURATION = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PostStartHookError")
+# A registry's "denied" and "unauthorized" are not among them: on new nodes, credentials may come a little later.
+_NO_SUCH_IMAGE = re.compile(r"not found|manifest unknown|does not exist", re.I)
+_CONFIGURATION = ("CreateContainerConfigError",)
+_NOT_CREATED = ("CreateContainerError", "RunContainerError", "PostStartHookError")
 _NOT_EXECUTED = ("StartError", "ContainerCannotRun")
+_NO_COMMAND = re.compile(
+    r"executable file not found|no such file or directory|permission denied|exec format error", re.I
+)
+_CONTAINER_LOST = ("Unknown", "ContainerStatusUnknown")
+"""What a node says of containers that it finds dead after a restart."""
 
 ADVICE = {
     Kind.IMAGE: "check runner.image and runner.image_pull_secrets",
@@ -88,6 +101,11 @@ class Look:
     """How it ended; None while it goes on."""
 
 
+def server_time(date: str | None) -> datetime:
+    """The time that an answer's ``Date`` header gives, else this machine's: their clocks may differ by minutes."""
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
+
+
 def vanished(name: str) -> Look:
     """What is known of a pod that is not there any more."""
     message = f"the pod {name} is gone, and its last status with it"
@@ -100,7 +118,7 @@ def examine(pod: Mapping[str, Any], limits: Limits, now: datetime, *, inputs_may
     Args:
         pod: the object.
         limits: after which a pod that does not start has failed.
-        now: with a time zone.
+        now: by the cluster's clock, with a time zone.
         inputs_may_come: see :func:`operators.outcomes.classify`.
     """
     status = pod.get("status") or {}
@@ -111,14 +129,15 @@ def examine(pod: Mapping[str, Any], limits: Limits, now: datetime, *, inputs_may
     if phase == "Failed":
         return Look("failed", _failure(pod, status, terminated, inputs_may_come))
     if terminated:
-        if _age(terminated.get("finishedAt"), now) < _SETTLING:
+        finished = terminated.get("finishedAt")
+        if finished and _age(finished, now) < _SETTLING:
             return Look("ending")
         return Look("failed", _failure(pod, status, terminated, inputs_may_come))
     if deleted := pod["metadata"].get("deletionTimestamp"):
         tainted = _condition(status, "DisruptionTarget").get("reason") == "DeletionByTaintManager"
         if _age(deleted, now) < (_LOST_WITH_TAINT if tainted else _LOST):
             return Look("being deleted")
-        return Look("lost", _disrupted(pod, status) or _outcome(Kind.NODE_LOST, "its node does not answer", status))
+        return Look("lost", _disrupted(pod, status) or _taken(Kind.NODE_LOST, "its node does not answer"))
     if phase == "Running":
         return Look("running")
     return _start(pod, status, limits, now)
@@ -150,7 +169,10 @@ def _failure(
     if disrupted := _disrupted(pod, status):
         return disrupted
     if status.get("reason") == "DeadlineExceeded":
-        return _outcome(Kind.DEADLINE, str(status.get("message") or "the pod's deadline has passed"), status)
+        message = str(status.get("message") or "the pod's deadline has passed")
+        return Outcome(Kind.DEADLINE, Retry.COUNTED, f"{message}; {ADVICE[Kind.DEADLINE]}")
+    if not terminated and (before := _failed_before(status)):
+        return before
     if not terminated:
         text = status.get("message") or status.get("reason") or "the cluster gives no reason and no exit code"
         return Outcome(Kind.ERROR, Retry.COUNTED, str(text))
@@ -162,29 +184,45 @@ def _failure(
     if reason == "OOMKilled":
         limit = memory_limit(pod)
         return Outcome(Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, f"killed at the memory limit of {limit}", code)
-    if reason in _NOT_EXECUTED:
+    if reason in _CONTAINER_LOST:
+        return _taken(Kind.NODE_LOST, "its node has restarted, or lost the container", code)
+    if reason in _NOT_EXECUTED and _NO_COMMAND.search(message):
         return Outcome(Kind.IMAGE, Retry.NEVER, f"{message}; {ADVICE[Kind.IMAGE]}", code)
+    if reason in _NOT_EXECUTED:
+        return Outcome(Kind.NOT_STARTED, Retry.COUNTED, f"{message}; {ADVICE[Kind.NOT_STARTED]}", code)
     if pod["metadata"].get("deletionTimestamp") and code in (137, 143):
-        return _outcome(Kind.DELETED, "somebody or something deleted the pod while it ran", status, code)
+        return _taken(Kind.DELETED, "somebody or something deleted the pod while it ran", code)
     return classify(code, message, inputs_may_come=inputs_may_come)
 
 
 def _disrupted(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Outcome | None:
     """The outcome of a pod that the cluster took away."""
-    target = _condition(status, "DisruptionTarget")
+    target, reason = _condition(status, "DisruptionTarget"), str(status.get("reason"))
+    message = str(status.get("message") or target.get("message") or target.get("reason") or reason)
+    if reason == "Evicted" and _OWN_LIMIT.search(message):
+        return _taken(Kind.EVICTED, f"{message}; {_MORE_DISK}")
     if target.get("status") == "True":
         kind = _DISRUPTIONS.get(str(target.get("reason")), Kind.EVICTED)
-        if status.get("reason") == "Evicted":
-            kind = Kind.EVICTED
-        return _outcome(kind, str(status.get("message") or target.get("message") or target.get("reason")), status)
-    reason = str(status.get("reason"))
+        if kind is Kind.NODE_SHUTDOWN and reason not in _STATUS_REASONS and not _SHUTDOWN.search(message):
+            kind = Kind.EVICTED  # the kubelet gives the same reason for both
+        return _taken(Kind.EVICTED if reason == "Evicted" else kind, message)
     taken = _STATUS_REASONS.get(reason) or (Kind.EVICTED if _REFUSED_BY_NODE.fullmatch(reason) else None)
-    return _outcome(taken, str(status.get("message") or reason), status) if taken else None
+    return _taken(taken, message) if taken else None
 
 
-def _outcome(kind: Kind, message: str, status: Mapping[str, Any], code: int | None = None) -> Outcome:
-    if kind is Kind.DEADLINE:
-        return Outcome(kind, Retry.COUNTED, f"{message}; {ADVICE[kind]}", code)
+def _failed_before(status: Mapping[str, Any]) -> Outcome | None:
+    """The end of a container of a template that runs before ours, and whose failure failed the pod."""
+    for container in status.get("initContainerStatuses") or []:
+        ended = (container.get("state") or {}).get("terminated")
+        if ended and ended.get("exitCode"):
+            name, code = container.get("name"), ended["exitCode"]
+            said = last_word((ended.get("message") or "").strip().splitlines()) or ended.get("reason")
+            return Outcome(Kind.ERROR, Retry.COUNTED, f"init container {name} ended with exit code {code}: {said}")
+    return None
+
+
+def _taken(kind: Kind, message: str, code: int | None = None) -> Outcome:
+    """The outcome of a pod that did nothing wrong."""
     return Outcome(kind, Retry.AT_ONCE, message, code)
 
 
@@ -197,21 +235,33 @@ def _start(pod: Mapping[str, Any], status: Mapping[str, Any], limits: Limits, no
             return Look(f"waiting for a node: {text}")
         message = f"no node for {limits.pending:.0f} s: {text}; {ADVICE[Kind.NO_NODE]}"
         return Look("unschedulable", Outcome(Kind.NO_NODE, Retry.COUNTED, message))
+    began = str(scheduled.get("lastTransitionTime") or "")
+    for container in status.get("initContainerStatuses") or []:
+        state = container.get("state") or {}
+        if "running" in state and not container.get("started"):
+            return Look(f"starting: init container {container.get('name')} runs")
+        began = max(began, str((state.get("terminated") or {}).get("finishedAt") or ""))
     reason, text = _waiting(status)
-    late = _age(scheduled.get("lastTransitionTime"), now) >= limits.start
-    kind, retry = Kind.NOT_STARTED, Retry.COUNTED
-    if reason in _NEVER_STARTS:
-        kind, retry, late = _NEVER_STARTS[reason], Retry.NEVER, True
-    elif reason in _IMAGE_TROUBLE:
-        kind = Kind.IMAGE
-        if reason == "ImagePullBackOff" and _NO_SUCH_IMAGE.search(_all_messages(status)):
-            retry, late = Retry.NEVER, True
-    elif reason in _CONFIGURATION:
-        kind, retry = Kind.CONFIGURATION, Retry.NEVER
+    kind, retry, for_good = _why_not_started(reason, status)
     shown = f"{reason}: {text}" if text else reason
-    if not late:
+    if not for_good and _age(began, now) < limits.start:
         return Look(f"starting: {shown}")
     return Look("not started", Outcome(kind, retry, f"{shown}; {ADVICE[kind]}"))
+
+
+def _why_not_started(reason: str, status: Mapping[str, Any]) -> tuple[Kind, Retry, bool]:
+    """What a container's reason for waiting means, should it last; and whether it surely does."""
+    if reason in _NEVER_STARTS:
+        return Kind.IMAGE, Retry.NEVER, True
+    if reason == "ImagePullBackOff" and _NO_SUCH_IMAGE.search(_all_messages(status)):
+        return Kind.IMAGE, Retry.NEVER, True
+    if reason in _IMAGE_TROUBLE:
+        return Kind.IMAGE, Retry.COUNTED, False
+    if reason in _CONFIGURATION:
+        return Kind.CONFIGURATION, Retry.NEVER, False
+    if reason in _NOT_CREATED:
+        return Kind.CONFIGURATION, Retry.COUNTED, False
+    return Kind.NOT_STARTED, Retry.COUNTED, False
 
 
 def _container(status: Mapping[str, Any]) -> Mapping[str, Any]:

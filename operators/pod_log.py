@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from kubernetes.client import CoreV1Api
+import re
 
+from operators.pod_api import PodApi
 from operators.pod_ends import BASE
 
-_TIMESTAMP_DIGITS = len("2026-01-01T00:00:00.000000000Z")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]+(\.\d+)?(Z|[+-]\d\d:\d\d)")
+_DIGITS = len("2026-01-01T00:00:00.000000000")
+_LOST = b"unable to retrieve container logs"
+"""What kubelets give as the log, with HTTP 200, once the container is gone."""
 
 
 class PodLog:
@@ -23,20 +27,22 @@ class PodLog:
         self.lines: list[str] = []
         """All lines so far, without their times."""
 
-    def read(self, api: CoreV1Api) -> list[str]:
-        """The lines since the last reading. Errors as the client raises them, also 404 for a pod that is gone."""
-        response = api.read_namespaced_pod_log(
-            self.name, self.namespace, container=BASE, timestamps=True, _preload_content=False
-        )
-        new = self._new(response.data.decode(errors="backslashreplace").splitlines())
+    def read(self, api: PodApi) -> list[str] | None:
+        """The lines since the last reading; None if the log is not there. Errors as those of ``PodApi``."""
+        content = api.log(self.name, self.namespace, BASE)
+        if content is None or content.startswith(_LOST):
+            return None
+        new = self._new(content.decode(errors="backslashreplace").split("\n"))
         self.lines += new
         return new
 
     def _new(self, lines: list[str]) -> list[str]:
         known, new = self._at_last, []
         for line in lines:
-            time, _, text = line.partition(" ")
-            time = time.removesuffix("Z").ljust(_TIMESTAMP_DIGITS, "0")  # some runtimes leave out the last zeros
+            first, _, text = line.partition(" ")
+            if not _TIME.fullmatch(first):
+                continue  # the end of the last line, or the kubelet's own words
+            time = first.removesuffix("Z")[:_DIGITS].ljust(_DIGITS, "0")  # some runtimes leave out the last zeros
             if time < self._last:
                 continue
             if time == self._last:
@@ -45,7 +51,6 @@ class PodLog:
                     continue
                 self._at_last += 1
             else:
-                self._last, self._at_last = time, 1
-                known = 0
+                self._last, self._at_last, known = time, 1, 0
             new.append(text)
         return new

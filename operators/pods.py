@@ -79,7 +79,9 @@ def pod_manifest(
     """
     template = read_template(runner, folder)
     old = template.get("metadata", {})
-    metadata: Json = {**old, "name": name}
+    # Where a pod is, is the runner section's to say: looked for elsewhere, it would count as gone.
+    metadata: Json = {key: value for key, value in old.items() if key not in ("namespace", "generateName")}
+    metadata["name"] = name
     if runner.namespace:
         metadata["namespace"] = runner.namespace
     metadata["labels"] = {**old.get("labels", {}), **runner.labels, **labels}

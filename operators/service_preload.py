@@ -1,4 +1,4 @@
-"""Imports, once and for all, what the tasks need that a scheduler forks."""
+"""Imports, once and for all, what the processes need that a scheduler or a DAG processor forks."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
     from operators.launch import tie_forks
 
     tie_forks()
-    if "scheduler" in sys.argv:
+    if {"scheduler", "dag-processor"} & set(sys.argv):
         from operators.service_preload import preload
 
         preload()

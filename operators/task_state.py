@@ -40,6 +40,11 @@ class TaskState:
     def interruptions(self, value: int) -> None:
         self._store.set(INTERRUPTIONS, {"try": self._try, "count": value})
 
+    @property
+    def ended_pods(self) -> set[str]:
+        """Names of pods whose end is in the state already."""
+        return {str(end["pod"]) for end in cast(list[Any], self._store.get(ENDS, []))}
+
     def add_end(self, pod: str, outcome: Outcome) -> None:
         """Append how a pod ended; the last of them are kept."""
         ends = cast(list[Any], self._store.get(ENDS, []))

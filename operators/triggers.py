@@ -19,9 +19,10 @@ from airflow.triggers.base import TriggerEvent
 from kubernetes_asyncio.client import ApiClient, CoreV1Api
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from operators.pod_ends import BASE, Limits, Look, examine, vanished
+from operators.pod_ends import BASE, Limits, Look, examine, server_time, vanished
 
 _REQUEST_TIMEOUT = 30.0
+_AWAY = "out of reach"
 _CLIENT_AGE = 600.0
 """Seconds after which a connection is made anew, with credentials read anew."""
 
@@ -116,7 +117,9 @@ class PodTrigger(KubernetesPodTrigger):
                 look = await self._look()
             except Exception as error:  # whatever it was, the pod goes on
                 away = time.monotonic() - answered
-                log.warning("can't look at pod %s: %s: %s", self.pod_name, type(error).__name__, error)
+                if state != _AWAY:  # said once, not for as long as it lasts
+                    log.warning("can't look at pod %s: %s: %s", self.pod_name, type(error).__name__, error)
+                state = _AWAY
                 if away > self.api_timeout:
                     return "unreachable", f"no answer for {away:.0f} s: {type(error).__name__}: {error}"
             else:
@@ -148,7 +151,7 @@ class PodTrigger(KubernetesPodTrigger):
             if response.status == 401:
                 await _Client.drop(self.kubernetes_conn_id, client)
             raise RuntimeError(f"HTTP {response.status}: {body[:200]!r}")
-        return examine(json.loads(body), self.limits, datetime.now(UTC))
+        return examine(json.loads(body), self.limits, server_time(response.headers.get("Date")))
 
 
 @dataclass

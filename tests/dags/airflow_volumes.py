@@ -38,7 +38,8 @@ class Volumes:
     def log(self, name: str, run: str, task: str, attempt: int) -> str:
         """The log of one try."""
         path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
-        return str(self.client.get(path, full_content=True))
+        lines = self.client.get(path, full_content=True)["content"]
+        return "\n".join(f"{line['event']} {line.get('error_detail') or ''}" for line in lines)
 
     def state(self, name: str, run: str, task: str) -> dict[str, Any]:
         """What a task remembers."""

@@ -13,7 +13,7 @@ from airflow.sdk import DAG
 import dags
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.spec import load_spec
-from operators.base import BOX_PARAMS, blend_task_id, infer_task_id
+from operators.base import BOX_PARAMS, RUNNER_PARAMS, blend_task_id, infer_task_id
 from operators.dag import volume_dag
 from operators.local import InferenceAndDonateOperator
 from operators.specs import volume_dags
@@ -72,8 +72,17 @@ def test_the_form_knows_the_volume(dag: DAG) -> None:
     assert {*BOX_PARAMS, "force"} == set(dag.params)
 
 
-def test_a_task_process_builds_its_own_task_only(make_spec: Callable[..., Path]) -> None:
-    path = make_spec()
+def test_the_form_of_a_volume_on_a_cluster_has_what_pods_are_like(make_spec: Callable[..., Path]) -> None:
+    path = make_spec(runner={"kind": "kubernetes", "image": "lab/worker:1", "infer": {"memory": "3Gi"}})
+    dag = volume_dag(load_spec(path), path)
+    assert {*BOX_PARAMS, "force", *RUNNER_PARAMS} == set(dag.params)
+    assert dag.params.get_param("spot").schema["enum"] == [None, "never", "allowed", "required"]
+    assert "3Gi" in dag.params.get_param("infer_memory").description
+
+
+@pytest.mark.parametrize("runner", [{"kind": "local"}, {"kind": "kubernetes", "image": "lab/worker:1"}])
+def test_a_task_process_builds_its_own_task_only(make_spec: Callable[..., Path], runner: dict[str, str]) -> None:
+    path = make_spec(runner=runner)
     full = volume_dag(load_spec(path), path)
     for task_id in full.task_ids:
         lean = volume_dag(load_spec(path), path, only_task=task_id)

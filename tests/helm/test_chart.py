@@ -153,6 +153,13 @@ def test_spec_of_a_file_arrives_as_it_is(render: Render, tmp_path: Path) -> None
     assert config_map["data"] == {"em.yaml": text}
 
 
+def test_a_pod_template_lies_beside_the_specs_and_is_none(render: Render, tmp_path: Path) -> None:
+    template = {"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [{"name": "base"}]}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump({"podTemplates": {"gpu": template}}))
+    (config_map,) = of_kind(render("--values", tmp_path / "values.yaml"), "ConfigMap")
+    assert {name: yaml.safe_load(text) for name, text in config_map["data"].items()} == {"gpu.yml": template}
+
+
 def parsed(text: str, folder: Path) -> VolumeSpec:
     path = folder / "spec.yaml"
     path.write_text(text)

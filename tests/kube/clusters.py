@@ -15,17 +15,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from double import Cluster
 from kubernetes import client, config, utils
 
+from chunkflow_core.object_stores import open_files
+
 MOODS = Path(__file__).with_name("moods") / "sitecustomize.py"
 _IMAGE = "chunkflow:test"
 _HANGING = "mood: hang"
 _CONFIG_MAP = "chunkflow-test-moods"
+
+
+RESOURCES = {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi", "ephemeral_storage": "2Gi"}
 
 
 @dataclass
@@ -44,7 +49,6 @@ class TestCluster:
     runner: dict[str, Any]
     """What the runner section needs for this cluster, beside kind and image."""
     double: Cluster | None = None
-    _stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def api(self) -> client.CoreV1Api:
@@ -67,8 +71,8 @@ class TestCluster:
             "retry_delay": 1,
             "poll_interval": 1,
             "termination_grace": 5,
-            "infer": {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi", "gpu": 0},
-            "blend": {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi"},
+            "infer": RESOURCES | {"gpu": 0},
+            "blend": RESOURCES,
         } | self.runner
         section["volumes"] = [*section.get("volumes", []), {"mount": self.mount, "config_map": _CONFIG_MAP}]
         section["env"] = section.get("env", {}) | {
@@ -90,9 +94,16 @@ class TestCluster:
     def ending(self, volume: str, ends: Mapping[str, Sequence[End]]) -> Iterator[list[str]]:
         """Meanwhile, end the pods of some tasks, one after the other, once they hang; gives a list of what was done."""
         ended: list[str] = []
+        errors: list[Exception] = []
         stop = threading.Event()
 
         def watch() -> None:
+            try:
+                follow()
+            except Exception as error:
+                errors.append(error)
+
+        def follow() -> None:
             left, seen = {task: list(todo) for task, todo in ends.items()}, set()
             while any(left.values()) and not stop.wait(0.2):
                 for pod in self.pods(volume):
@@ -110,13 +121,24 @@ class TestCluster:
         finally:
             stop.set()
             thread.join()
+        assert not errors, errors
 
     def _hangs(self, pod: Mapping[str, Any]) -> bool:
         if pod["status"].get("phase") != "Running":
             return False
+        return _HANGING in self.log(pod["metadata"]["name"])
+
+    def log(self, name: str) -> str:
+        """A pod's log; empty if there is none."""
         with suppress(client.ApiException):
-            return _HANGING in self.api.read_namespaced_pod_log(pod["metadata"]["name"], self.namespace)
-        return False
+            found = self.api.read_namespaced_pod_log(name, self.namespace, container="base", _preload_content=False)
+            return str(found.data.decode(errors="replace"))
+        return ""
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a run counts as stuck; a real cluster takes minutes to see that a node is lost."""
+        return 480.0 if self.double else 2400.0
 
 
 End = Callable[[TestCluster, str], None]
@@ -222,6 +244,7 @@ def the_real_one() -> Iterator[TestCluster]:
         runner=json.loads(os.environ.get("CHUNKFLOW_TEST_RUNNER", "{}")),
     )
     api = cluster.api
+    made = False
     if own:
         api.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=namespace)))
     try:
@@ -231,14 +254,17 @@ def the_real_one() -> Iterator[TestCluster]:
             metadata=client.V1ObjectMeta(name=_CONFIG_MAP), data={"sitecustomize.py": MOODS.read_text()}
         )
         api.create_namespaced_config_map(namespace, body)
+        made = True
         _wait_for_service_account(api, namespace)
         yield cluster
     finally:
         if own:
             api.delete_namespace(namespace)
-        else:
+        elif made:
             api.delete_namespaced_config_map(_CONFIG_MAP, namespace)
             api.delete_collection_namespaced_pod(namespace, label_selector="app.kubernetes.io/managed-by=chunkflow")
+        files = open_files(place)
+        files.delete(files.list())
 
 
 def _wait_for_service_account(api: client.CoreV1Api, namespace: str) -> None:

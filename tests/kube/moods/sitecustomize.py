@@ -6,12 +6,14 @@
 - ``exit N``: end with that code
 - ``kill N``: get that signal
 - ``memory MB``: take so much memory, then hang
+- ``disk MB``: fill so much of the node's disk, then hang
 - ``hang``: do nothing for an hour
 - ``count N``: say so N times, half a second apart, then do the work
 """
 
 import json
 import os
+import pathlib
 import sys
 import time
 
@@ -51,6 +53,10 @@ def _behave(mood: str) -> None:
     if action == "memory":
         kept = [b"\x01" * 2**20 for _ in range(int(number))]
         time.sleep(len(kept))
+    if action == "disk":
+        with pathlib.Path("/tmp/filled").open("wb") as file:
+            for _ in range(int(number)):
+                file.write(os.urandom(2**20))
     if action == "count":
         for line in range(int(number)):
             print(f"counting {line}", flush=True)
