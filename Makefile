@@ -6,6 +6,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Processes that tests run in; each may start an Airflow.
+WORKERS ?= 3
 DEMO := $(CURDIR)/.demo
 
 .PHONY: demo airflow test lint clean
@@ -23,7 +25,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -418,3 +418,21 @@ def test_runs_do_not_share_a_folder_and_none_is_elsewhere() -> None:
         assert (name, start.count("/")) == ("pod.log", 1)
         assert not start.startswith(".") and len(start) < 150
         assert all(letter.isascii() and (letter.isalnum() or letter in "._-/") for letter in start)
+
+
+def test_a_copy_can_be_read_where_airflow_runs(tmp_path: Path) -> None:
+    """There, neither CloudVolume nor PyTorch is installed; nor may that hide what is wrong with the storage."""
+    (tmp_path / "pod.log").write_text("said\n")
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('cloudvolume', 'torch', 'numba'))\n"  # None: can't be imported
+        "from chunkflow_core.errors import ChunkflowError\n"
+        "from chunkflow_core.logged import read_log\n"
+        f"print(read_log('file://{tmp_path}/pod.log'))\n"
+        f"print(read_log('file://{tmp_path}/none.log'))\n"
+        "try: read_log('s3://http://127.0.0.1:9/bucket/logs/pod.log')\n"
+        "except ChunkflowError as error: print(type(error).__name__)\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CHUNKFLOW_STORAGE_PATIENCE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["said", "None", "SpecError"], "no credentials"
