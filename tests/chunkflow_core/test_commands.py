@@ -505,6 +505,8 @@ def test_interrupted_run_is_completed_by_the_next(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever runs the tests in the background has it ignored, which processes inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
     while not list(tmp_path.rglob("receipts/infer/*.json")) and process.poll() is None and time.monotonic() < deadline:

@@ -169,6 +169,10 @@ KINDS: dict[End, set[str]] = {
 }
 
 
+SOFT = {clusters.delete, clusters.drain, clusters.preempt, clusters.shut_down}
+"""Ends that leave a pod time to say its last words."""
+
+
 @pytest.mark.airflow
 @pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
 def test_every_end_that_a_retry_cures(world: World, deferrable: bool) -> None:
@@ -204,6 +208,8 @@ def test_every_end_that_a_retry_cures(world: World, deferrable: bool) -> None:
         assert kinds[-1] == "done"
         for end in ends[task]:
             assert KINDS[end] & set(kinds), (task, kinds)
+        if SOFT & set(ends[task]):  # though the pod is gone: from the copy of its log
+            assert "[pod] mood: hang" in world.volumes.log(name, run, task, 1)
         if "memory 1300" in counted and "out_of_memory" in kinds + ["out_of_memory"] * bool(world.cluster.double):
             assert "out_of_memory" in kinds
             assert done[task]["rendered_fields"]["memory"] == "2048Mi (grown after a pod was killed for memory)"

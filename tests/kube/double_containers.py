@@ -242,15 +242,20 @@ class Session:
         return found
 
     def signal(self, number: int) -> None:
-        """Process 1 of a container gets only those signals that it has a handler for, and SIGKILL from outside."""
+        """Process 1 of a container gets only those signals that it handles or waits for, and SIGKILL from outside."""
         if self._process.returncode is None and (number in (signal.SIGKILL, signal.SIGSTOP) or self._handles(number)):
             os.kill(self.pid, number)
 
     def _handles(self, number: int) -> bool:
+        """Whether the signal is caught, or blocked: then it is kept for sigwait. The kernel drops all others.
+
+        A thread that waits for signals does not show them as blocked; those that it has started do.
+        """
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-                if line.startswith("SigCgt:"):
-                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+            for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
+                for line in status.read_text().splitlines():
+                    if line.startswith(("SigCgt:", "SigBlk:")) and int(line.split()[1], 16) >> (number - 1) & 1:
+                        return True
         return False
 
     def kill(self) -> None:
