@@ -34,7 +34,7 @@ from operators import base
 from operators.orphans import AIRFLOW_LABEL, TASK_ANNOTATIONS, airflow_label
 from operators.outcomes import Kind, Outcome, Retry
 from operators.pod_api import Pod, PodApi, RefusedError, TryLaterError
-from operators.pod_ends import BASE, NEVER_RAN, Limits, Look, examine, vanished, with_events
+from operators.pod_ends import BASE, NEVER_RAN, TOLD_BY_EVENTS, Limits, Look, examine, vanished, with_events
 from operators.pod_log import PodLog
 from operators.pods import own_labels, pod_manifest, pod_name
 from operators.task_state import TaskState
@@ -320,7 +320,7 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     def _explained(self, name: str, namespace: str, outcome: Outcome) -> Outcome:
         """The outcome, with what the cluster's events tell about it."""
-        if outcome.kind not in NEVER_RAN | {Kind.DELETED}:
+        if outcome.kind not in TOLD_BY_EVENTS:
             return outcome
         try:
             events = self._api.events(name, namespace)

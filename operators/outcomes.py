@@ -75,6 +75,8 @@ class Outcome:
     """``kind`` in more words."""
 
     def __str__(self) -> str:
+        if self.kind is Kind.DONE:
+            return self.kind.value
         code = "" if self.code is None else f"exit code {self.code}, "
         return f"{self.reason or self.kind.value} ({code}{self.retry.value}): {self.message}"
 

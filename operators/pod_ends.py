@@ -77,6 +77,9 @@ ADVICE = {
 NEVER_RAN = frozenset({Kind.IMAGE, Kind.CONFIGURATION, Kind.NOT_STARTED, Kind.NO_NODE})
 """Ends of pods that have no log."""
 
+TOLD_BY_EVENTS = NEVER_RAN | {Kind.DELETED}
+"""Ends of which the cluster's events tell more than the pod's object."""
+
 _ROUTINE = frozenset({"Scheduled", "Pulling", "Pulled", "Created", "Started"})
 """Reasons of events that every pod has."""
 
@@ -154,7 +157,7 @@ def memory_limit(pod: Mapping[str, Any]) -> str | None:
 
 def with_events(outcome: Outcome, events: Sequence[Mapping[str, Any]]) -> Outcome:
     """The outcome, with the cluster's last words on a pod that never ran or that is gone."""
-    if outcome.kind not in NEVER_RAN | {Kind.DELETED}:
+    if outcome.kind not in TOLD_BY_EVENTS:
         return outcome
     told = [f"{event.get('reason')}: {event.get('message')}" for event in events if event.get("reason") not in _ROUTINE]
     if not told:
