@@ -11,10 +11,11 @@ import logging
 import math
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
@@ -33,6 +34,11 @@ from chunkflow_core.errors import DataError, UsageError
 from chunkflow_core.progress import progress
 from chunkflow_core.spec import check_storage_path
 
+if TYPE_CHECKING:
+    from chunkflow_core.geometry import Box, Vector
+    from chunkflow_core.planner import Plan
+    from chunkflow_core.stages import Workspace
+
 # torch and cloudvolume take seconds to import: each command imports what it needs once its arguments are right
 
 
@@ -40,17 +46,39 @@ def run(options: argparse.Namespace) -> None:
     """Prepare, run all that is due, verify, clean up."""
     spec = spec_of(options)
     box = box_of(options, spec.grid)
-    from chunkflow_core.local import run_here, run_in_processes
-    from chunkflow_core.planner import Request, State, plan
-    from chunkflow_core.prepare import cleanup, prepare
+    if options.overwrite and box is not None:
+        raise UsageError("--overwrite: does the whole ROI again, so it can't be given with --bbox")
+    from chunkflow_core import manifest
+    from chunkflow_core.cleanup import cleanup
+    from chunkflow_core.planner import Request, plan
+    from chunkflow_core.prepare import prepare
     from chunkflow_core.stages import Workspace
 
-    workspace = Workspace(spec)
-    prepare(workspace)
-    due = plan(spec, Request(box, options.force), State.read(workspace.exchange))
-    blocks = [spec.grid.block(index) for index in due.infer]
+    workspace, name = Workspace(spec), f"run-{uuid.uuid4().hex[:12]}"
+    prepare(workspace, run=name, other=_other(options))
+    if options.repair:
+        from chunkflow_core.verify import repair
+
+        request = Request(blocks=repair(workspace, box=box, seams=options.seams))
+    else:
+        request = Request(box, force=options.force, check_input=options.check_input)
+    due = plan(spec, request, workspace.state())
     print(f"{spec.name}: {len(due.infer)} blocks to infer, {len(due.blend)} to blend, {len(due.up_to_date)} up to date")
-    name = f"run-{uuid.uuid4().hex[:12]}"
+    if due.infer or due.blend:
+        manifest.begin(spec, name, _request(options))
+        _run(workspace, due, name, options)
+        options.json, options.run, options.deep = False, name, False
+        _verify(workspace, options, box, request.blocks)
+        manifest.complete(spec, name, workspace.exchange.all_receipts())
+    cleanup(spec)
+    print(f"output: {spec.output.path}")
+
+
+def _run(workspace: Workspace, due: Plan, name: str, options: argparse.Namespace) -> None:
+    from chunkflow_core.local import run_here, run_in_processes
+
+    spec = workspace.spec
+    blocks = [spec.grid.block(index) for index in due.infer]
     with tqdm(total=sum(b.patches for b in blocks), unit="patch", desc="inference", disable=None) as bar:
         alone = options.workers == 1
         done = (
@@ -65,40 +93,69 @@ def run(options: argparse.Namespace) -> None:
             if receipt is not None and not alone:
                 bar.update(receipt.patches + sum(receipt.skipped.values()))
             logging.info("%s of block %s done", stage, index)
-    options.json = False
-    _verify(workspace, options)
-    cleanup(spec)
-    print(f"output: {spec.output.path}")
+
+
+def _request(options: argparse.Namespace) -> dict[str, object]:
+    """What is asked for, for the run's manifest."""
+    return {
+        "box": options.bbox,
+        "force": options.force,
+        "check_input": options.check_input,
+        "repair": getattr(options, "repair", False),
+    }
 
 
 def plan_command(options: argparse.Namespace) -> None:
     """Print what would run."""
     spec = spec_of(options)
     box = box_of(options, spec.grid)
-    from chunkflow_core.estimate import estimate
-    from chunkflow_core.exchange import Exchange
-    from chunkflow_core.planner import Request, State, plan
+    from chunkflow_core.planner import Request, plan
+    from chunkflow_core.stages import Workspace
 
-    exchange = Exchange(spec)
-    state = State.read(exchange)
-    due = plan(spec, Request(box, options.force), state)
-    costs = estimate(spec, due, state.inferred.values(), exchange.trial())
+    workspace = Workspace(spec)
+    due = plan(spec, Request(box, force=options.force, check_input=options.check_input), workspace.state())
+    _print_plan(workspace, due, options)
+
+
+def repair_command(options: argparse.Namespace) -> None:
+    """Undo what is wrong, and print what has to run to make it right."""
+    spec = spec_of(options)
+    box = box_of(options, spec.grid)
+    from chunkflow_core.planner import Request, plan
+    from chunkflow_core.stages import Workspace
+    from chunkflow_core.verify import repair
+
+    workspace = Workspace(spec)
+    harmed = repair(workspace, box=box, seams=options.seams)
+    options.force, options.check_input, options.repair = False, False, True
+    _print_plan(workspace, plan(spec, Request(blocks=harmed), workspace.state()), options)
+
+
+def _print_plan(workspace: Workspace, due: Plan, options: argparse.Namespace) -> None:
+    from chunkflow_core.estimate import SAMPLE, estimate
+
+    spec, exchange, grid = workspace.spec, workspace.exchange, workspace.spec.grid
+    if options.run and (due.infer or due.blend):
+        from chunkflow_core import manifest
+
+        manifest.begin(spec, options.run, _request(options))
+    costs = estimate(spec, due, exchange.some_receipts("infer", SAMPLE), exchange.trial())
     if options.json:
-        facts = {
-            "name": spec.name,
-            "fingerprint": spec.fingerprint,
-            "blocks": spec.grid.shape,
-            "roi": asdict(spec.grid.roi),
-        }
-        print(json.dumps(facts | asdict(due) | asdict(costs)))
+        facts = {"name": spec.name, "fingerprint": spec.fingerprint, "blocks": grid.shape, "roi": asdict(grid.roi)}
+        lists = {"infer": due.infer, "blend": due.blend, "up_to_date": due.up_to_date}
+        why = {"{}_{}_{}".format(*block): reason for block, reason in due.why.items()}
+        print(json.dumps(facts | lists | {"why": why} | asdict(costs)))
         return
-    grid = spec.grid
     print(f"{spec.name} (fingerprint {spec.fingerprint})")
     print(f"ROI            {grid.roi}, {grid.roi.voxels / 1e6:.1f} Mvoxel; input layer {spec.input_scale.bounds}")
     print(
         f"blocks         {' × '.join(map(str, grid.shape))} of {_size(spec.block_size)}, storage chunks {_size(spec.storage_chunk)}"
     )
     print(f"to infer       {len(due.infer)} blocks, {costs.patches} patches{_some(due.infer)}")
+    for reason, text in _REASONS.items():
+        blocks = [block for block in due.infer if due.why[block] == reason]
+        if blocks:
+            print(f"  {text:<30} {len(blocks)} blocks{_some(blocks)}")
     print(f"to blend       {len(due.blend)} blocks{_some(due.blend)}")
     print(f"up to date     {len(due.up_to_date)} blocks")
     print(f"donations      {costs.donated_bytes / 1e6:.1f} MB before compression")
@@ -113,14 +170,28 @@ def plan_command(options: argparse.Namespace) -> None:
     print(f"time           {known}")
 
 
+_REASONS = {
+    "new": "no valid receipt",
+    "input": "input has changed",
+    "forced": "forced",
+    "donations": "donations are needed again",
+}
+
+
 def prepare_command(options: argparse.Namespace) -> None:
     """Check everything that can be known beforehand and make the output layer."""
     spec = spec_of(options)
     from chunkflow_core.prepare import prepare
     from chunkflow_core.stages import Workspace
 
-    trial = prepare(Workspace(spec))
+    trial = prepare(Workspace(spec), run=options.run, other=_other(options), once=options.once)
     print(f"{spec.name}: ready; a patch takes {trial.seconds:.3f} s, {trial.streams} at a time")
+
+
+def _other(options: argparse.Namespace) -> Literal["refuse", "overwrite", "mixture"]:
+    if options.overwrite:
+        return "overwrite"
+    return "mixture" if options.accept_mixture else "refuse"
 
 
 def verify_command(options: argparse.Namespace) -> None:
@@ -128,25 +199,34 @@ def verify_command(options: argparse.Namespace) -> None:
     spec = spec_of(options)
     from chunkflow_core.stages import Workspace
 
-    _verify(Workspace(spec), options)
+    _verify(Workspace(spec), options, box_of(options, spec.grid))
 
 
 def cleanup_command(options: argparse.Namespace) -> None:
     """Delete donations that nothing needs any more."""
     spec = spec_of(options)
-    from chunkflow_core.prepare import cleanup
+    from chunkflow_core.cleanup import cleanup
 
-    print(f"{spec.name}: {cleanup(spec)} donations deleted (exchange.donations: {spec.exchange.donations})")
+    number, policy = cleanup(spec), spec.exchange.donations
+    kept = policy if isinstance(policy, str) else f"kept for {policy.days:g} days"
+    print(f"{spec.name}: {number} donations deleted (exchange.donations: {kept})")
 
 
 def report_command(options: argparse.Namespace) -> None:
     """Summarise what is done."""
     spec = spec_of(options)
     from chunkflow_core.exchange import Exchange
-    from chunkflow_core.report import lines, of_run, read_tasks, report_of
+    from chunkflow_core.report import lines, of_run, report_of, tasks_of
 
+    if options.publish:
+        if not options.run:
+            raise UsageError("--publish: needs --run, the run to be published")
+        from chunkflow_core.publication import publish
+
+        print(json.dumps(publish(spec, options.run)))
+        return
     exchange = Exchange(spec)
-    tasks = read_tasks(spec, exchange)
+    tasks = tasks_of(spec, exchange.all_receipts())
     report = report_of(spec, exchange.path, tasks, run=options.run)
     if options.picture:
         from chunkflow_core.report_picture import draw
@@ -233,16 +313,34 @@ def parser() -> Parser:
     add_request_arguments(sub)
     sub.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
     _add_seams(sub)
+    _add_other_model(sub)
+    sub.add_argument(
+        "--repair",
+        action="store_true",
+        help="audit everything that is stored, and do again just what is wrong, instead of what is due",
+    )
     sub = add("plan", plan_command, "Print what would run, and what it costs; changes nothing.")
     add_spec_arguments(sub)
     add_request_arguments(sub)
-    sub.add_argument("--json", action="store_true", help="for programs: block indices as [z, y, x]")
+    _add_plan_output(sub)
+    sub = add(
+        "repair", repair_command, "Audit everything that is stored, undo what is wrong, print what has to run then."
+    )
+    add_spec_arguments(sub)
+    add_box_argument(sub)
+    _add_seams(sub, default=0)
+    _add_plan_output(sub)
     sub = add("prepare", prepare_command, "Check input, model, exchange and output, and make the output layer.")
     add_spec_arguments(sub)
+    _add_other_model(sub)
+    sub.add_argument("--once", action="store_true", help="try the model only if that has not been done yet")
+    sub.add_argument("--run", default="", metavar="NAME", help="name of the run, for the layer's provenance")
     sub = add("verify", verify_command, "Audit the output: storage chunks, receipts, and seams computed again.")
     add_spec_arguments(sub)
     add_box_argument(sub)
     _add_seams(sub)
+    sub.add_argument("--deep", action="store_true", help="read all storage chunks and donations, and compare checksums")
+    sub.add_argument("--run", default="", metavar="NAME", help="prefer seams of what this run has done")
     sub.add_argument("--json", action="store_true", help="for programs")
     sub = add("cleanup", cleanup_command, "Delete the donations that nothing needs any more.")
     add_spec_arguments(sub)
@@ -251,6 +349,11 @@ def parser() -> Parser:
     sub.add_argument("--run", metavar="NAME", help="only what this run has done")
     sub.add_argument("--json", action="store_true", help="for programs")
     sub.add_argument("--picture", type=_png, metavar="FILE.png", help="draw it too: shares of time, tasks, timeline")
+    sub.add_argument(
+        "--publish",
+        action="store_true",
+        help="complete the manifest of the run beside the output, draw the picture there, and print everything as JSON",
+    )
     sub = add("picture", picture_command, "Draw a section of input, output and blocks as PNG.")
     add_spec_arguments(sub)
     sub.add_argument("file", metavar="FILE.png")
@@ -274,13 +377,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(command, arguments)
 
 
-def _verify(workspace: object, options: argparse.Namespace) -> None:
-    from chunkflow_core.stages import Workspace
+def _verify(
+    workspace: Workspace, options: argparse.Namespace, box: Box | None, blocks: Collection[Vector] | None = None
+) -> None:
     from chunkflow_core.verify import verify
 
-    assert isinstance(workspace, Workspace)
-    with progress("verify", options.seams, "seams") as step_done:
-        audit = verify(workspace, box=box_of(options, workspace.spec.grid), seams=options.seams, step_done=step_done)
+    grid = workspace.spec.grid
+    audited = len(grid.blocks_touching(box or grid.roi) if blocks is None else blocks)
+    with progress("verify", audited + options.seams, "steps") as step_done:
+        audit = verify(
+            workspace,
+            box=box,
+            blocks=blocks,
+            seams=options.seams,
+            deep=options.deep,
+            run=options.run or "",
+            step_done=step_done,
+        )
     if options.json:
         print(json.dumps(asdict(audit)))
     else:
@@ -289,14 +402,39 @@ def _verify(workspace: object, options: argparse.Namespace) -> None:
             f"{len(audit.findings)} findings"
         )
     if audit.findings:
-        shown = audit.findings[:20]
-        more = [f"… and {len(audit.findings) - len(shown)} more"] if len(audit.findings) > len(shown) else []
-        raise DataError("\n  ".join([f"{workspace.spec.output.path} is not right:", *shown, *more]))
+        from chunkflow_core.verify import advice
+
+        raise DataError(advice(audit, workspace.spec))
 
 
-def _add_seams(sub: argparse.ArgumentParser) -> None:
+def _add_seams(sub: argparse.ArgumentParser, default: int = 2) -> None:
     sub.add_argument(
-        "--seams", type=_not_negative, default=2, metavar="N", help="seams between blocks to compute again (default: 2)"
+        "--seams",
+        type=_not_negative,
+        default=default,
+        metavar="N",
+        help=f"seams between blocks to compute again (default: {default})",
+    )
+
+
+def _add_plan_output(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="for programs: block indices as [z, y, x]")
+    sub.add_argument(
+        "--run", default="", metavar="NAME", help="begin the manifest of this run beside the output, if anything is due"
+    )
+
+
+def _add_other_model(sub: argparse.ArgumentParser) -> None:
+    ways = sub.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="if the output is of another model: do the whole ROI again, in its place",
+    )
+    ways.add_argument(
+        "--accept-mixture",
+        action="store_true",
+        help="if the output is of another model: let blocks of both stand side by side, noted in the layer's provenance",
     )
 
 

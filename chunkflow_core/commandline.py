@@ -45,9 +45,15 @@ def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """--bbox and --force."""
+    """--bbox, --force and --check-input."""
     add_box_argument(parser)
     parser.add_argument("--force", action="store_true", help="infer again although there are receipts")
+    parser.add_argument(
+        "--check-input",
+        action="store_true",
+        help="infer again where the voxels of the input (or mask) have changed: asks storage for the dates or checksums of its "
+        "storage chunks, and reads them where that can't tell. Without it, only receipts are looked at",
+    )
 
 
 def add_box_argument(parser: argparse.ArgumentParser) -> None:

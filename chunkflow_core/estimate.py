@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from statistics import median
@@ -11,9 +12,12 @@ import numpy as np
 
 from chunkflow_core.blending import strips
 from chunkflow_core.exchange import Receipt, Trial
-from chunkflow_core.lattice import Block
+from chunkflow_core.lattice import AxisBlock, Block
 from chunkflow_core.planner import Plan
 from chunkflow_core.spec import VolumeSpec
+
+SAMPLE = 64
+"""Receipts that are enough to know the time per patch."""
 
 _FLOAT = 4
 
@@ -35,19 +39,39 @@ class Estimate:
 
 def estimate(spec: VolumeSpec, due: Plan, done: Iterable[Receipt], trial: Trial | None) -> Estimate:
     """Estimate a plan from geometry, from the receipts of blocks that are done, and from what ``prepare`` has measured."""
-    grid, channels = spec.grid, spec.output.channels
-    blocks = [grid.block(index) for index in due.infer]
-    patches = sum(block.patches for block in blocks)
-    donated = sum(d.box.voxels for b in blocks for piece in grid.pieces(b) for d in piece.donations)
-    data = max((data_bytes(spec, block) for block in blocks), default=0)
+    grid = spec.grid
+    alike: Counter[tuple[int, ...]] = Counter()
+    example: dict[tuple[int, ...], Block] = {}
+    kinds = [_kinds(blocks) for blocks in grid.axis_blocks]
+    for z, y, x in due.infer:  # most blocks of a volume cost the same
+        kind = (kinds[0][z], kinds[1][y], kinds[2][x])
+        alike[kind] += 1
+        if kind not in example:
+            example[kind] = grid.block((z, y, x))
+    patches = sum(example[kind].patches * number for kind, number in alike.items())
+    donated = sum(_donated(spec, example[kind]) * number for kind, number in alike.items())
+    data = max((data_bytes(spec, block) for block in example.values()), default=0)
     seconds = _seconds_per_patch(done, trial)
     return Estimate(
         patches=patches,
-        donated_bytes=donated * channels * _FLOAT,
+        donated_bytes=donated,
         data_bytes=data,
         memory_bytes=trial.process_bytes + data if trial else None,
         seconds=None if seconds is None else patches * seconds,
     )
+
+
+def _kinds(blocks: Sequence[AxisBlock]) -> list[int]:
+    """For each block along an axis, a number that is the same for those of the same sizes."""
+    sizes = [
+        (b.stop - b.start, b.chunk_stop - b.start, b.core_start - b.start, b.start > blocks[0].start) for b in blocks
+    ]
+    return [sizes.index(size) for size in sizes]
+
+
+def _donated(spec: VolumeSpec, block: Block) -> int:
+    voxels = sum(donation.box.voxels for piece in spec.grid.pieces(block) for donation in piece.donations)
+    return voxels * spec.output.channels * _FLOAT
 
 
 def data_bytes(spec: VolumeSpec, block: Block) -> int:

@@ -1,11 +1,14 @@
 """Donations and receipts: what blocks leave for each other in shared storage.
 
-Layout below ``<exchange>/<fingerprint>/``::
+Layout below ``<exchange>/<fingerprint>/``, in groups of 8 × 8 × 8 blocks::
 
-    donations/<block-range>%<box-range>     weighted partial sums, self-describing, checksummed, compressed
-    receipts/infer/<block-range>.json       written last by inference-and-donate
-    receipts/blend/<block-range>.json       written last by receive-and-blend
-    trial.json                              what prepare has measured, for estimates
+    donations/<group>/<block-range>%<box-range>         weighted partial sums, self-describing, checksummed, compressed
+    receipts/infer/<group>/<block-range>%<mark>.json    written last by inference-and-donate
+    receipts/blend/<group>/<block-range>%<mark>.json    written last by receive-and-blend
+    trial.json                                          what prepare has measured, for estimates
+
+A listing says all that planning needs: the names of receipts have it in their marks (``marks.py``). Groups are listed at the same
+time.
 
 Files on a local disk are replaced in one step, so that a second attempt never shows a reader half a file. Object stores do
 that by themselves.
@@ -16,23 +19,38 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.geometry import Vector, ceil_to, indices, vector
 from chunkflow_core.lattice import Donation
+from chunkflow_core.marks import (
+    STAGES,
+    BlendingMark,
+    InferenceMark,
+    Mark,
+    Stage,
+    consumed_digest,
+    given_text,
+    merged,
+    parse_mark,
+)
 from chunkflow_core.object_stores import open_files
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
-Stage = Literal["infer", "blend"]
-STAGES: tuple[Stage, Stage] = ("infer", "blend")
-
 _MAGIC = b"CFDONATE"
 _TRIAL = "trial.json"
+_GROUP = 8
+"""Blocks of a group per axis."""
+_LISTINGS = 16
+"""At a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +83,46 @@ class Receipt:
     """Patches that were not run, by reason."""
     donations: tuple[DonationEntry, ...] = ()
     consumed: dict[str, str] = field(default_factory=dict)
-    """For blend: range of each donor → digest of what it gave."""
-    storage_chunks: int = 0
+    """For blend: range of each donor → digest of what it gave, in the order of ``BlockGrid.donors``."""
+    signature: str = ""
+    """For infer: what storage said of the input's storage chunks before they were read; empty if it could not."""
+    content: str = ""
+    """For infer: digest of all input that decided a number: voxels as read, with padding and halo, and the mask."""
+    written: dict[str, str] = field(default_factory=dict)
+    """Names of the storage chunks written → digests of their voxels."""
+    changed: bool = True
+    """Whether that is other than what an earlier receipt of the block says; True if there was none."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Timings in seconds, host, versions: for people, never decisive."""
 
     def given(self, receiver: Vector) -> str:
-        """Digest of all that this block donated to one receiver."""
+        """Digest of all that this block donated to one receiver.
+
+        Its own blending also applies the mask, which is part of the input.
+        """
         entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
-        return _hash(json.dumps([self.geometry, entries]).encode())
+        own = self.content if receiver == self.block else ""
+        return short_digest(json.dumps([self.geometry, own, entries]).encode())
+
+    @property
+    def mark(self) -> Mark:
+        """What its name says."""
+        if self.stage == "blend":
+            return BlendingMark(self.geometry, consumed_digest(self.consumed.values()))
+        stored = Counter(e.receiver for e in self.donations if e.checksum is not None)
+        receivers = {e.receiver for e in self.donations}
+        given = {receiver: (self.given(receiver), stored[receiver]) for receiver in receivers}
+        return InferenceMark(self.geometry, self.signature, given_text(self.block, given))
+
+    @property
+    def storage_chunks(self) -> int:
+        """How many it has written."""
+        return len(self.written)
+
+    @property
+    def name(self) -> str:
+        """Of its file, below the group's folder."""
+        return f"{self.box}%{self.mark.text}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +191,7 @@ class Exchange:
         """Open it; nothing is read or written yet."""
         self.fingerprint, self.spec = spec.fingerprint, spec
         self.path = f"{spec.exchange.path.removeprefix('precomputed://').rstrip('/')}/{self.fingerprint}"
+        self._lattice = spec.grid.roi.start, spec.grid.block_size
         self._files = open_files(self.path)
 
     def put_donation(self, donation: Donation, payload: bytes | None) -> DonationEntry:
@@ -149,7 +199,7 @@ class Exchange:
         if payload is None:
             return DonationEntry(donation.key, donation.receiver, None, 0)
         data, checksum = pack(donation, payload, self.spec.output.channels, self.fingerprint)
-        put_file(self.path, f"donations/{donation.key}", data)
+        put_file(self.path, self._donation(donation.key), data)
         return DonationEntry(donation.key, donation.receiver, checksum, len(data))
 
     def get_donations(self, wanted: Iterable[tuple[Donation, DonationEntry]]) -> dict[str, bytes]:
@@ -161,10 +211,10 @@ class Exchange:
         """
         entries = {d.key: (d, e.checksum) for d, e in wanted if e.checksum is not None}
         with storage_errors(f"fetching donations from {self.path}"):
-            answers = self._files.get([f"donations/{key}" for key in entries], raise_errors=True)
+            answers = self._files.get([self._donation(key) for key in entries], raise_errors=True)
         found: dict[str, bytes] = {}
         for answer in answers:
-            key, content = answer["path"].removeprefix("donations/"), answer["content"]
+            key, content = answer["path"].rpartition("/")[2], answer["content"]
             donation, checksum = entries[key]
             if content is None:
                 raise MissingInputError(f"donation {key} is missing in {self.path}. {self.remedy(donation.donor)}")
@@ -184,48 +234,101 @@ class Exchange:
 
     def has_donations(self, receipt: Receipt) -> bool:
         """Whether all donations of a receipt are still there, in their full size."""
-        sizes = {f"donations/{entry.key}": entry.bytes for entry in receipt.donations if entry.checksum is not None}
+        sizes = {self._donation(entry.key): entry.bytes for entry in receipt.donations if entry.checksum is not None}
         with storage_errors(f"looking for donations in {self.path}"):
             return not sizes or dict(self._files.size(list(sizes))) == sizes
 
     def donation_keys(self) -> set[str]:
         """Keys of all donations there are."""
-        return {name.removeprefix("donations/") for name in self._list("donations/")}
+        return {name.rpartition("/")[2] for name in self._list("donations/")}
+
+    def donations_of(self, groups: Iterable[Vector]) -> dict[Vector, list[str]]:
+        """Keys of the donations that the blocks of some groups have left, by donor."""
+        found: dict[Vector, list[str]] = defaultdict(list)
+        for _, names in self._list_groups("donations", groups):
+            for key in names:
+                with suppress(ValueError):
+                    found[self._donor(key)].append(key)
+        return found
 
     def delete_donations(self, keys: Iterable[str]) -> None:
         """Delete donations; those that aren't there are passed over."""
         with storage_errors(f"deleting donations in {self.path}"):
-            self._files.delete([f"donations/{key}" for key in keys])
+            self._files.delete([self._donation(key) for key in keys])
+
+    def keep_donations(self, donor: Vector, entries: Iterable[DonationEntry]) -> None:
+        """Delete what a block has left earlier and that is not among its donations now."""
+        kept = {entry.key for entry in entries if entry.checksum is not None}
+        there = self._names_of(donor, f"donations/{_group_name(group_of(donor))}")
+        with storage_errors(f"deleting donations in {self.path}"):
+            self._files.delete([name for name in there if name.rpartition("/")[2] not in kept])
 
     def put_receipt(self, receipt: Receipt) -> None:
         """Store a receipt: the block's stage is complete from here on."""
-        content = json.dumps(asdict(receipt), sort_keys=True)
-        text = json.dumps(
-            {"checksum": _hash(content.encode()), "receipt": json.loads(content)}, sort_keys=True, indent=1
-        )
-        put_file(self.path, _receipt_name(receipt.stage, receipt.box), text.encode())
+        content = json.dumps(asdict(receipt))
+        text = json.dumps({"checksum": _hash(content.encode()), "receipt": json.loads(content)}, indent=1)
+        put_file(self.path, f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}", text.encode())
 
-    def receipt(self, stage: Stage, box: Box) -> Receipt | None:
-        """The receipt of a block's stage; None if there is none, or none that is intact and of this fingerprint."""
-        with storage_errors(f"reading receipts in {self.path}"):
-            content = self._files.get(_receipt_name(stage, box.key))
-        return self._parse(content)
+    def receipt(self, stage: Stage, block: Vector) -> Receipt | None:
+        """The receipt of a block's stage; None if there is none that is intact and of this fingerprint, or if two disagree."""
+        found = [receipt for receipt in self._parsed(self._receipt_names(stage, block)) if receipt]
+        return found[-1] if found and merged([receipt.mark for receipt in found]) else None
 
-    def receipts(self, stage: Stage) -> dict[Vector, Receipt]:
-        """All intact receipts of a stage, by block index; not those of a block that has another box since the ROI grew."""
-        names = [name for name in self._list(f"receipts/{stage}/") if name.endswith(".json")]
-        grid = self.spec.grid
-        with storage_errors(f"reading receipts in {self.path}"):
-            answers = self._files.get(names) if names else []
-        parsed = (self._parse(answer["content"]) for answer in answers)
-        return {r.block: r for r in parsed if r and r.block in grid and grid.block(r.block).box.key == r.box}
+    def receipts(self, stage: Stage, groups: Iterable[Vector] | None = None) -> dict[Vector, Receipt]:
+        """All intact receipts of a stage, or of some groups; not those of a block that has another box since the ROI grew."""
+        folder, grid = f"receipts/{stage}", self.spec.grid
+        listed = self._list_groups(folder, self.groups() if groups is None else groups)
+        names = [f"{folder}/{_group_name(group)}/{name}" for group, found in listed for name in found]
+        by_block: dict[Vector, list[Receipt]] = defaultdict(list)
+        for receipt in self._parsed(names):
+            if receipt and receipt.block in grid and grid.block(receipt.block).box.key == receipt.box:
+                by_block[receipt.block].append(receipt)
+        return {block: found[-1] for block, found in by_block.items() if merged([r.mark for r in found])}
+
+    def all_receipts(self) -> list[Receipt]:
+        """All intact receipts of both stages."""
+        return [receipt for stage in STAGES for receipt in self.receipts(stage).values()]
+
+    def some_receipts(self, stage: Stage, number: int) -> list[Receipt]:
+        """Some intact receipts of a stage, wherever they come first."""
+        names: list[str] = []
+        for group in sorted(self._folders(f"receipts/{stage}")):
+            names += self._list(f"receipts/{stage}/{group}/")[: number - len(names)]
+            if len(names) >= number:
+                break
+        return [receipt for receipt in self._parsed(names) if receipt]
+
+    def marks(self, stage: Stage, groups: Iterable[Vector]) -> dict[Vector, Mark]:
+        """What the names of the receipts in some groups say, by block; without those of blocks with two that disagree."""
+        found: dict[Vector, list[Mark]] = defaultdict(list)
+        for group, names in self._list_groups(f"receipts/{stage}", groups):
+            for name in names:
+                box, _, text = name.removesuffix(".json").partition("%")
+                with suppress(ValueError):
+                    block, mark = self._block(box), parse_mark(stage, text)
+                    if mark is not None and group_of(block) == group:
+                        found[block].append(mark)
+        marks = {block: several[0] if len(several) == 1 else merged(several) for block, several in found.items()}
+        return {block: mark for block, mark in marks.items() if mark is not None}
+
+    def put_signature(self, receipt: Receipt, signature: str) -> None:
+        """Note in a receipt what storage says now of the same input."""
+        self.put_receipt(replace(receipt, signature=signature))
+        self._delete_receipts([f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"])
+
+    def retract(self, stage: Stage, block: Vector) -> None:
+        """Delete a block's receipts, before anything that they vouch for is changed."""
+        self._delete_receipts(self._names_of(block, _receipts(stage, group_of(block))))
 
     def delete_receipts(self) -> int:
         """Delete all receipts, blends first, and return how many there were."""
-        names = self._list("receipts/blend/") + self._list("receipts/infer/")
-        with storage_errors(f"deleting receipts in {self.path}"):
-            self._files.delete(names)
+        names = [name for stage in reversed(STAGES) for name in self._list(f"receipts/{stage}/")]
+        self._delete_receipts(names)
         return len(names)
+
+    def groups(self) -> Iterator[Vector]:
+        """All groups of the volume's blocks."""
+        return indices((0, 0, 0), vector(ceil_to(n, _GROUP) // _GROUP for n in self.spec.grid.shape))
 
     def put_trial(self, trial: Trial) -> None:
         """Store what ``prepare`` has measured."""
@@ -239,9 +342,117 @@ class Exchange:
             return Trial(**json.loads(content or b""))
         return None
 
+    def stored_groups(self) -> set[Vector]:
+        """The groups of which there is any file, also beyond the volume's end."""
+        found = set()
+        for folder in (*(f"receipts/{stage}" for stage in STAGES), "donations"):
+            for name in self._folders(folder):
+                with suppress(ValueError):
+                    found.add(vector(map(int, name.split("_"))))
+        return found
+
+    def stored_receipts(self, stage: Stage, groups: Iterable[Vector]) -> Iterator[tuple[str, Receipt | str]]:
+        """All files among the receipts of some groups, by name: what each says, or why it counts for nothing."""
+        names = list(self._stored(f"receipts/{stage}", groups))
+        with storage_errors(f"reading receipts in {self.path}"):
+            answers = self._files.get(names) if names else []
+        for answer in answers:
+            name, content = answer["path"], answer["content"]
+            receipt = self._parse(content)
+            if receipt is None and content is not None:
+                yield name, self._why_not(content)
+            elif receipt is not None:
+                proper = f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"
+                yield name, receipt if name == proper else f"its content is that of {proper}"
+
+    def stored_donations(self, groups: Iterable[Vector]) -> dict[str, int]:
+        """All files among the donations of some groups, by name: their sizes in bytes."""
+        if self.path.startswith("file://"):  # whose sizes CloudFiles 6.4 can't list
+            names = list(self._stored("donations", groups))
+            with storage_errors(f"looking for donations in {self.path}"):
+                return {name: size for name, size in self._files.size(names).items() if size is not None}
+        sizes: dict[str, int] = {}
+        for group in groups:
+            with storage_errors(f"listing donations in {self.path}"):
+                sizes.update(self._files.list(prefix=f"donations/{_group_name(group)}/", size=True))
+        return sizes
+
+    def owner(self, name: str) -> Vector | None:
+        """The block to which a stored file belongs, by its name; None if the volume has no such block."""
+        _, group, text = name.rsplit("/", 2)
+        with suppress(ValueError):
+            block = self._block(text.partition("%")[0])
+            if block in self.spec.grid and group == _group_name(group_of(block)):
+                return block
+        return None
+
+    def delete_files(self, names: Iterable[str]) -> None:
+        """Delete stored files, by name."""
+        self._delete_receipts(list(names))
+
+    def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
+        for group, names in self._list_groups(folder, groups):
+            yield from (f"{folder}/{_group_name(group)}/{name}" for name in names)
+
+    def _why_not(self, content: bytes) -> str:
+        """What is wrong with a receipt that can't be parsed."""
+        with suppress(ValueError, KeyError, TypeError):
+            fingerprint = json.loads(content)["receipt"]["fingerprint"]
+            if fingerprint != self.fingerprint:
+                return f"it is of another fingerprint, {fingerprint}"
+        return "it is not intact"
+
+    def _donation(self, key: str) -> str:
+        return f"donations/{_group_name(group_of(self._donor(key)))}/{key}"
+
+    def _donor(self, key: str) -> Vector:
+        return self._block(key.partition("%")[0])
+
+    def _block(self, box_key: str) -> Vector:
+        """Index of the block with a range; ``ValueError`` if the text is none."""
+        (x, y, z), (origin, size) = (int(part[: part.index("-", 1)]) for part in box_key.split("_")), self._lattice
+        return ((z - origin[0]) // size[0], (y - origin[1]) // size[1], (x - origin[2]) // size[2])
+
+    def _receipt_names(self, stage: Stage, block: Vector) -> list[str]:
+        box = self.spec.grid.block(block).box
+        return self._list(f"{_receipts(stage, group_of(block))}/{box.key}%")
+
+    def _names_of(self, block: Vector, folder: str) -> list[str]:
+        """Files of a block in a group's folder, also those from before the ROI grew, when the block ended elsewhere."""
+        x = self.spec.grid.block(block).box.start[2]
+        return [name for name in self._list(f"{folder}/{x}-") if self.owner(name) == block]
+
+    def _delete_receipts(self, names: list[str]) -> None:
+        with storage_errors(f"deleting receipts in {self.path}"):
+            self._files.delete(names)
+
+    def _list_groups(self, folder: str, groups: Iterable[Vector]) -> Iterator[tuple[Vector, list[str]]]:
+        """Names of the files in some groups of a folder, without their path."""
+        wanted = list(groups)
+        if len(wanted) > _LISTINGS:  # most may not be there yet
+            there = set(self._folders(folder))
+            wanted = [group for group in wanted if _group_name(group) in there]
+        prefixes = [f"{folder}/{_group_name(group)}/" for group in wanted]
+        with ThreadPoolExecutor(_LISTINGS, thread_name_prefix="list") as pool:
+            for group, prefix, names in zip(wanted, prefixes, pool.map(self._list, prefixes), strict=True):
+                yield group, [name[len(prefix) :] for name in names]
+
+    def _folders(self, folder: str) -> Iterator[str]:
+        with storage_errors(f"listing {self.path}/{folder}"), suppress(FileNotFoundError):
+            for name in self._files.list(prefix=f"{folder}/", flat=True):
+                yield name.rstrip("/").rpartition("/")[2]
+
     def _list(self, prefix: str) -> list[str]:
         with storage_errors(f"listing {self.path}/{prefix}"):
             return [name for name in self._files.list(prefix=prefix) if not name.endswith(PARTIAL)]
+
+    def _parsed(self, names: list[str]) -> Iterator[Receipt | None]:
+        """The receipts in some files; None for those that are not intact, or not what the file's name says."""
+        with storage_errors(f"reading receipts in {self.path}"):
+            answers = self._files.get(names) if names else []
+        for answer in answers:
+            receipt = self._parse(answer["content"])
+            yield receipt if receipt and answer["path"].endswith(f"/{receipt.name}") else None
 
     def _parse(self, content: bytes | None) -> Receipt | None:
         if content is None:
@@ -249,7 +460,7 @@ class Exchange:
         try:
             record = json.loads(content)
             fields = record["receipt"]
-            if _hash(json.dumps(fields, sort_keys=True).encode()) != record["checksum"]:
+            if _hash(json.dumps(fields).encode()) != record["checksum"]:
                 return None
             if fields["fingerprint"] != self.fingerprint:
                 return None
@@ -259,8 +470,18 @@ class Exchange:
             return None
 
 
-def _receipt_name(stage: Stage, box_key: str) -> str:
-    return f"receipts/{stage}/{box_key}.json"
+def group_of(block: Vector) -> Vector:
+    """The group that a block is in."""
+    z, y, x = block
+    return (z // _GROUP, y // _GROUP, x // _GROUP)
+
+
+def _group_name(group: Vector) -> str:
+    return "{}_{}_{}".format(*group)
+
+
+def _receipts(stage: Stage, group: Vector) -> str:
+    return f"receipts/{stage}/{_group_name(group)}"
 
 
 def _hash(data: bytes) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_core.content import Content
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.geometry import Box, Vector, indices, vector
 from chunkflow_core.lattice import Block, Piece
@@ -87,23 +88,44 @@ class ChunkInference:
         self.spec, self.reader, self.z_step = spec, reader, z_step
         self.patches = Patches(spec, load, mask)
 
-    def block(self, block: Block, record: Record, patch_done: Callable[[], object]) -> Iterator[tuple[Piece, Sums]]:
+    def block(
+        self, block: Block, record: Record, patch_done: Callable[[], object], content: Content
+    ) -> Iterator[tuple[Piece, Sums]]:
         """Run a block's patches; yield each final piece, and where its numbers are.
 
-        ``patch_done`` is called after each patch, from several threads, but not at once.
+        ``patch_done`` is called after each patch, from several threads, but not at once; ``content`` gets the input.
         """
         patch_done = _one_at_a_time(patch_done)
-        layers: list[list[Vector]] = []
-        for layer in range(block.first_patch[0], block.stop_patch[0]):
-            whole = list(indices((layer, *block.first_patch[1:]), (layer + 1, *block.stop_patch[1:])))
-            layers.append(self.patches.inside_mask(whole))
-            record.count("outside mask", len(whole) - len(layers[-1]))
-            for _ in range(len(whole) - len(layers[-1])):
-                patch_done()
+        layers = self._layers(block)
+        outside = block.patches - sum(map(len, layers))
+        record.count("outside mask", outside)
+        for _ in range(outside):
+            patch_done()
         if any(layers):
             record.measure("load", lambda: self.patches.engine)
+        self._add_mask(block, content)
         with closing(self._runner(block, record, patch_done, idle=not any(layers))) as runner:
-            yield from self._stream(runner, block, layers, record)
+            yield from self._stream(runner, block, layers, record, content)
+
+    def content(self, block: Block) -> str:
+        """Digest of a block's input, as ``block`` gives it to its ``content``, without running anything."""
+        content = Content()
+        self._add_mask(block, content)
+        used = [bool(layer) for layer in self._layers(block)]
+
+        def read(box: Box) -> NDArray[Any]:
+            data = self.reader.read(box)
+            content.add(box.start[0], data)
+            return data
+
+        for _ in read_ahead(self._used_steps(block, used), read, self.spec.input.prefetch):
+            pass
+        return content.digest
+
+    def reads(self, block: Block) -> Box:
+        """The input voxels that a block's patches need; may reach past the layer."""
+        last = vector(k - 1 for k in block.stop_patch)
+        return Box.around([self.patches.input_box(block.first_patch), self.patches.input_box(last)])
 
     def window(self, window: Box) -> NDArray[np.float32]:
         """Sums of a window of the output, from all lattice patches that touch it, as one machine would get them."""
@@ -146,12 +168,24 @@ class ChunkInference:
         box = self.patches.input_box(position)
         return _joined([(box, self.reader.read(box))], box)
 
+    def _layers(self, block: Block) -> list[list[Vector]]:
+        """The block's patches that the mask touches, by layer in z."""
+        (first, *low), (stop, *high) = block.first_patch, block.stop_patch
+        return [
+            self.patches.inside_mask(list(indices(vector((z, *low)), vector((z + 1, *high)))))
+            for z in range(first, stop)
+        ]
+
+    def _add_mask(self, block: Block, content: Content) -> None:
+        if self.patches.mask is not None:
+            content.add_mask(self.patches.mask.window(block.chunk & self.spec.grid.roi))
+
     def _stream(
-        self, runner: Runner, block: Block, layers: list[list[Vector]], record: Record
+        self, runner: Runner, block: Block, layers: list[list[Vector]], record: Record, content: Content
     ) -> Iterator[tuple[Piece, Sums]]:
         grid = self.spec.grid
         pieces = deque(grid.pieces(block))
-        with closing(self._planes(block, record, used=[bool(layer) for layer in layers])) as arriving:
+        with closing(self._planes(block, record, [bool(layer) for layer in layers], content)) as arriving:
             started = 0
             for done in range(len(layers)):
                 while started < min(len(layers), done + 1 + runner.ahead):
@@ -174,15 +208,15 @@ class ChunkInference:
 
         return OnDevice(self.patches, block, record, patch_done)
 
-    def _planes(self, block: Block, record: Record, used: list[bool]) -> Generator[Planes, None, None]:
+    def _planes(
+        self, block: Block, record: Record, used: list[bool], content: Content
+    ) -> Generator[Planes, None, None]:
         """For each layer of patches, the input planes it needs (none where it has no patches); the next are read meanwhile."""
-        first, last = block.first_patch, vector(k - 1 for k in block.stop_patch)
-        whole = Box.around([self.patches.input_box(first), self.patches.input_box(last)])
-        boxes = [self.patches.input_box((z, *first[1:])) for z in range(first[0], last[0] + 1)]
-        needed = [(box.start[0], box.stop[0]) for box, there in zip(boxes, used, strict=True) if there]
-        steps = [s for s in self._read_steps(whole) if any(a < s.stop[0] and s.start[0] < b for a, b in needed)]
+        whole, boxes = self.reads(block), self._layer_boxes(block)
         reading = read_ahead(
-            steps, lambda box: record.measure("read", self._read, box, record), self.spec.input.prefetch
+            self._used_steps(block, used),
+            lambda box: record.measure("read", self._read, box, record, content),
+            self.spec.input.prefetch,
         )
         with closing(reading) as arriving:
             held: deque[Planes] = deque()
@@ -194,10 +228,23 @@ class ChunkInference:
                     held.append(next(arriving))
                 yield _joined(held if there else [], whole.with_z(start, stop))
 
-    def _read(self, box: Box, record: Record) -> NDArray[Any]:
+    def _read(self, box: Box, record: Record, content: Content) -> NDArray[Any]:
         data = self.reader.read(box)
         record.count("bytes read", data.nbytes)
+        content.add(box.start[0], data)
         return data
+
+    def _layer_boxes(self, block: Block) -> list[Box]:
+        _, y, x = block.first_patch
+        return [self.patches.input_box((z, y, x)) for z in range(block.first_patch[0], block.stop_patch[0])]
+
+    def _used_steps(self, block: Block, used: list[bool]) -> list[Box]:
+        """What is read, in steps: planes that no layer with patches needs are left out."""
+        boxes = self._layer_boxes(block)
+        needed = [(box.start[0], box.stop[0]) for box, there in zip(boxes, used, strict=True) if there]
+        return [
+            s for s in self._read_steps(self.reads(block)) if any(a < s.stop[0] and s.start[0] < b for a, b in needed)
+        ]
 
     def _read_steps(self, whole: Box) -> list[Box]:
         start, stop = whole.start[0], whole.stop[0]

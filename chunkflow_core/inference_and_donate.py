@@ -48,6 +48,9 @@ def command(arguments: Sequence[str]) -> None:
     """Parse the arguments and run the stage."""
     parser = Parser(prog="python -m chunkflow_core.inference_and_donate", description=__doc__, epilog=EXIT_CODES)
     add_stage_arguments(parser)
+    parser.add_argument(
+        "--check-input", action="store_true", help="do it again if the input is not what the receipt says was read"
+    )
     options = parser.parse_args(arguments)
     spec = spec_of(options)
     index = block_of(options, spec.grid)
@@ -57,7 +60,12 @@ def command(arguments: Sequence[str]) -> None:
     block = spec.grid.block(index)
     with progress(f"block {block.name}", block.patches, "patches") as patch_done:
         result = inference_and_donate(
-            Workspace(spec), index, run=options.run, force=options.force, patch_done=patch_done
+            Workspace(spec),
+            index,
+            run=options.run,
+            force=options.force,
+            check_input=options.check_input,
+            patch_done=patch_done,
         )
     if result.up_to_date:
         print(f"block {block.name}: inference is up to date")

@@ -16,8 +16,6 @@ depend on the blocks. Everything here is pure integer arithmetic, order z, y, x.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +58,20 @@ class AxisLattice:
         """Numbers of the patches that share a voxel with ``[start, stop)``."""
         first = max(0, -(-(start - self.patch + 1) // self.stride))
         return range(first, min(self.count, -(-stop // self.stride)))
+
+
+@dataclass(frozen=True, slots=True)
+class AxisBlock:
+    """A block along one axis, in the coordinates of the volume."""
+
+    start: int
+    stop: int
+    chunk_stop: int
+    core_start: int
+    first_patch: int
+    stop_patch: int
+    near: int
+    """One past the last patch that can overlap the block's own: patches beyond decide nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +168,11 @@ class BlockGrid:
         """Number of blocks along each axis."""
         return vector(-(-axis.count // m) for axis, m in zip(self.axes, self.patches_per_block, strict=True))
 
+    @cached_property
+    def axis_blocks(self) -> tuple[list[AxisBlock], ...]:
+        """For each axis, the blocks along it."""
+        return tuple([self._axis_block(a, i) for i in range(n)] for a, n in enumerate(self.shape))
+
     @property
     def patches(self) -> int:
         """Number of patches of the whole lattice."""
@@ -178,43 +195,44 @@ class BlockGrid:
         """The block with an index; ``IndexError`` if there is none."""
         if index not in self:
             raise IndexError(f"no block {index}: the grid has {self.shape} blocks")
-        first, stop_patch, start, stop, chunk_stop, core_start = [], [], [], [], [], []
-        for a, i in enumerate(index):
-            axis, m, origin, last = self.axes[a], self.patches_per_block[a], self.roi.start[a], self.shape[a] - 1
-            first.append(i * m)
-            stop_patch.append(min((i + 1) * m, axis.count))
-            start.append(origin + i * self.block_size[a])
-            stop.append(self.roi.stop[a] if i == last else start[a] + self.block_size[a])
-            chunk_stop.append(stop[a] if i == last else stop[a] + axis.overlap)
-            margin = axis.overlap if i > 0 else 0
-            core_start.append(min(stop[a], start[a] + ceil_to(margin, self.storage_chunk[a])))
-        box = Box(vector(start), vector(stop))
-        core = Box(vector(core_start), box.stop)
+        z, y, x = (blocks[i] for blocks, i in zip(self.axis_blocks, index, strict=True))
+        box = Box((z.start, y.start, x.start), (z.stop, y.stop, x.stop))
+        core = Box((z.core_start, y.core_start, x.core_start), box.stop)
         return Block(
             index=index,
             box=box,
-            chunk=Box(box.start, vector(chunk_stop)),
+            chunk=Box(box.start, (z.chunk_stop, y.chunk_stop, x.chunk_stop)),
             core=core,
             frame=tuple(box.minus_high_corner(core)),
-            first_patch=vector(first),
-            stop_patch=vector(stop_patch),
+            first_patch=(z.first_patch, y.first_patch, x.first_patch),
+            stop_patch=(z.stop_patch, y.stop_patch, x.stop_patch),
         )
 
     def slab_depth(self, block: Block) -> int:
         """Planes of sums to keep at a time: those that a layer of patches reaches, and those short of a storage chunk."""
         return min(self.patch[0] + self.storage_chunk[0] - 1, block.chunk.shape[0])
 
+    def has_frame(self, index: Vector) -> bool:
+        """Whether other blocks contribute to a block, so that it has a second stage."""
+        return any(i > 0 and overlap > 0 for i, overlap in zip(index, self.overlap, strict=True))
+
     def donors(self, index: Vector) -> list[Vector]:
         """The blocks that contribute to a block's frame, itself last; empty if it has no frame."""
-        if not self.block(index).frame:
+        if not self.has_frame(index):
             return []
-        lower = (self._shifted(index, delta, -1) for delta in product((1, 0), repeat=3))
-        return [donor for donor in lower if donor in self and self._reaches(donor, index)]
+        z, y, x = index
+        steps = [(1, 0) if i > 0 and overlap > 0 else (0,) for i, overlap in zip(index, self.overlap, strict=True)]
+        return [(z - dz, y - dy, x - dx) for dz, dy, dx in product(*steps)]
 
     def receivers(self, index: Vector) -> list[Vector]:
         """The blocks to whose frames a block contributes, itself included."""
-        higher = (self._shifted(index, delta, 1) for delta in product((0, 1), repeat=3))
-        return [r for r in higher if r in self and self.block(r).frame and self._reaches(index, r)]
+        z, y, x = index
+        steps = [
+            (0, 1) if i + 1 < n and overlap > 0 else (0,)
+            for i, n, overlap in zip(index, self.shape, self.overlap, strict=True)
+        ]
+        higher = [(z + dz, y + dy, x + dx) for dz, dy, dx in product(*steps)]
+        return higher if self.has_frame(index) else higher[1:]
 
     def pieces(self, block: Block) -> list[Piece]:
         """The block's planes in the order in which they become final, cut at storage chunks in z.
@@ -252,15 +270,12 @@ class BlockGrid:
             stop.append(min(last, (high - 1) // self.block_size[a]) + 1)
         return list(indices(vector(start), vector(stop)))
 
-    def digest(self, block: Block) -> str:
-        """Hash of all geometry that decides the block's numbers.
-
-        The ROI's end counts only where it is near, so that blocks far from it stay valid when a volume grows.
-        """
-        near = [min(axis.count, stop + axis.reach) for axis, stop in zip(self.axes, block.stop_patch, strict=True)]
-        facts = [block.box.key, block.chunk.key, block.core.key, block.first_patch, block.stop_patch, near]
-        facts += [self.roi.start, self.patch, self.overlap, self.storage_chunk]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    def holding(self, voxel: Vector) -> Vector:
+        """Index of the block that owns a voxel of the ROI."""
+        return vector(
+            min(n - 1, (v - origin) // size)
+            for v, origin, size, n in zip(voxel, self.roi.start, self.block_size, self.shape, strict=True)
+        )
 
     def _z_cuts(self, block: Block) -> list[int]:
         start, stop, depth = block.box.start[0], block.box.stop[0], self.storage_chunk[0]
@@ -279,8 +294,21 @@ class BlockGrid:
                 stop = vector(c if d else b for d, b, c in zip(delta, block.box.stop, block.chunk.stop, strict=True))
                 yield receiver, Box(start, stop)
 
-    def _reaches(self, donor: Vector, receiver: Vector) -> bool:
-        return all(r == d or self.overlap[a] > 0 for a, (d, r) in enumerate(zip(donor, receiver, strict=True)))
+    def _axis_block(self, a: int, i: int) -> AxisBlock:
+        axis, m, origin, last = self.axes[a], self.patches_per_block[a], self.roi.start[a], self.shape[a] - 1
+        start = origin + i * self.block_size[a]
+        stop = self.roi.stop[a] if i == last else start + self.block_size[a]
+        margin = axis.overlap if i > 0 else 0
+        stop_patch = min((i + 1) * m, axis.count)
+        return AxisBlock(
+            start=start,
+            stop=stop,
+            chunk_stop=stop if i == last else stop + axis.overlap,
+            core_start=min(stop, start + ceil_to(margin, self.storage_chunk[a])),
+            first_patch=i * m,
+            stop_patch=stop_patch,
+            near=min(axis.count, stop_patch + axis.reach),
+        )
 
     @staticmethod
     def _shifted(index: Vector, delta: tuple[int, ...], sign: int) -> Vector:

@@ -1,24 +1,39 @@
-"""Runs a plan on this machine, in this process or in several, without Airflow."""
+"""Runs a plan on this machine, in this process or in several, without Airflow.
+
+A task that fails holds up only those that need what it would have donated. All others are done before the run ends with an
+error that tells of all failures.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
 
 from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
 from chunkflow_core.errors import ChunkflowError, StorageError
-from chunkflow_core.exchange import Receipt, Stage
+from chunkflow_core.exchange import Receipt
+from chunkflow_core.failures import KINDS, BlocksFailedError, Failure, lines, most_telling
 from chunkflow_core.geometry import Vector
 from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.marks import Stage
 from chunkflow_core.planner import Plan
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+
+log = logging.getLogger(__name__)
 
 Task = tuple[Stage, Vector]
 
@@ -29,11 +44,13 @@ class Schedule:
     def __init__(self, grid: BlockGrid, due: Plan) -> None:
         """Start with nothing done."""
         infer = set(due.infer)
+        self._grid = grid
         self._infer = list(reversed(due.infer))
-        self._waiting = {r: {d for d in grid.donors(r) if d in infer} for r in due.blend}
-        self._ready = [r for r, donors in self._waiting.items() if not donors]
-        for receiver in self._ready:
-            del self._waiting[receiver]
+        donors = {r: sum(d in infer for d in grid.donors(r)) for r in due.blend}
+        self._missing = {r: count for r, count in donors.items() if count}
+        self._ready = [r for r, count in donors.items() if not count]
+        self.dropped: set[Task] = set()
+        """What can't be done because something else has failed."""
 
     def next(self) -> Task | None:
         """A task that can start now; None if there is none at the moment."""
@@ -44,72 +61,185 @@ class Schedule:
         return None
 
     def done(self, task: Task) -> None:
-        """Say that a task has ended well."""
-        stage, index = task
-        if stage == "blend":
-            return
-        for receiver in [r for r, donors in self._waiting.items() if index in donors]:
-            self._waiting[receiver].discard(index)
-            if not self._waiting[receiver]:
-                del self._waiting[receiver]
+        """Say, once, that a task has ended well."""
+        for receiver in self._waiting_for(task):
+            self._missing[receiver] -= 1
+            if not self._missing[receiver]:
+                del self._missing[receiver]
                 self._ready.append(receiver)
+
+    def failed(self, task: Task) -> None:
+        """Say that a task has failed: what depends on it will not start."""
+        for receiver in self._waiting_for(task):
+            del self._missing[receiver]
+            self.dropped.add(("blend", receiver))
+
+    def _waiting_for(self, task: Task) -> list[Vector]:
+        stage, index = task
+        return [r for r in self._grid.receivers(index) if r in self._missing] if stage == "infer" else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """How a task ended that failed."""
+
+    code: int
+    """Exit code that a process with only this task would have ended with."""
+    reason: str
+    trace: str = ""
+    """Of an unforeseen error."""
+
+
+_Result = Receipt | None | _Failed
+
+_KILLED = _Failed(
+    StorageError.exit_code,
+    "killed: its worker process died twice, the second time with no other beside it, probably for want of memory: `plan` "
+    "tells how much a task takes. If there is enough, the model has crashed the process",
+)
+
+
+class _Failures:
+    """What has failed so far."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule, self._failures, self._codes = schedule, list[Failure](), list[tuple[Stage, int]]()
+
+    def add(self, task: Task, how: _Failed) -> None:
+        """Note and tell that a task has failed."""
+        self._schedule.failed(task)
+        stage, index = task
+        self._failures.append(Failure(stage, index, how.reason))
+        self._codes.append((stage, how.code))
+        trace = f"\n{how.trace.rstrip()}" if how.trace else ""
+        log.error("%s of block %s failed, others go on: %s%s", stage, index, how.reason, trace)
+
+    def tell(self, grid: BlockGrid) -> None:
+        """``BlocksFailedError`` if anything has failed."""
+        if self._failures:
+            told = "\n  ".join(lines(grid, self._failures, self._schedule.dropped))
+            end = "All else is done and kept: once the cause is gone, run again to do only what is missing"
+            raise BlocksFailedError(f"{told}\n{end}", most_telling(self._codes))
 
 
 def run_here(
     workspace: Workspace, due: Plan, run: str, patch_done: Callable[[], object]
 ) -> Iterator[tuple[Task, Receipt | None]]:
-    """Do all that is due in this process; yield each task when it is done. ``patch_done`` is called after each patch."""
-    schedule = Schedule(workspace.spec.grid, due)
+    """Do all that is due in this process; yield each task when it is done. ``patch_done`` is called after each patch.
+
+    Raises:
+        BlocksFailedError: some tasks failed; all that do not depend on them are done.
+    """
+    grid = workspace.spec.grid
+    schedule = Schedule(grid, due)
+    failures = _Failures(schedule)
     while task := schedule.next():
-        receipt = _execute(workspace, task, run, patch_done)
-        schedule.done(task)
-        yield task, receipt
+        result = _execute(workspace, task, due.why.get(task[1]), run, patch_done)
+        if isinstance(result, _Failed):
+            failures.add(task, result)
+        else:
+            schedule.done(task)
+            yield task, result
+    failures.tell(grid)
 
 
 def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Iterator[tuple[Task, Receipt | None]]:
     """Do all that is due in ``workers`` processes; yield each task when it is done.
 
+    A task whose process is killed is tried once more when all others are done, with no process beside it: memory may have
+    been short because of the others.
+
     Raises:
-        ChunkflowError: the first that a task ended with, after those still running have ended.
-        StorageError: a worker process was killed.
+        BlocksFailedError: as ``run_here``.
     """
     schedule = Schedule(spec.grid, due)
-    context = multiprocessing.get_context("spawn")
-    share = max(1, available_cpus() // workers)
-    with ProcessPoolExecutor(workers, context, _open_workspace, (spec, share)) as pool, _interruptible():
-        running: dict[Future[Receipt | None], Task] = {}
+    failures = _Failures(schedule)
+    killed: list[Task] = []
+    with _Workers(spec, due, run, max(1, available_cpus() // workers)) as processes:
         while True:
-            while len(running) < workers and (task := schedule.next()):
-                with _interrupts_held_back():  # until a starting worker can take them
-                    running[pool.submit(_execute_in_worker, task, run)] = task
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                receipt = _result(future, task)
-                schedule.done(task)
-                yield task, receipt
+            while processes.running < workers and (task := schedule.next()):
+                processes.start(task)
+            alone = not processes.running
+            if alone and not killed:
+                break
+            if alone:
+                processes.end_idle(keep=1)
+                processes.start(killed.pop(0))
+            for task, result in processes.wait():
+                if result is _KILLED and not alone:
+                    log.warning("the process of %s of block %s was killed, it is tried again alone later", *task)
+                    killed.append(task)
+                elif isinstance(result, _Failed):
+                    failures.add(task, result)
+                else:
+                    schedule.done(task)
+                    yield task, result
+    failures.tell(spec.grid)
 
 
-def _result(future: Future[Receipt | None], task: Task) -> Receipt | None:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise StorageError(
-            f"a worker process was killed, probably for want of memory (last: {task[0]} of block {task[1]}). "
-            "Run again with fewer --workers; what is done is kept"
-        ) from error
+class _Workers:
+    """Processes that run a task at a time.
 
+    Each is a pool by itself: if it is killed, it is known which task it had, and the others go on.
+    """
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """End the workers at once, in the middle of a block, when the user interrupts."""
-    try:
-        yield
-    except (KeyboardInterrupt, GeneratorExit):
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
+    def __init__(self, spec: VolumeSpec, due: Plan, run: str, cpus: int) -> None:
+        self._initial, self._due, self._run = (spec, cpus), due, run
+        self._idle: list[ProcessPoolExecutor] = []
+        self._running: dict[Future[_Result], tuple[Task, ProcessPoolExecutor]] = {}
+
+    @property
+    def running(self) -> int:
+        """Number of tasks that run."""
+        return len(self._running)
+
+    def start(self, task: Task) -> None:
+        """Run a task in a process that has nothing to do, or in a new one."""
+        while True:
+            pool = self._idle.pop() if self._idle else self._new()
+            try:
+                with _interrupts_held_back():  # until a starting process can take them
+                    future = pool.submit(_execute_in_worker, task, self._due.why.get(task[1]), self._run)
+            except BrokenProcessPool:  # it was killed while it had nothing to do
+                pool.shutdown()
+                continue
+            self._running[future] = task, pool
+            return
+
+    def wait(self) -> Iterator[tuple[Task, _Result]]:
+        """Wait until a task has ended: those that have, and how; ``_KILLED`` if its process was killed."""
+        for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+            task, pool = self._running.pop(future)
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                result = _KILLED
+            else:
+                self._idle.append(pool)
+            yield task, result
+
+    def end_idle(self, keep: int = 0) -> None:
+        """End the processes that have nothing to do, but for a few: what memory they hold is free then."""
+        while len(self._idle) > keep:
+            self._idle.pop().shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the processes: when the user interrupts at once, in the middle of a block, else after their task."""
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+            for process in multiprocessing.active_children():
+                process.kill()
+        self.end_idle()
+        for _, pool in self._running.values():
+            pool.shutdown()
+
+    def _new(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open_workspace, self._initial)
 
 
 @contextmanager
@@ -121,15 +251,20 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _execute(workspace: Workspace, task: Task, run: str, patch_done: Callable[[], object]) -> Receipt | None:
+def _execute(workspace: Workspace, task: Task, why: str | None, run: str, patch_done: Callable[[], object]) -> _Result:
+    """Do a task that is due for a reason of the planner's."""
     stage, index = task
     try:
-        if stage == "infer":
-            return inference_and_donate(workspace, index, run=run, force=True, patch_done=patch_done).receipt
-        return receive_and_blend(workspace, index, run=run, force=True).receipt
+        if stage == "blend":
+            return receive_and_blend(workspace, index, run=run, force=why == "forced").receipt
+        again = why == "input"  # then it may turn out not to be needed
+        return inference_and_donate(
+            workspace, index, run=run, force=not again, check_input=again, patch_done=patch_done
+        ).receipt
     except ChunkflowError as error:
-        error.args = (f"{stage} of block {index}: {error}",)
-        raise
+        return _Failed(error.exit_code, f"{KINDS[error.exit_code]}: {error}")
+    except Exception as error:
+        return _Failed(1, f"{KINDS[1]}: {type(error).__name__}: {error}", traceback.format_exc())
 
 
 _workspace: Workspace | None = None
@@ -139,6 +274,9 @@ def _open_workspace(spec: VolumeSpec, cpus: int) -> None:
     global _workspace  # the one object that a worker process keeps between its tasks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word: the command says it all
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is one for all processes, and is left over, with a warning, by one that is killed
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ[CPUS_VARIABLE] = str(cpus)
     _workspace = Workspace(spec)
@@ -152,6 +290,6 @@ def _end_with_parent() -> None:
     os._exit(143)
 
 
-def _execute_in_worker(task: Task, run: str) -> Receipt | None:
+def _execute_in_worker(task: Task, why: str | None, run: str) -> _Result:
     assert _workspace is not None
-    return _execute(_workspace, task, run, lambda: None)
+    return _execute(_workspace, task, why, run, lambda: None)

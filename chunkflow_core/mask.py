@@ -107,6 +107,11 @@ class Mask:
         self._fill(present[tuple(inside)], [p[part] for p, part in zip(positions, inside, strict=True)])
         return MaskWindow(box, present, index)
 
+    def region(self, box: Box) -> Box:
+        """The mask voxels that decide something in ``box``, which is in input voxels; may reach past the layer."""
+        ends = [[self._mask_voxels(a, v, v + 1)[0] for v in (box.start[a], box.stop[a] - 1)] for a in range(3)]
+        return Box(vector(int(low) for low, _ in ends), vector(int(high) + 1 for _, high in ends))
+
     def _fill(self, present: NDArray[np.bool_], positions: list[NDArray[np.int64]]) -> None:
         """Read the mask voxels at the positions, ascending and inside the layer, into ``present``."""
         if not present.size:

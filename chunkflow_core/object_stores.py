@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import tenacity
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound  # type: ignore[import-untyped]
-from cloudfiles import CloudFiles, connectionpools, interfaces, paths, secrets
+from cloudfiles import CloudFiles, compression, connectionpools, interfaces, paths, secrets
 from cloudfiles.exceptions import UnsupportedProtocolError
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
+
+_Request = TypeVar("_Request", bound=Callable[..., Any])
 
 PATIENCE_VARIABLE = "CHUNKFLOW_STORAGE_PATIENCE"
 """Environment variable: for how many seconds a request is tried again before a command gives up."""
@@ -155,8 +158,10 @@ def _out_of_patience(state: tenacity.RetryCallState) -> bool:
 
 
 def _quiet(*_: object) -> None:
-    """In place of ``print``: CloudFiles gives advice about Google's credentials on standard output, where results go."""
+    """In place of ``print``: CloudFiles gives advice about credentials and files on standard output, where results go."""
 
 
 _set_retries()
-secrets.print = _quiet
+patient: Callable[[_Request], _Request] = interfaces.retry
+"""Decorator: try a request again as all others are."""
+secrets.print = compression.print = _quiet

@@ -1,13 +1,17 @@
-"""What has to run: ``make`` for volumes. One pure function of geometry, request and receipts."""
+"""What has to run: ``make`` for volumes. One pure function of geometry, request and what is there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
-from chunkflow_core.exchange import Exchange, Receipt
 from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.marks import BlendingMark, InferenceMark, consumed_digest, slot
 from chunkflow_core.spec import VolumeSpec
+
+Reason = Literal["new", "input", "forced", "donations"]
+"""Why inference of a block is due: it has no valid receipt; its input has changed; it was asked for; or its donations are needed."""
 
 
 @dataclass(frozen=True)
@@ -16,23 +20,35 @@ class Request:
 
     box: Box | None = None
     """Voxels that are to be complete; None for the whole ROI."""
+    blocks: frozenset[Vector] | None = None
+    """Blocks that are to be complete, instead of a box."""
     force: bool = False
     """Infer the requested blocks again although they are done."""
+    check_input: bool = False
+    """Infer those of the requested blocks again whose input has changed."""
 
 
-@dataclass(frozen=True)
-class State:
-    """What is there: intact receipts by block, and keys of stored donations."""
+class Receipts(Protocol):
+    """What has been done."""
 
-    inferred: Mapping[Vector, Receipt]
-    blended: Mapping[Vector, Receipt]
-    donations: Set[str]
+    def load(self, blocks: Collection[Vector]) -> None:
+        """Say which blocks will be asked for, so that storage can be asked for many at once."""
 
-    @classmethod
-    def read(cls, exchange: Exchange) -> State:
-        """Read it from the exchange: three listings and the receipts."""
-        inferred = exchange.receipts("infer")
-        return cls(inferred, exchange.receipts("blend"), exchange.donation_keys() if inferred else frozenset())
+    def inferred(self, block: Vector) -> InferenceMark | None:
+        """What the block's receipt of inference says; None if there is none."""
+
+    def blended(self, block: Vector) -> BlendingMark | None:
+        """What the block's receipt of blending says; None if there is none."""
+
+
+class State(Receipts, Protocol):
+    """What there is."""
+
+    def stored(self, donor: Vector, receiver: Vector) -> int:
+        """Number of donations there are, from one block for another."""
+
+    def changed_inputs(self, blocks: Collection[Vector]) -> Set[Vector]:
+        """Which of some blocks, all with a receipt of inference, would read something else now."""
 
 
 @dataclass(frozen=True)
@@ -43,73 +59,121 @@ class Plan:
     blend: tuple[Vector, ...]
     up_to_date: tuple[Vector, ...]
     """Requested blocks for which nothing is due."""
+    why: Mapping[Vector, Reason] = field(default_factory=dict, compare=False)
+    """For each block to infer. With ``input``, and only then, nothing else makes it necessary: if it turns out that the input is
+    the same, it need not be done."""
 
 
 def plan(spec: VolumeSpec, request: Request, state: State) -> Plan:
     """Decide what is due.
 
-    - Inference of a block: it is requested and has no valid receipt, or it is forced; or a block that has to be blended
-      needs a donation of it that isn't there.
+    - Inference of a block: it is requested and has no valid receipt, or its input has changed, or it is forced; or a block that
+      has to be blended needs a donation of it that isn't there.
     - Blending of a block: it is requested, or has been blended before, and any donor's receipt is missing, about to
       change, or differs from what the block's own receipt says it consumed.
+
+    The input of requested blocks is looked at if the request says so; that of blocks that have to donate again always is, since what
+    they would give is decided by it.
     """
     return _Planner(spec, request, state).plan()
 
 
+def valid_inference(spec: VolumeSpec, receipts: Receipts, block: Vector) -> InferenceMark | None:
+    """What a block's receipt of inference says; None if there is none, or it is of another geometry."""
+    mark = receipts.inferred(block)
+    return mark if mark is not None and mark.geometry == spec.block_digest(block) else None
+
+
+def has_consumed(spec: VolumeSpec, receipts: Receipts, receiver: Vector) -> bool:
+    """Whether a block has been blended from just what its donors give now."""
+    mark = receipts.blended(receiver)
+    if mark is None or mark.geometry != spec.block_digest(receiver):
+        return False
+    given = []
+    for donor in spec.grid.donors(receiver):
+        donated = valid_inference(spec, receipts, donor)
+        if donated is None:
+            return False
+        given.append(donated.digest(slot(donor, receiver)))
+    return mark.consumed == consumed_digest(given)
+
+
 class _Planner:
     def __init__(self, spec: VolumeSpec, request: Request, state: State) -> None:
-        self.spec, self.request = spec, request
+        self.spec, self.request, self.state = spec, request, state
         self.grid = grid = spec.grid
-        self.requested = set(grid.indices() if request.box is None else grid.blocks_touching(request.box))
-        self.inferred = self._valid(state.inferred)
-        self.blended = self._valid(state.blended)
-        self.donations = state.donations
+        if request.blocks is not None:
+            self.requested = set(request.blocks)
+        else:
+            self.requested = set(grid.indices() if request.box is None else grid.blocks_touching(request.box))
+        self.why: dict[Vector, Reason] = {}
 
     def plan(self) -> Plan:
-        infer = {b for b in self.requested if self.request.force or b not in self.inferred}
-        changing, blend = set(infer), set[Vector]()
-        todo = self.requested | self._receivers(infer)
+        self.state.load(self.requested)
+        self._ask_for_requested()
+        changing, blend = set(self.why), set[Vector]()
+        todo = self.requested | self._receivers(changing)
         while todo:
+            self._load_around(todo)
             due = {r for r in todo - blend if self._blend_is_due(r, changing)}
             blend |= due
-            needed = {d for r in due for d in self.grid.donors(r) if d not in infer and self._is_gone(d, r)}
-            infer |= needed
-            # a donor that is only asked for the same donations again does not change what others got from it
-            new = {d for d in needed if d not in self.inferred}
-            changing |= new
-            todo = self._receivers(new) - blend
+            again = {d for r in due for d in self.grid.donors(r) if d not in self.why and self._is_gone(d, r)}
+            # A donor that gives the same donations again does not change what others got from it.
+            new = {d for d in again if self._inferred(d) is None}
+            edited = self.state.changed_inputs(again - new)
+            self._add("new", new)
+            self._add("input", edited)
+            self._add("donations", again - new - edited)
+            changing |= new | edited
+            todo = self._receivers(new | edited) - blend
+        self._insist(blend, changing)
         return Plan(
-            infer=tuple(sorted(infer)),
+            infer=tuple(sorted(self.why)),
             blend=tuple(sorted(blend)),
-            up_to_date=tuple(sorted(self.requested - infer - blend)),
+            up_to_date=tuple(sorted(self.requested - self.why.keys() - blend)),
+            why=self.why,
         )
 
-    def _valid(self, receipts: Mapping[Vector, Receipt]) -> dict[Vector, Receipt]:
-        return {
-            index: receipt
-            for index, receipt in receipts.items()
-            if index in self.grid and receipt.geometry == self.spec.block_digest(self.grid.block(index))
-        }
+    def _ask_for_requested(self) -> None:
+        new = {b for b in self.requested if self._inferred(b) is None}
+        self._add("new", new)
+        if self.request.force:
+            self._add("forced", self.requested - new)
+        elif self.request.check_input:
+            self._add("input", self.state.changed_inputs(self.requested - new))
+
+    def _add(self, reason: Reason, blocks: Iterable[Vector]) -> None:
+        self.why.update(dict.fromkeys(blocks, reason))
+
+    def _load_around(self, receivers: Set[Vector]) -> None:
+        donors = {d for r in receivers for d in self.grid.donors(r)}
+        self.state.load(donors | receivers)
+
+    def _insist(self, blend: Set[Vector], changing: Set[Vector]) -> None:
+        """A block whose donations are gone and needed since another donor changes has to be done, whatever of its own input."""
+        for block in [b for b, reason in self.why.items() if reason == "input"]:
+            for receiver in blend & set(self.grid.receivers(block)):
+                others = changing & set(self.grid.donors(receiver)) - {block}
+                consumed = has_consumed(self.spec, self.state, receiver)
+                if self._is_gone(block, receiver) and (others or not consumed):
+                    self.why[block] = "donations"
+
+    def _inferred(self, block: Vector) -> InferenceMark | None:
+        return valid_inference(self.spec, self.state, block)
 
     def _receivers(self, donors: Set[Vector]) -> set[Vector]:
         return {r for d in donors for r in self.grid.receivers(d)}
 
     def _blend_is_due(self, receiver: Vector, changing: Set[Vector]) -> bool:
         donors = self.grid.donors(receiver)
-        receipt = self.blended.get(receiver)
-        if not donors or (receiver not in self.requested and receipt is None):
+        mark = self.state.blended(receiver)
+        if not donors or (receiver not in self.requested and mark is None):
             return False
-        if receipt is None or any(d in changing or d not in self.inferred for d in donors):
-            return True
-        blocks = {self.grid.block(d).box.key: self.inferred[d].given(receiver) for d in donors}
-        return receipt.consumed != blocks
+        return any(d in changing for d in donors) or not has_consumed(self.spec, self.state, receiver)
 
     def _is_gone(self, donor: Vector, receiver: Vector) -> bool:
-        receipt = self.inferred.get(donor)
-        if receipt is None:
+        mark = self._inferred(donor)
+        if mark is None:
             return True
-        entries = {entry.key: entry.checksum for entry in receipt.donations}
-        return any(
-            entries.get(d.key, "") is not None and d.key not in self.donations
-            for d in self.grid.donations(donor, receiver)
-        )
+        count = mark.count(slot(donor, receiver))
+        return count > 0 and self.state.stored(donor, receiver) != count

@@ -1,30 +1,43 @@
-"""Everything that can be known before a GPU is paid for; and the cleaning up at the end."""
+"""Everything that can be known before a GPU is paid for."""
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import Any
+from typing import Literal
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.exchange import Exchange, Receipt, Trial
+from chunkflow_core.exchange import Exchange, Trial
 from chunkflow_core.geometry import vector
-from chunkflow_core.planner import State
+from chunkflow_core.layer_info import LayerScale
+from chunkflow_core.provenance import History, Mode
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace, peak_memory
-from chunkflow_core.storage import delete_partials, storage_errors
-from chunkflow_core.volumes import check_output, create_output, layer_exists, layer_files, layer_path, processing_step
+from chunkflow_core.volumes import (
+    check_output,
+    create_output,
+    delete_cut_short,
+    extend_output,
+    has_voxels,
+    layer_exists,
+)
 
 log = logging.getLogger(__name__)
 
-_HOUR = 3600.0
+Other = Literal["refuse", "overwrite", "mixture"]
+"""What to do with an output layer that has been made from another fingerprint."""
 
 
-def prepare(workspace: Workspace) -> Trial:
-    """Check input, model, exchange and output, and make the output layer if there is none.
+def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", once: bool = False) -> Trial:
+    """Check input, model, exchange and output; make the output layer, extend it, or claim it for this spec.
 
-    Receipts would be lies if the output layer isn't there, or if a run with another fingerprint (another model, say) has
-    written to it since; then they are deleted first.
+    Nothing is changed before all checks have passed. Ended at any point, the next call does the rest.
+
+    Args:
+        workspace: of the spec.
+        run: names the run, for provenance.
+        other: ``overwrite`` and ``mixture`` claim an output of another fingerprint. Either way no block of this one counts
+            as done; they differ in what provenance says is meant to come of it.
+        once: try the model only if this has not been done for this fingerprint.
 
     Returns:
         What one patch took, which is left in the exchange for estimates.
@@ -32,91 +45,85 @@ def prepare(workspace: Workspace) -> Trial:
     Raises:
         SpecError, MissingInputError, DataError, StorageError: what a block would fail of later.
     """
-    spec = workspace.spec
+    spec, exchange = workspace.spec, workspace.exchange
     roi, bounds = spec.grid.roi, workspace.input.scale.bounds
     if roi not in bounds:
         raise SpecError(f"roi: {roi} reaches past the input layer {spec.input.path}, which has {bounds}")
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
-    middle = vector(axis.count // 2 for axis in spec.grid.axes)
-    seconds = workspace.inference.try_patch(middle)  # a wrong shape or range is known now
-    trial = Trial(seconds, peak_memory(), workspace.engine.streams)
-    log.info("model %s: %.3f s per patch, %d at a time", spec.model.engine, trial.seconds, trial.streams)
-    exchange = workspace.exchange
-    exchange.put_trial(trial)
-    if layer_exists(spec.output.path):
-        check_output(spec)
-        _claim_output(spec, exchange)
+    layer = check_output(spec, may_grow=True) if layer_exists(spec.output.path) else None
+    history = History(spec)
+    if layer is not None:
+        _check_history(spec, history, other)
+    trial = (exchange.trial() if once else None) or _try_model(workspace)
+    if layer is None:
+        _make(spec, exchange, run)
     else:
-        discarded = exchange.delete_receipts()
-        if discarded:
-            log.info("the output layer is gone: %d receipts of an earlier one are discarded", discarded)
-        create_output(spec)
-        log.info("output %s made: %s", spec.output.path, roi)
+        _take(spec, exchange, layer, history, other, run)
     return trial
 
 
-def cleanup(spec: VolumeSpec) -> int:
-    """Delete the donations that nothing needs any more, and return how many; none if the spec says ``keep``.
-
-    A donation is needed until the receiver's receipt says that it consumed just this. Interrupted at any point, it leaves
-    donations too many, never too few.
-    """
-    exchange = Exchange(spec)
-    for path in (exchange.path, layer_path(spec.output.path)):
-        delete_partials(path, older_than=_HOUR)
-    if spec.exchange.donations == "keep":
-        return 0
-    state = State.read(exchange)
-    spent = [
-        entry.key
-        for receipt in state.inferred.values()
-        for entry in receipt.donations
-        if entry.key in state.donations and _is_consumed(receipt, state.blended.get(entry.receiver))
-    ]
-    exchange.delete_donations(spent)
-    return len(spent)
+def _try_model(workspace: Workspace) -> Trial:
+    """Run one patch: a wrong shape or range is known now."""
+    middle = vector(axis.count // 2 for axis in workspace.spec.grid.axes)
+    seconds = workspace.inference.try_patch(middle)
+    trial = Trial(seconds, peak_memory(), workspace.engine.streams)
+    log.info("model %s: %.3f s per patch, %d at a time", workspace.spec.model.engine, trial.seconds, trial.streams)
+    workspace.exchange.put_trial(trial)
+    return trial
 
 
-def _is_consumed(donor: Receipt, receiver: Receipt | None) -> bool:
-    return receiver is not None and receiver.consumed.get(donor.box) == donor.given(receiver.block)
-
-
-def _claim_output(spec: VolumeSpec, exchange: Exchange) -> None:
-    """See to it that the last step of the layer's provenance is this spec, and that no receipt is older than that."""
-    provenance, last = _provenance(spec)
-    compression = last.get("spec", {}).get("output", {}).get("compression", spec.output.compression)
+def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
+    """Refuse what would leave two kinds of storage chunks in one layer, unless that is asked for."""
+    compression = history.last.get("spec", {}).get("output", {}).get("compression", spec.output.compression)
     if compression != spec.output.compression and spec.output.path.startswith("file://"):
         raise SpecError(
             f"output.compression: the layer at {spec.output.path} is stored with {compression}, the spec says "
             f"{spec.output.compression}. On a disk both would lie side by side, and the older be read. Give another path, "
             "or delete that layer"
         )
-    if last.get("fingerprint") == spec.fingerprint:
-        return
+    if history.fingerprint not in (None, spec.fingerprint) and other == "refuse" and has_voxels(spec):
+        raise SpecError(
+            "\n  ".join(
+                [
+                    f"output.path: {spec.output.path} is of fingerprint {history.fingerprint} (since "
+                    f"{history.last.get('time', '?')}, by {history.by or '?'}), this spec is of {spec.fingerprint}. What differs:",
+                    *(history.differences() or ["nothing that is on record"]),
+                    "Ways out: another output.path; or --overwrite, to do the whole ROI again (in Airflow: other_model: "
+                    "overwrite in the trigger form); or --accept-mixture, to have blocks of both in one layer, which its "
+                    "provenance then records (in Airflow: other_model: mixture)",
+                ]
+            )
+        )
+
+
+def _make(spec: VolumeSpec, exchange: Exchange, run: str) -> None:
+    """Make the output layer. Receipts of an earlier one would be lies."""
     discarded = exchange.delete_receipts()
     if discarded:
-        log.warning("another run has written to %s since: %d receipts are discarded", spec.output.path, discarded)
-    provenance["processing"].append(processing_step(spec))
-    with storage_errors(f"writing the provenance of {spec.output.path}"):
-        layer_files(spec.output.path).put_json("provenance", provenance, cache_control="no-cache")
+        log.info("the output layer is gone: %d receipts of an earlier one are discarded", discarded)
+    create_output(spec)
+    History(spec).add("new", run)
+    log.info("output %s made: %s", spec.output.path, spec.grid.roi)
 
 
-def last_fingerprint(spec: VolumeSpec) -> str | None:
-    """Fingerprint of the spec that has written to the output layer last; None if the layer does not say."""
-    _, last = _provenance(spec)
-    return last.get("fingerprint")
+def _take(spec: VolumeSpec, exchange: Exchange, layer: LayerScale, history: History, other: Other, run: str) -> None:
+    """Claim the output layer for this spec and extend it, where need be.
 
-
-def _provenance(spec: VolumeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The output layer's provenance, and what the last of our steps in it says."""
-    with storage_errors(f"reading the provenance of {spec.output.path}"):
-        content = layer_files(spec.output.path).get("provenance")
-    try:
-        provenance = json.loads(content or b"{}")
-    except ValueError:
-        provenance = {}
-    if not isinstance(provenance, dict) or not isinstance(provenance.setdefault("processing", []), list):
-        provenance = {"processing": []}
-    steps = [step.get("method") for step in provenance["processing"] if isinstance(step, dict)]
-    ours = [step for step in steps if isinstance(step, dict) and step.get("task") == "chunkflow-airflow"]
-    return provenance, ours[-1] if ours else {}
+    What is done here can be done again; the step in its provenance, which says that there is nothing to do, comes last.
+    """
+    roi, claimed = spec.grid.roi, history.fingerprint != spec.fingerprint
+    if not claimed and history.is_of(roi) and layer.bounds == roi:
+        return
+    mode: Mode = "extend"
+    if claimed:
+        mode = "new" if history.fingerprint is None or other == "refuse" else other
+        discarded = exchange.delete_receipts()  # true only until the other spec wrote
+        log.warning("output %s is claimed (%s): %d receipts are discarded", spec.output.path, mode, discarded)
+    if layer.bounds != roi:
+        extend_output(spec, layer)
+        log.info("output %s extended: %s, it was %s", spec.output.path, roi, layer.bounds)
+        if len(layer.info["scales"]) > 1:
+            log.warning("the %d smaller scales of the layer are as they were", len(layer.info["scales"]) - 1)
+    if not history.is_of(roi):
+        log.info("%d storage chunks that its old end had cut short are deleted", delete_cut_short(spec))
+    history.add(mode, run)

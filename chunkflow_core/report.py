@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
-from chunkflow_core.exchange import STAGES, Exchange, Receipt, Stage
+from chunkflow_core.exchange import Exchange, Receipt
 from chunkflow_core.lattice import Block
+from chunkflow_core.marks import STAGES, Stage
 from chunkflow_core.spec import VolumeSpec
 
 N = TypeVar("N", int, float)
@@ -160,17 +161,10 @@ class Report:
     """Inference tasks by device."""
 
 
-def read_tasks(spec: VolumeSpec, exchange: Exchange) -> list[Task]:
-    """The tasks that have left receipts, in order of stage and block; without those of blocks that the volume no longer
-    has.
-    """
-    tasks = []
-    for stage in STAGES:
-        for index, receipt in sorted(exchange.receipts(stage).items()):
-            block = spec.grid.block(index) if index in spec.grid else None
-            if block is not None and block.box.key == receipt.box:
-                tasks.append(_task(receipt, block))
-    return tasks
+def tasks_of(spec: VolumeSpec, receipts: Iterable[Receipt]) -> list[Task]:
+    """The tasks that have left receipts, in order of stage and block."""
+    ordered = sorted(receipts, key=lambda receipt: (STAGES.index(receipt.stage), receipt.block))
+    return [_task(receipt, spec.grid.block(receipt.block)) for receipt in ordered]
 
 
 def of_run(tasks: Iterable[Task], run: str | None) -> list[Task]:
@@ -180,7 +174,7 @@ def of_run(tasks: Iterable[Task], run: str | None) -> list[Task]:
 
 def summarise(spec: VolumeSpec, exchange: Exchange, *, run: str | None = None) -> Report:
     """Summarise the receipts of a run, or all of them."""
-    return report_of(spec, exchange.path, read_tasks(spec, exchange), run=run)
+    return report_of(spec, exchange.path, tasks_of(spec, exchange.all_receipts()), run=run)
 
 
 def report_of(spec: VolumeSpec, exchange: str, everything: Sequence[Task], *, run: str | None = None) -> Report:

@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
@@ -21,9 +22,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chunkflow_core.blending import MAX_PATCH, NUMERICS_VERSION
+from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.geometry import AXES, Box, Vector, vector
-from chunkflow_core.lattice import Block, BlockGrid
+from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.model_files import with_companions
 from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec
@@ -166,12 +168,26 @@ class OutputSpec(_Section):
     """The values that the model can give; sets the exact grid of the sums and what uint8 0 and 255 mean."""
 
 
+class KeepDays(_Section):
+    """For how long donations are kept after their blending."""
+
+    days: float
+
+
+def _retention(value: Any) -> Any:
+    if value in ("delete", "keep") or isinstance(value, KeepDays):
+        return value
+    if isinstance(value, dict) and list(value) == ["days"] and type(value["days"]) in (int, float) and value["days"] > 0:
+        return value
+    raise ValueError("expected delete, keep, or {days: N} with N > 0")
+
+
 class ExchangeSpec(_Section):
     """Where blocks leave donations and receipts for each other."""
 
     path: WritablePath
-    donations: Literal["delete", "keep"] = "delete"
-    """What cleanup does with donations once every block that needs them is complete."""
+    donations: Annotated[Literal["delete", "keep"] | KeepDays, BeforeValidator(_retention)] = "delete"
+    """What cleanup does with donations once the blocks that they are for are complete."""
 
 
 class ModelSpec(_Section):
@@ -355,22 +371,30 @@ class VolumeSpec(_Section):
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def block_digest(self, block: Block) -> str:
-        """Hash of what decides a block's numbers beside the fingerprint: its geometry, and where its input is padded.
+    def block_digest(self, index: Vector) -> str:
+        """Hash of what decides a block's numbers: the fingerprint, its geometry, and where its input is padded.
 
-        The input layer's faces count only where the block's patches reach past them: a block far from them stays valid
-        when the layer grows.
+        The ends of the ROI and of the input layer count only where the block's patches reach them: a block far from them
+        stays valid when the volume grows.
         """
-        z, y, x = (k - 1 for k in block.stop_patch)
-        first, last = self.grid.patch_box(block.first_patch), self.grid.patch_box((z, y, x))
-        read, bounds = Box(first.start, last.stop).grown(self.halo, self.halo), self.input_scale.bounds
-        faces = [
-            None
-            if bounds.start[a] <= read.start[a] and read.stop[a] <= bounds.stop[a]
-            else (bounds.start[a], bounds.stop[a])
-            for a in range(3)
-        ]
-        return hashlib.sha256(json.dumps([self.grid.digest(block), faces]).encode()).hexdigest()[:16]
+        texts = (texts[i] for texts, i in zip(self._axis_digests, index, strict=True))
+        return short_digest("|".join((self.fingerprint, *texts)).encode())
+
+    @cached_property
+    def _axis_digests(self) -> list[list[str]]:
+        """For each axis and each block along it, what of it decides numbers, as text."""
+        grid, bounds = self.grid, self.input_scale.bounds
+        digests = []
+        for a, blocks in enumerate(grid.axis_blocks):
+            halo, low, high = self.halo[a], bounds.start[a], bounds.stop[a]
+            texts = []
+            for block in blocks:
+                first = grid.roi.start[a] + block.first_patch * grid.stride[a]
+                last = grid.roi.start[a] + (block.stop_patch - 1) * grid.stride[a] + grid.patch[a]
+                inside = low <= first - halo and last + halo <= high
+                texts.append(json.dumps([asdict(block), None if inside else [low, high]]))
+            digests.append(texts)
+        return digests
 
     def model_path(self, name: str) -> Path:
         """Path of a model file of the spec on this machine (a folder for pznet); ``MissingInputError`` if there is none.

@@ -20,17 +20,20 @@ from numpy.typing import NDArray
 
 from chunkflow_core.blending import Grid
 from chunkflow_core.codec import compress, decompress
+from chunkflow_core.content import Content
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange import DonationEntry, Exchange, Receipt
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference import ChunkInference, Sums
+from chunkflow_core.inputs import Inputs
 from chunkflow_core.lattice import Block, Donation, Piece
 from chunkflow_core.mask import Mask, MaskWindow
 from chunkflow_core.record import Record
 from chunkflow_core.slab import convert
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.state import ExchangeState
 from chunkflow_core.volumes import InputLayer, OutputLayer
 
 log = logging.getLogger(__name__)
@@ -89,6 +92,15 @@ class Workspace:
         """What runs patches."""
         return load_engine(self.spec)
 
+    def state(self) -> ExchangeState:
+        """What is there now, for the planner."""
+        return ExchangeState(self.exchange, lambda: self.inputs)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Whether what blocks read is what it was."""
+        return Inputs(self.exchange, self.input, self.mask, self.inference)
+
     @cached_property
     def inference(self) -> ChunkInference:
         """Runs and sums patches."""
@@ -101,6 +113,7 @@ def inference_and_donate(
     *,
     run: str = "",
     force: bool = False,
+    check_input: bool = False,
     patch_done: Callable[[], object] = lambda: None,
 ) -> StageResult:
     """First stage: run a block's patches, write its core, donate the rest, write the receipt.
@@ -110,28 +123,34 @@ def inference_and_donate(
         index: of the block, zyx.
         run: names the run; a receipt of the same run counts as done even if forced.
         force: do it again although there is a receipt.
+        check_input: do it again if the input is not what the receipt says was read.
         patch_done: called after each patch.
 
     Raises:
         MissingInputError, DataError, StorageError: see their exit codes.
     """
     spec, exchange = workspace.spec, workspace.exchange
-    block = spec.grid.block(index)
-    geometry = spec.block_digest(block)
-    done = exchange.receipt("infer", block.box)
-    current = done is not None and done.geometry == geometry
-    if done is not None and current and (not force or (run and done.run == run and exchange.has_donations(done))):
-        return StageResult(done, up_to_date=True)
-    started, record = perf_counter(), Record()
-    entries: list[DonationEntry] = []
+    block, geometry = spec.grid.block(index), spec.block_digest(index)
+    done = exchange.receipt("infer", index)
+    if done is not None and done.geometry == geometry:
+        if force:
+            good = run != "" and done.run == run and exchange.has_donations(done)
+        else:
+            good = not check_input or workspace.inputs.unchanged(done)
+        if good:
+            return StageResult(done, up_to_date=True)
+    started, record, content = perf_counter(), Record(), Content()
+    signature = workspace.inputs.signature(index)  # before anything is read: what changes meanwhile is noticed later
+    exchange.retract("infer", index)
+    leaving = _Leaving()
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
-        writing: list[Future[Any]] = []
-        for piece, sums in workspace.inference.block(block, record, patch_done):
-            entries += _wait(writing, record)  # so that no more than one piece is in memory
-            writing = _leave(workspace, record, piece, sums, pool)
+        for piece, sums in workspace.inference.block(block, record, patch_done, content):
+            leaving.wait(record)  # so that no more than one piece is in memory
+            leaving.start(workspace, record, piece, sums, pool)
             log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
-        entries += _wait(writing, record)
+        leaving.wait(record)
     engine = workspace.engine if record.counts["patches"] else None
+    exchange.keep_donations(index, leaving.entries)
     receipt = Receipt(
         stage="infer",
         block=index,
@@ -141,25 +160,41 @@ def inference_and_donate(
         run=run,
         patches=record.counts["patches"],
         skipped={why: record.counts[why] for why in SKIPPED if record.counts[why]},
-        donations=tuple(entries),
-        storage_chunks=record.counts["storage chunks"],
+        donations=tuple(leaving.entries),
+        signature=signature,
+        content=content.digest,
+        written=leaving.written,
+        changed=done is None or done.written != leaving.written,
         facts=_facts(record, started, voxels=block.box.voxels, engine=engine),
     )
     exchange.put_receipt(receipt)
     return StageResult(receipt, up_to_date=False)
 
 
-def _leave(
-    workspace: Workspace, record: Record, piece: Piece, sums: Sums, pool: ThreadPoolExecutor
-) -> list[Future[Any]]:
-    """Start to write and donate what has become final."""
-    leaving: list[Future[Any]] = [
-        pool.submit(_give, workspace, record, donation, sums.sum(donation.box)) for donation in piece.donations
-    ]
-    window = record.measure("read", workspace.mask.window, piece.core) if workspace.mask and piece.core else None
-    for row in workspace.output.rows(piece.core):
-        leaving.append(pool.submit(_write, workspace, record, row, sums.converted(row), window))
-    return leaving
+class _Leaving:
+    """What is on its way to storage, and what has arrived."""
+
+    def __init__(self) -> None:
+        self.entries: list[DonationEntry] = []
+        self.written: dict[str, str] = {}
+        """Storage chunks, with digests of their voxels."""
+        self._donating: list[Future[DonationEntry]] = []
+        self._writing: list[Future[dict[str, str]]] = []
+
+    def start(self, workspace: Workspace, record: Record, piece: Piece, sums: Sums, pool: ThreadPoolExecutor) -> None:
+        """Start to write and donate what has become final."""
+        for donation in piece.donations:
+            self._donating.append(pool.submit(_give, workspace, record, donation, sums.sum(donation.box)))
+        window = record.measure("read", workspace.mask.window, piece.core) if workspace.mask and piece.core else None
+        for row in workspace.output.rows(piece.core):
+            self._writing.append(pool.submit(_write, workspace, record, row, sums.converted(row), window))
+
+    def wait(self, record: Record) -> None:
+        """Wait for all that was started."""
+        self.entries += record.measure("wait for output", lambda: [future.result() for future in self._donating])
+        for digests in record.measure("wait for output", lambda: [future.result() for future in self._writing]):
+            self.written |= digests
+        self._donating, self._writing = [], []
 
 
 def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", force: bool = False) -> StageResult:
@@ -179,8 +214,8 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     started, record = perf_counter(), Record()
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
     consumed = {receipt.box: receipt.given(index) for receipt in donors}
-    geometry = spec.block_digest(block)
-    done = exchange.receipt("blend", block.box)
+    geometry = spec.block_digest(index)
+    done = exchange.receipt("blend", index)
     current = done is not None and done.geometry == geometry and done.consumed == consumed
     if done is not None and current and (not force or (run and done.run == run)):
         return StageResult(done, up_to_date=True)
@@ -188,13 +223,14 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     payloads = record.measure("read", exchange.get_donations, wanted)
     record.count("bytes read", sum(map(len, payloads.values())))
     donations = [donation for donation, _ in wanted if donation.key in payloads]
-    values = Grid(*spec.output.range)
+    values, written = Grid(*spec.output.range), dict[str, str]()
+    exchange.retract("blend", index)
     for piece in spec.grid.pieces(block):
         boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
         given = record.measure("stitch", _decompress, workspace, piece.box, donations, payloads) if boxes else []
         for box in boxes:
             sums = record.measure("stitch", _sum, spec.output.channels, box, given)
-            _write(workspace, record, box, partial(convert, sums, spec.output.dtype, values))
+            written |= _write(workspace, record, box, partial(convert, sums, spec.output.dtype, values))
         log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
     receipt = Receipt(
         stage="blend",
@@ -204,7 +240,8 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
         geometry=geometry,
         run=run,
         consumed=consumed,
-        storage_chunks=record.counts["storage chunks"],
+        written=written,
+        changed=done is None or done.written != written,
         facts=_facts(record, started, voxels=sum(box.voxels for box in block.frame)),
     )
     exchange.put_receipt(receipt)
@@ -229,10 +266,9 @@ def _sum(channels: int, box: Box, given: list[tuple[Box, NDArray[np.float32]]]) 
 
 
 def _donor_receipt(workspace: Workspace, donor: Vector) -> Receipt:
-    grid, exchange = workspace.spec.grid, workspace.exchange
-    block = grid.block(donor)
-    receipt = exchange.receipt("infer", block.box)
-    if receipt is None or receipt.geometry != workspace.spec.block_digest(block):
+    exchange = workspace.exchange
+    receipt = exchange.receipt("infer", donor)
+    if receipt is None or receipt.geometry != workspace.spec.block_digest(donor):
         raise MissingInputError(
             f"block {donor} has not donated yet: {exchange.path} holds no valid receipt of it. {exchange.remedy(donor)}"
         )
@@ -267,16 +303,12 @@ def _write(
     box: Box,
     converted: Callable[[], NDArray[Any]],
     window: MaskWindow | None = None,
-) -> None:
+) -> dict[str, str]:
+    """Write a box; the storage chunks, with digests of their voxels."""
     data = record.measure("convert", workspace.masked, box, converted(), window)
-    record.measure("write", workspace.output.write, box, data)
+    written: dict[str, str] = record.measure("write", workspace.output.write, box, data)
     record.count("bytes written", data.nbytes)
-    record.count("storage chunks", sum(1 for _ in workspace.output.expected_chunks(box)))
-
-
-def _wait(writing: list[Future[Any]], record: Record) -> list[DonationEntry]:
-    results = record.measure("wait for output", lambda: [future.result() for future in writing])
-    return [result for result in results if isinstance(result, DonationEntry)]
+    return written
 
 
 def _z(box: Box) -> tuple[int, int]:

@@ -14,6 +14,9 @@ from cloudfiles.interfaces import FileInterface
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError
 from chunkflow_core.object_stores import explained, meaning, open_files
 
+_JSON = (".json", "info", "provenance")
+"""How names of such files end."""
+
 PARTIAL = ".partial"
 """How names of files end that are being written to a local disk."""
 
@@ -34,7 +37,7 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
         kind_name = type(error).__name__  # cloudvolume takes a second to import, and Airflow's side does without it
         if kind_name == "EmptyVolumeException":
             raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
-        if kind_name == "DecodingError" or isinstance(error, CompressionError | DecompressionError):
+        if kind_name in ("DecodingError", "DeflateError", "ZstdError") or isinstance(error, CompressionError | DecompressionError):
             raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
         if kind := meaning(error):
             raise kind(f"{doing}: {explained(error)}") from error
@@ -61,7 +64,7 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
             open_files(path).put(
                 name,
                 content,
-                content_type="application/json" if name.endswith(".json") else "application/octet-stream",
+                content_type="application/json" if name.endswith(_JSON) else "application/octet-stream",
                 compress=compression,
                 cache_control=cache,
                 raw=True,

@@ -1,127 +1,127 @@
-"""Audit of an output: is every storage chunk there, do the receipts agree, are the seams what one machine would write?"""
+"""Audit of an output, and how what is wrong with it is undone.
+
+``verify`` changes nothing. ``repair`` takes back whatever says that something wrong is done, so that the planner has it done again.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Collection, Iterator
 
-import numpy as np
-
-from chunkflow_core.blending import Grid
-from chunkflow_core.errors import MissingInputError
-from chunkflow_core.geometry import Box, Vector, vector
-from chunkflow_core.planner import Request, State, plan
-from chunkflow_core.prepare import last_fingerprint
-from chunkflow_core.slab import convert
+from chunkflow_core.audit import StoredAudit
+from chunkflow_core.errors import SpecError
+from chunkflow_core.findings import Audit, Finding, Kind
+from chunkflow_core.findings import advice as advice
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.marks import Stage
+from chunkflow_core.progress import progress
+from chunkflow_core.provenance import History, last_fingerprint
+from chunkflow_core.seams import check_window, gives_wrong_sums, windows
 from chunkflow_core.stages import Workspace
 
-SEAM_WINDOW: Vector = (4, 32, 32)
-"""Size of the windows that are computed again, zyx."""
-
-
-@dataclass
-class Audit:
-    """What an audit looked at and found wrong."""
-
-    storage_chunks: int = 0
-    """Storage chunks that have to be there."""
-    blocks: int = 0
-    """Blocks that were looked at."""
-    seams: int = 0
-    """Windows that were computed again."""
-    findings: list[str] = field(default_factory=list)
-    """One line for each thing that is wrong; empty if all is well."""
+log = logging.getLogger(__name__)
 
 
 def verify(
     workspace: Workspace,
     *,
     box: Box | None = None,
+    blocks: Collection[Vector] | None = None,
     seams: int = 2,
+    deep: bool = False,
+    run: str = "",
     seed: int = 0,
     step_done: Callable[[], object] = lambda: None,
 ) -> Audit:
-    """Audit the output, or the blocks that touch ``box``.
+    """Audit the output, or a part of it: whether what receipts say is stored, and nothing else.
 
     Args:
         workspace: of the spec.
-        box: voxels to look at; None for the whole ROI.
+        box: look only at the blocks that touch this box of voxels.
+        blocks: look only at these blocks.
         seams: how many windows across block faces, edges and corners to compute again, each from all patches that touch
             it, and to compare bit for bit.
+        deep: read all storage chunks and donations, and compare them with their checksums.
+        run: at least half of the windows are at blocks that this run has done, or if there are none, at those done last.
         seed: chooses the windows.
-        step_done: called after each window.
+        step_done: called after each block, and after each window.
     """
-    grid, audit = workspace.spec.grid, Audit()
-    indices = list(grid.indices()) if box is None else grid.blocks_touching(box)
-    audit.blocks = len(indices)
-    _check_receipts(workspace, box, audit)
-    _check_chunks(workspace, indices, audit)
-    for window in _seam_windows(workspace, indices, seams, random.Random(seed)):
-        _check_window(workspace, window, set(indices), audit)
+    spec, grid = workspace.spec, workspace.spec.grid
+    if blocks is None:
+        blocks = list(grid.indices()) if box is None else grid.blocks_touching(box)
+    else:
+        boxes = [grid.block(index).box for index in blocks]
+        box = Box.around(boxes) if boxes else Box(grid.roi.start, grid.roi.start)
+    audit = Audit(box=box, blocks=len(blocks))
+    history = History(spec)
+    last = history.fingerprint
+    if last not in (None, spec.fingerprint):
+        audit.add("other model", None, str(last), f"another spec (fingerprint {last}) has written to this output since")
+    stored = StoredAudit(workspace, blocks, audit, deep=deep, mixed=len(history.fingerprints) > 1)
+    stored.run(step_done)
+    for window in windows(workspace, stored, seams, run, seed):
+        check_window(workspace, window, stored.complete, audit)
         step_done()
     return audit
 
 
-def _check_receipts(workspace: Workspace, box: Box | None, audit: Audit) -> None:
-    """What the planner would do again is not complete; donations that were cleaned up are no fault."""
-    spec = workspace.spec
+def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed: int = 0) -> frozenset[Vector]:
+    """Audit everything that is stored, or a part of it, and undo what is wrong; returns the blocks that have to be made right.
+
+    Receipts of wrong storage chunks are retracted; receipts and donations that can't be right, and stray storage chunks, are
+    deleted. A plan for the blocks returned then does just what is needed. Ended at any point, the next call undoes the rest, and
+    what was undone stays undone. Nothing else may be at work on the volume. Arguments as ``verify``.
+
+    Raises:
+        SpecError: another spec has claimed the output since; what is wrong for this one may be right for that.
+    """
+    spec, exchange = workspace.spec, workspace.exchange
     last = last_fingerprint(spec)
     if last not in (None, spec.fingerprint):
-        audit.findings.append(
-            f"another spec (fingerprint {last}) has written to this output since; `run` does this one again"
+        raise SpecError(
+            f"output.path: {spec.output.path} is of another spec now, of fingerprint {last}. `chunkflow-core prepare SPEC` "
+            "tells what differs from that one, and what can be done about it"
         )
-    state = State.read(workspace.exchange)
-    everything = frozenset(e.key for receipt in state.inferred.values() for e in receipt.donations)
-    due = plan(spec, Request(box), State(state.inferred, state.blended, everything))
-    audit.findings += [f"block {index}: inference is not complete (no valid receipt)" for index in due.infer]
-    audit.findings += [
-        f"block {index}: blending is not complete (no receipt, or its donors have changed since)" for index in due.blend
-    ]
+    number = len(spec.grid.blocks_touching(spec.grid.roi if box is None else box))
+    with progress("repair: audit", number + seams, "steps") as step_done:
+        audit = verify(workspace, box=box, seams=seams, deep=True, seed=seed, step_done=step_done)
+    for (stage, block), why in sorted(_lies(workspace, audit.findings).items()):
+        exchange.retract(stage, block)
+        log.info("%s: the receipt of block %s for %s is retracted", why, block, stage)
+    files = [finding for finding in audit.findings if finding.kind in ("receipt", "donation")]
+    exchange.delete_files([finding.subject for finding in files])
+    strays = [finding for finding in audit.findings if finding.kind == "stray chunk"]
+    workspace.output.delete_chunks([finding.subject for finding in strays])
+    for finding in files + strays:
+        log.info("%s: deleted", finding)
+    return audit.harmed
 
 
-def _check_chunks(workspace: Workspace, indices: list[Vector], audit: Audit) -> None:
-    stored = workspace.output.stored_chunks()
-    for index in indices:
-        for chunk in workspace.output.expected_chunks(workspace.spec.grid.block(index).box):
-            audit.storage_chunks += 1
-            if chunk.key not in stored:
-                audit.findings.append(f"block {index}: the storage chunk {chunk.key} is missing")
+def _lies(workspace: Workspace, findings: Collection[Finding]) -> dict[tuple[Stage, Vector], str]:
+    """The stages whose receipts vouch for what is wrong, and why."""
+    grid, lies = workspace.spec.grid, dict[tuple[Stage, Vector], str]()
+    for block, finding in _of_blocks(findings, "missing chunk", "wrong chunk"):
+        lies.setdefault((_writer(grid, block, finding.subject), block), str(finding))
+    chunks = set(lies)
+    for block, finding in _of_blocks(findings, "seam"):
+        stage = _writer(grid, block, finding.subject)
+        if (stage, block) in chunks:
+            continue  # nobody would have computed it so: its storage chunks are not even what was written
+        lies.setdefault((stage, block), str(finding))
+        # A donation that is still there and right need not be made again; one that is gone will be made again anyway.
+        for donor in grid.donors(block) if stage == "blend" else []:
+            if gives_wrong_sums(workspace, donor, block, Box.from_key(finding.subject)):
+                lies.setdefault(("infer", donor), f"{finding}, and so do the sums that block {donor} has donated")
+    return lies
 
 
-def _seam_windows(workspace: Workspace, indices: list[Vector], count: int, chance: random.Random) -> Iterator[Box]:
-    """Windows around points on the low faces, edges and corners of blocks that have lower neighbours."""
-    grid = workspace.spec.grid
-    inner = [index for index in indices if any(index)]
-    for _ in range(count if inner else 0):
-        index = chance.choice(inner)
-        block = grid.block(index)
-        across = [a for a in range(3) if index[a] > 0]
-        across = chance.sample(across, chance.randint(1, len(across)))
-        centre = [
-            block.box.start[a] if a in across else chance.randrange(block.box.start[a], block.box.stop[a])
-            for a in range(3)
-        ]
-        start = vector(c - w // 2 for c, w in zip(centre, SEAM_WINDOW, strict=True))
-        yield Box(start, vector(a + w for a, w in zip(start, SEAM_WINDOW, strict=True))) & grid.roi
+def _of_blocks(findings: Collection[Finding], *kinds: Kind) -> Iterator[tuple[Vector, Finding]]:
+    for finding in findings:
+        if finding.block is not None and finding.kind in kinds:
+            yield finding.block, finding
 
 
-def _check_window(workspace: Workspace, window: Box, audited: set[Vector], audit: Audit) -> None:
-    """Compute a window again and compare what of it belongs to the audited blocks."""
-    spec = workspace.spec
-    sums = workspace.inference.window(window)
-    expected = workspace.masked(window, convert(sums, spec.output.dtype, Grid(*spec.output.range)))
-    for index in audited.intersection(spec.grid.blocks_touching(window)):
-        part = window & spec.grid.block(index).box
-        try:
-            stored = workspace.output.read(part)
-        except MissingInputError:
-            continue  # its storage chunk is among the findings already
-        wrong = np.argwhere(stored != expected[(slice(None), *part.slices(window.start))])
-        if len(wrong):
-            first = vector(int(a + b) for a, b in zip(wrong[0][1:], part.start, strict=True))
-            audit.findings.append(
-                f"block {index}: {len(wrong)} of {stored.size} values at the seam {part} differ from a fresh computation, "
-                f"the first at {first}"
-            )
-    audit.seams += 1
+def _writer(grid: BlockGrid, block: Vector, key: str) -> Stage:
+    """The stage that writes a storage chunk of a block, or a part of one."""
+    return "infer" if Box.from_key(key) in grid.block(block).core else "blend"

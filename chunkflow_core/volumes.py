@@ -6,15 +6,18 @@ and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from cloudfiles import CloudFiles
-from cloudfiles.compression import compress
+from cloudfiles.compression import compress, decompress
 from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
+from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import DataError, SpecError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
@@ -50,7 +53,7 @@ class InputLayer:
             StorageError: the storage does not answer.
         """
         maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
-        source = Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
+        source = self.source(box)
         advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
         with storage_errors(f"reading {self.path} at {source}", missing=advice):
             data = read_box(self._volume, source, self.scale.bounds)
@@ -63,6 +66,11 @@ class InputLayer:
             padded[(slice(None), *inside)] = data[(slice(None), *inside)]
             return padded
         return data
+
+    def source(self, box: Box) -> Box:
+        """The voxels inside the layer from which ``box`` is filled."""
+        maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
+        return Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
 
     def _source(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
         """For each position of a range, the position inside the layer whose voxel it gets."""
@@ -86,25 +94,29 @@ class OutputLayer:
         with storage_errors(f"opening {self.path}"):
             self._volume = open_volume(self.path, self.scale)
 
-    def write(self, box: Box, data: NDArray[Any]) -> None:
+    def write(self, box: Box, data: NDArray[Any]) -> dict[str, str]:
         """Write ``data``, ``(channels, z, y, x)`` in the layer's dtype, to a box of whole storage chunks.
 
-        CloudVolume 12.15 would write gzip at level 9 always, at a sixth of the speed for 3 % less (``bench/io.py``), and
+        Returns the storage chunks' names, and digests of their voxels. CloudVolume 12.15 would write gzip at level 9 always, at a sixth of the speed for 3 % less (``bench/io.py``), and
         files on a disk in place, where a process that is killed leaves half of one.
 
         Raises:
             StorageError: the storage does not answer.
         """
-        if layer_path(self.path).startswith("mem://"):  # where CloudVolume keeps arrays, not files
-            self._volume[_xyz(box)] = np.ascontiguousarray(data).T
-            return
+        digests: dict[str, str] = {}
         for chunk in self.expected_chunks(box):
             image = data[(slice(None), *chunk.slices(box.start))]
-            content = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
+            voxels = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
+            digests[chunk.key] = short_digest(voxels)
+            if layer_path(self.path).startswith("mem://"):  # where CloudVolume keeps arrays, not files
+                self._volume[_xyz(chunk)] = np.ascontiguousarray(image).T
+                continue
+            content = voxels
             if self._compression:
-                content = compress(content, self._compression, compress_level=_LEVELS[self._compression])
+                content = compress(voxels, self._compression, compress_level=_LEVELS[self._compression])
             name = f"{self._volume.key}/{chunk.key}"
             put_file(layer_path(self.path), name, content, compression=self._compression, cache=_CACHE)
+        return digests
 
     def read(self, box: Box) -> NDArray[Any]:
         """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
@@ -117,6 +129,37 @@ class OutputLayer:
         with storage_errors(f"listing {self.path}"):
             names = layer_files(self.path).list(prefix=f"{self._volume.key}/")
         return {name.rpartition("/")[2] for name in names if not name.endswith(PARTIAL)}
+
+    def chunk_named(self, name: str) -> Box | None:
+        """The storage chunk of the layer with a name; None if it has no such one."""
+        with suppress(ValueError):
+            box = Box.from_key(name)
+            corner = Box(box.start, vector(a + 1 for a in box.start)) & self.scale.bounds
+            if box.key == name and corner and [box] == list(self.expected_chunks(corner)):
+                return box
+        return None
+
+    def digest(self, name: str) -> str | None:
+        """Digest of the voxels of a storage chunk as it is stored, as ``write`` gives it; None if it isn't there.
+
+        Raises:
+            DataError: it can't be decompressed.
+        """
+        if layer_path(self.path).startswith("mem://"):
+            return short_digest(self.read(Box.from_key(name)).tobytes())
+        with storage_errors(f"reading {name} of {self.path}"):
+            (answer,) = layer_files(self.path).get([f"{self._volume.key}/{name}"], raw=True)
+        if answer["content"] is None:
+            return None
+        try:
+            return short_digest(decompress(answer["content"], answer["compress"], name))
+        except Exception as error:  # each compression has its own
+            raise DataError(f"it can't be decompressed: {error}") from error
+
+    def delete_chunks(self, names: Iterable[str]) -> None:
+        """Delete storage chunks, or whatever else lies among them."""
+        with storage_errors(f"deleting storage chunks of {self.path}"):
+            layer_files(self.path).delete([f"{self._volume.key}/{name}" for name in names])
 
     def rows(self, box: Box) -> Iterator[Box]:
         """A box of whole storage chunks, cut into rows of them along x, so that they can be written at the same time."""
@@ -160,26 +203,21 @@ def create_output(spec: VolumeSpec) -> None:
         provenance={
             "description": f"{spec.name}: {spec.model.engine} inference of {spec.input.path}",
             "sources": [spec.input.path],
-            "processing": [processing_step(spec)],
+            "processing": [],
         },
     )
 
 
-def processing_step(spec: VolumeSpec) -> dict[str, Any]:
-    """What the output layer's provenance says of being made from a spec."""
-    record = {"task": "chunkflow-airflow", "fingerprint": spec.fingerprint, "spec": spec.model_dump(mode="json")}
-    return {"method": record}
+def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
+    """The output layer's scale; ``SpecError`` if the layer there has another shape than the spec says.
 
-
-def check_output(spec: VolumeSpec) -> LayerScale:
-    """The output layer's scale; ``SpecError`` if the layer there has another shape than the spec says."""
+    With ``may_grow``, one that starts where the ROI does and ends inside it will do: ``extend_output`` makes it fit.
+    """
     scale = read_scale(spec.output.path, 0)
-    roi = spec.grid.roi
     wanted: dict[str, tuple[object, object]] = {
         "dtype": (scale.dtype, spec.output.dtype),
         "channels": (scale.channels, spec.output.channels),
         "chunk_size": (scale.chunk, spec.storage_chunk),
-        "bounds": (str(scale.bounds), str(roi)),
     }
     problems = [f"{what} {a}, the spec says {b}" for what, (a, b) in wanted.items() if a != b]
     if scale.encoding != "raw":
@@ -188,7 +226,56 @@ def check_output(spec: VolumeSpec) -> LayerScale:
         raise SpecError(
             f"output.path: the layer at {spec.output.path} has {problems[0]}. Give another path, or delete that layer"
         )
+    bounds, roi = scale.bounds, spec.grid.roi
+    grows = bounds.start == roi.start and bounds in roi
+    if bounds != roi and not (may_grow and grows):
+        start, stop = list(bounds.start), list(bounds.stop)
+        advice = (
+            "The volume has grown: `prepare` extends the layer"
+            if grows
+            else "A layer can grow at its high ends, but neither shrink nor move: set "
+            f"roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
+        )
+        raise SpecError(
+            f"output.path: the layer at {spec.output.path} has bounds {bounds}, the spec says {roi}. {advice}"
+        )
     return scale
+
+
+def has_voxels(spec: VolumeSpec) -> bool:
+    """Whether there is a storage chunk in the output layer."""
+    folder = read_scale(spec.output.path, 0).info["scales"][0]["key"]
+    with storage_errors(f"listing {spec.output.path}"):
+        return any(True for _ in layer_files(spec.output.path).list(prefix=f"{folder}/"))
+
+
+def extend_output(spec: VolumeSpec, layer: LayerScale) -> None:
+    """Give the output layer the ROI's size, in one step; ``layer`` is what it is now.
+
+    Storage chunks that were cut short at its old ends are left: ``delete_cut_short``.
+    """
+    first, *others = layer.info["scales"]
+    info = layer.info | {"scales": [first | {"size": list(reversed(spec.grid.roi.shape))}, *others]}
+    put_file(layer_path(spec.output.path), "info", json.dumps(info, sort_keys=True, indent=2).encode())
+
+
+def delete_cut_short(spec: VolumeSpec) -> int:
+    """Delete the storage chunks that ended where the layer once did, and in whose place it has larger ones now.
+
+    Returns how many there were.
+    """
+    layer = OutputLayer(spec)
+    folder, names = layer.scale.info["scales"][0]["key"], []
+    for name in layer.stored_chunks():
+        with suppress(ValueError):  # of names that are no boxes, and of boxes that are not in the layer
+            box = Box.from_key(name)
+            corner = Box(box.start, vector(a + 1 for a in box.start)) & layer.scale.bounds
+            (chunk,) = layer.expected_chunks(corner)
+            if box != chunk and box.start == chunk.start and box in chunk:
+                names.append(f"{folder}/{name}")
+    with storage_errors(f"deleting storage chunks of {spec.output.path}"):
+        layer_files(spec.output.path).delete(names)
+    return len(names)
 
 
 class NewLayer:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from chunkflow_core.failures import KINDS, is_final
+
 
 class Retry(StrEnum):
     """What trying again is worth."""
@@ -20,13 +22,13 @@ class Retry(StrEnum):
 class Kind(StrEnum):
     """What happened."""
 
-    DONE = "done"
-    WRONG_USAGE = "wrong usage"
-    WRONG_DATA = "data that can't be right"
-    MISSING_INPUT = "an input is missing"
-    STORAGE = "storage or network trouble"
-    WRONG_SPEC = "wrong spec"
-    ERROR = "unforeseen error"
+    DONE = KINDS[0]
+    WRONG_USAGE = KINDS[64]
+    WRONG_DATA = KINDS[65]
+    MISSING_INPUT = KINDS[66]
+    STORAGE = KINDS[75]
+    WRONG_SPEC = KINDS[78]
+    ERROR = KINDS[1]
     KILLED = "killed"
     OUT_OF_MEMORY = "out of memory"
     EVICTED = "evicted"
@@ -44,17 +46,7 @@ class Kind(StrEnum):
     CANCELLED = "cancelled"
 
 
-_EXITS = {
-    0: Kind.DONE,
-    1: Kind.ERROR,
-    64: Kind.WRONG_USAGE,
-    65: Kind.WRONG_DATA,
-    66: Kind.MISSING_INPUT,
-    75: Kind.STORAGE,
-    78: Kind.WRONG_SPEC,
-}
-
-_FINAL = frozenset({Kind.WRONG_USAGE, Kind.WRONG_DATA, Kind.WRONG_SPEC})
+_EXITS = {code: Kind(words) for code, words in KINDS.items()}
 
 _ERROR = "error: "
 
@@ -95,7 +87,7 @@ def classify(code: int, message: str, *, inputs_may_come: bool) -> Outcome:
         reason = _SIGNALS.get(code - 128, f"killed by signal {code - 128}")
         return Outcome(Kind.KILLED, Retry.COUNTED, message, code, reason)
     kind = _EXITS.get(code, Kind.ERROR)
-    final = kind in _FINAL or (kind is Kind.MISSING_INPUT and not inputs_may_come)
+    final = is_final(code, inputs_may_come=inputs_may_come)
     reason = "" if code in _EXITS else "unknown exit code"
     return Outcome(kind, Retry.NEVER if final else Retry.COUNTED, message, code, reason)
 

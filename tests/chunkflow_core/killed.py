@@ -55,7 +55,7 @@ def die_half_way(phase: str, count: int) -> None:
 
     def half_write(self: Path, data: bytes) -> int:
         nonlocal calls
-        there = place in (self.parent.name, self.parents[1].name)
+        there = place in [parent.name for parent in self.parents[:3]]
         calls += there
         if there and calls == count:
             write_bytes(self, data[: len(data) // 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from volume import files_below, output_of, write_volume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.codec import compress, decompress
-from chunkflow_core.exchange import Exchange, Receipt, pack
+from chunkflow_core.exchange import Exchange, pack
 from chunkflow_core.inference_and_donate import main as infer
 from chunkflow_core.lattice import Donation
 from chunkflow_core.receive_and_blend import main as blend
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def one_donation(spec: VolumeSpec) -> tuple[Donation, Path]:
     """A donation of DONOR for RECEIVER, and its file."""
     donation = spec.grid.donations(DONOR, RECEIVER)[0]
-    return donation, Path(Exchange(spec).path.removeprefix("file://")) / "donations" / donation.key
+    return donation, Path(Exchange(spec).path.removeprefix("file://")) / "donations" / "0_0_0" / donation.key
 
 
 def flip_a_bit(spec: VolumeSpec) -> None:
@@ -78,8 +79,8 @@ def of_another_block_with_its_receipt(spec: VolumeSpec) -> None:
     of_another_box(spec)
     donation, _ = one_donation(spec)
     exchange = Exchange(spec)
-    receipt = exchange.receipt("infer", spec.grid.block(DONOR).box)
-    other = exchange.receipt("infer", spec.grid.block((1, 0, 1)).box)
+    receipt = exchange.receipt("infer", DONOR)
+    other = exchange.receipt("infer", (1, 0, 1))
     assert receipt is not None and other is not None
     checksum = {entry.key: entry.checksum for entry in other.donations}
     wrong = spec.grid.donations((1, 0, 1), RECEIVER)[0].key
@@ -87,17 +88,22 @@ def of_another_block_with_its_receipt(spec: VolumeSpec) -> None:
         type(entry)(entry.key, entry.receiver, checksum[wrong], entry.bytes) if entry.key == donation.key else entry
         for entry in receipt.donations
     )
-    exchange.put_receipt(Receipt(**{**vars(receipt), "donations": entries}))
+    exchange.retract("infer", DONOR)
+    exchange.put_receipt(replace(receipt, donations=entries))
+
+
+def receipt_file(spec: VolumeSpec) -> Path:
+    """The donor's."""
+    folder = Path(Exchange(spec).path.removeprefix("file://")) / "receipts" / "infer" / "0_0_0"
+    return next(folder.glob(f"{spec.grid.block(DONOR).box.key}%*.json"))
 
 
 def receipt_missing(spec: VolumeSpec) -> None:
-    (
-        Path(Exchange(spec).path.removeprefix("file://")) / f"receipts/infer/{spec.grid.block(DONOR).box.key}.json"
-    ).unlink()
+    receipt_file(spec).unlink()
 
 
 def receipt_altered(spec: VolumeSpec) -> None:
-    file = Path(Exchange(spec).path.removeprefix("file://")) / f"receipts/infer/{spec.grid.block(DONOR).box.key}.json"
+    file = receipt_file(spec)
     record = json.loads(file.read_text())
     record["receipt"]["donations"] = []
     file.write_text(json.dumps(record))
@@ -133,7 +139,7 @@ def test_wrong_donation(
     assert "inference_and_donate SPEC --block 0 1 1 --force" in message
     assert "Traceback" not in message
     assert files_below(folder / "output") == before, "nothing may be written"
-    assert not list((folder / "exchange").rglob("receipts/blend/*"))
+    assert not list((folder / "exchange").rglob("receipts/blend/*/*"))
 
     assert infer([str(path), "--block", *map(str, DONOR), "--force"]) == 0, "the remedy it names"
     for index in spec.grid.indices():
@@ -165,7 +171,7 @@ def test_zero_donations_are_not_stored(tmp_path: Path) -> None:
 
     assert main(["run", str(path)]) == 0
 
-    assert not list((tmp_path / "exchange").rglob("donations/*"))
+    assert not list((tmp_path / "exchange").rglob("donations/*/*"))
     assert not output_of(path).any()
 
 

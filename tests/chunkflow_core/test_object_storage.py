@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
 from volume import output_of
 
-from chunkflow_core import remote_files
+from chunkflow_core import manifest, remote_files
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.geometry import Box
@@ -27,7 +27,7 @@ from chunkflow_core.object_stores import located, open_files
 from chunkflow_core.spec import load_spec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
 from chunkflow_core.storage import put_file
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.volumes import NewLayer, OutputLayer
 
 Chunkflow = Callable[..., CompletedProcess[str]]
 
@@ -228,14 +228,42 @@ def test_headers(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None
     assert open_files(spec.output.path).get(name)[:2] != b"\x1f\x8b"  # once
     exchange = workspace.exchange.path
     donation = next(iter(workspace.exchange.donation_keys()))
-    assert header(exchange, f"donations/{donation}") == (None, "no-cache", "application/octet-stream")
-    receipt = f"receipts/infer/{spec.grid.block((0, 0, 0)).box.key}.json"
-    assert header(exchange, receipt) == (None, "no-cache", "application/json")
+    assert header(exchange, f"donations/0_0_0/{donation}") == (None, "no-cache", "application/octet-stream")
+    receipt = workspace.exchange.receipt("infer", (0, 0, 0))
+    assert receipt is not None
+    assert header(exchange, f"receipts/infer/0_0_0/{receipt.name}") == (None, "no-cache", "application/json")
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_layer_that_grows(use: Callable[[str], Store], tmp_path: Path, kind: str, chunkflow: Chunkflow) -> None:
+    """Its info is replaced, and what its old end has cut short is deleted; a run's manifest is beside it."""
+    path = spec_for(use(kind), tmp_path, roi=[[0, 0, 0], [14, 24, 24]])
+    assert chunkflow("prepare", path).returncode == 0
+    spec = load_spec(path)
+    OutputLayer(spec).write(spec.grid.roi, np.ones((1, 14, 24, 24), np.uint8))
+    manifest.begin(spec, "run", {})
+    manifest.complete(spec, "run", [])
+    files = open_files(spec.output.path)
+
+    outcome = chunkflow("prepare", path, "--set", "roi=[[0, 0, 0], [20, 24, 24]]")
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(list(files.list(prefix="4_4_40/"))) == 8
+    assert not [name for name in files.list(prefix="4_4_40/") if name.endswith("_12-14")]
+    assert json.loads(files.get("info"))["scales"][0]["size"] == [24, 24, 20]
+    for name in ("info", "provenance", "runs/run.json"):
+        head = files.head(name)
+        assert (head["Cache-Control"], head["Content-Type"]) == ("no-cache", "application/json")
+    stored = CloudVolume(**located(spec.output.path), progress=False)
+    assert [step["method"]["mode"] for step in stored.provenance.processing] == ["new", "extend"]
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None:
-    """One for each object that has to be read or written, and one for each layer's ``info``."""
+    """One for each object that is read, written or deleted, one for each layer's ``info``, and few listings.
+
+    Listings are of the block's receipts (to find, and to retract them), of its donations, and of the input's storage chunks.
+    """
     store = use(kind)
     path = spec_for(store, tmp_path)
     assert main(["prepare", str(path)]) == 0
@@ -250,10 +278,11 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     given = sum(entry.checksum is not None for entry in result.donations)
     counts = store.proxy.counts()
     reads = {"GET info": 2, "GET receipts": 1, "GET chunk": 8}
+    reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 2}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
     assert written == result.storage_chunks + given + 1
-    assert counts.total() == sum(reads.values()) + written
+    assert counts.total() == sum(reads.values()) + written + 1
 
     store.proxy.clear()
     last = (1, 1, 1)
@@ -262,7 +291,7 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     assert blended is not None
     received = sum(len(spec.grid.donations(donor, last)) for donor in spec.grid.donors(last))
     counts = store.proxy.counts()
-    reads = {"GET info": 2, "GET receipts": 9, "GET donations": received}
+    reads = {"GET info": 2, "GET receipts": 8, "GET donations": received, "GET list receipts": 10}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
     assert written == blended.storage_chunks + 1

@@ -17,6 +17,7 @@ from volume import output_of, write_volume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.blending import Grid
+from chunkflow_core.content import Content
 from chunkflow_core.device import DeviceSlab
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
@@ -110,7 +111,7 @@ def test_a_bad_patch_ends_the_block_and_every_thread(volume: VolumeSpec, bad: in
 
     assert not stream_threads()
     workspace = Workspace(volume)
-    assert workspace.exchange.receipt("infer", volume.grid.block((0, 0, 0)).box) is None
+    assert workspace.exchange.receipt("infer", (0, 0, 0)) is None
     if bad == 0:
         assert not workspace.output.stored_chunks(), "nothing of its layer may be written"
         assert not workspace.exchange.donation_keys()
@@ -119,7 +120,7 @@ def test_a_bad_patch_ends_the_block_and_every_thread(volume: VolumeSpec, bad: in
 def test_giving_up_a_block_ends_every_thread(volume: VolumeSpec) -> None:
     workspace = Workspace(volume)
     inference = ChunkInference(volume, lambda: Scripted(lambda n: None, streams=2), workspace.input, 4)
-    pieces = inference.block(volume.grid.block((0, 0, 0)), Record(), lambda: None)
+    pieces = inference.block(volume.grid.block((0, 0, 0)), Record(), lambda: None, Content())
     next(pieces)
 
     pieces.close()

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 from volume import SHAPE
 
-from chunkflow_core.exchange import STAGES, Exchange, Receipt
-from chunkflow_core.report import Task, duration, metric, read_tasks, report_of
+from chunkflow_core.exchange import Exchange, Receipt
+from chunkflow_core.marks import STAGES
+from chunkflow_core.report import Task, duration, metric, report_of, tasks_of
 from chunkflow_core.report_picture import BLEND, FORWARD, INFER, draw
 from chunkflow_core.spec import load_spec
 
@@ -36,7 +37,7 @@ def done(make_spec: MakeSpec, chunkflow: Command) -> Path:
 
 def receipts_of(folder: Path, stage: str) -> list[dict[str, Any]]:
     """The receipts of a stage, from their files."""
-    files = sorted(folder.glob(f"exchange/*/receipts/{stage}/*.json"))
+    files = sorted(folder.glob(f"exchange/*/receipts/{stage}/*/*.json"))
     return [json.loads(file.read_text())["receipt"] for file in files]
 
 
@@ -260,7 +261,9 @@ def test_picture_shows_tasks_with_the_most_memory(done: Path, tmp_path: Path, ch
 def test_picture_of_thousands_of_blocks(done: Path, tmp_path: Path, hosts: int) -> None:
     rewrite(done, in_a_row)
     spec = load_spec(done)
-    infer, blend = (next(t for t in read_tasks(spec, Exchange(spec)) if t.stage == stage) for stage in STAGES)
+    infer, blend = (
+        next(t for t in tasks_of(spec, Exchange(spec).all_receipts()) if t.stage == stage) for stage in STAGES
+    )
     tasks = [_moved(task, number, hosts) for number in range(3000) for task in (infer, blend)]
     file = tmp_path / "report.png"
     draw(report_of(spec, "", tasks), tasks, file)

@@ -15,12 +15,14 @@ from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer
 
 SHAPE = (20, 48, 40)
+CHUNK = (8, 16, 16)
+"""Storage chunk of the input."""
 
 
 def write_layer(path: Path, shape: Vector = SHAPE) -> None:
     """Write a layer of random voxels."""
     data = np.random.default_rng(1).integers(0, 256, (1, *shape), dtype=np.uint8)
-    layer = NewLayer(f"file://{path}", shape, dtype="uint8", resolution=(40, 4, 4), chunk=(8, 16, 16))
+    layer = NewLayer(f"file://{path}", shape, dtype="uint8", resolution=(40, 4, 4), chunk=CHUNK)
     layer.write(Box((0, 0, 0), shape), data)
 
 
@@ -53,5 +55,6 @@ def output_of(path: Path) -> NDArray[np.generic]:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, by relative path."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """All files below a folder, by relative path; without the manifests of runs, which hold times."""
+    files = {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file() and f.parent.name != "runs"}
+    return {name: file.read_bytes() for name, file in files.items()}

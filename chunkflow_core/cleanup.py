@@ -1,0 +1,61 @@
+"""Deletes the donations that nothing needs any more.
+
+A donation is needed until the receiver's receipt says that it has consumed just this. Interrupted at any point, this leaves
+donations too many, or some of a donor's: the planner counts them, and has what is not whole made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from chunkflow_core.exchange import Exchange
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.planner import has_consumed
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.state import ExchangeReceipts
+from chunkflow_core.storage import delete_partials
+from chunkflow_core.volumes import layer_path
+
+_HOUR, _DAY = 3600.0, 86400.0
+
+
+def cleanup(spec: VolumeSpec, *, now: float | None = None) -> int:
+    """Delete donations as the spec says, and return how many.
+
+    Args:
+        spec: of the volume; ``exchange.donations`` is ``delete``, ``keep``, or the days for which they are kept after their blending.
+        now: Unix time; default: the clock's.
+    """
+    now = time.time() if now is None else now
+    exchange = Exchange(spec)
+    for path in (exchange.path, layer_path(spec.output.path)):
+        delete_partials(path, older_than=_HOUR)
+    policy = spec.exchange.donations
+    if policy == "keep":
+        return 0
+    days = 0.0 if policy == "delete" else policy.days
+    spent = list(_spent(exchange, before=now - days * _DAY if days else None))
+    exchange.delete_donations(spent)
+    return len(spent)
+
+
+def _spent(exchange: Exchange, before: float | None) -> Iterator[str]:
+    """Keys of donations that have been consumed; ``before``: by a blending that ended before this time."""
+    grid, receipts = exchange.spec.grid, ExchangeReceipts(exchange)
+    donated = exchange.donations_of(exchange.groups())
+    receivers = {r for donor in donated for r in grid.receivers(donor)}
+    receipts.load(receivers | {d for r in receivers for d in grid.donors(r)})
+    done = {r for r in receivers if has_consumed(exchange.spec, receipts, r)}
+    if before is not None:
+        done = {r for r in done if _finished(exchange, r) < before}
+    for keys in donated.values():
+        for key in keys:
+            if grid.holding(Box.from_key(key.partition("%")[2]).start) in done:
+                yield key
+
+
+def _finished(exchange: Exchange, receiver: Vector) -> float:
+    """When a block's blending ended, Unix time; now if its receipt does not say."""
+    receipt = exchange.receipt("blend", receiver)
+    return float(receipt.facts.get("finished", time.time())) if receipt else time.time()

@@ -1,0 +1,36 @@
+"""A digest of all input that decides a block's numbers, whatever the steps in which it is read."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.digests import short_digest
+from chunkflow_core.mask import MaskWindow
+
+
+class Content:
+    """Takes planes in any order, from several threads."""
+
+    def __init__(self) -> None:
+        self._planes: dict[int, bytes] = {}
+        self._mask = b""
+
+    def add(self, start: int, data: NDArray[Any]) -> None:
+        """Planes ``(channels, z, y, x)`` from ``start`` on in z, as they are read: with padding and halo."""
+        for z in range(data.shape[1]):
+            plane = hashlib.sha256(np.ascontiguousarray(data[:, z]).data).digest()
+            self._planes[start + z] = plane
+
+    def add_mask(self, window: MaskWindow) -> None:
+        """The mask over all voxels that the block's patches touch."""
+        self._mask = hashlib.sha256(np.ascontiguousarray(window.present).data).digest()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was added."""
+        planes = [b"%d:" % z + digest for z, digest in sorted(self._planes.items())]
+        return short_digest(b"".join([self._mask, *planes]))

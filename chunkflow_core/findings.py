@@ -1,0 +1,99 @@
+"""What an audit finds, as data, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.spec import VolumeSpec
+
+Kind = Literal[
+    "other model",
+    "missing chunk",
+    "wrong chunk",
+    "seam",
+    "stray chunk",
+    "receipt",
+    "donation",
+    "incomplete",
+    "not done",
+]
+"""``incomplete``: a block that was begun, or whose donors have changed since. ``not done``: one that was never begun."""
+
+_DUE: tuple[Kind, ...] = ("incomplete", "not done")
+"""What the planner sees by itself."""
+_SHOWN = 20
+"""Findings that are told of one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong."""
+
+    kind: Kind
+    block: Vector | None
+    """Whose it is; None for what is no block's."""
+    subject: str
+    """What is wrong: a storage chunk's name, a file's name in the exchange, a box, a stage, a fingerprint."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"block {self.block}: {self.message}" if self.block is not None else self.message
+
+
+@dataclass
+class Audit:
+    """What an audit looked at and found wrong."""
+
+    box: Box | None = None
+    """The part that was looked at; None for all."""
+    storage_chunks: int = 0
+    """Storage chunks that have to be there: those of stages with a receipt."""
+    blocks: int = 0
+    """Blocks that were looked at."""
+    seams: int = 0
+    """Windows that were computed again."""
+    findings: list[Finding] = field(default_factory=list)
+    """Empty if all is well."""
+
+    def add(self, kind: Kind, block: Vector | None, subject: str, message: str) -> None:
+        """Note what is wrong."""
+        self.findings.append(Finding(kind, block, subject, message))
+
+    @property
+    def harmed(self) -> frozenset[Vector]:
+        """The blocks with something wrong, without those that were never begun."""
+        return frozenset(f.block for f in self.findings if f.block is not None and f.kind != "not done")
+
+
+def advice(audit: Audit, spec: VolumeSpec) -> str:
+    """What is wrong, the most telling first, and the command that mends it."""
+    kinds = {finding.kind for finding in audit.findings}
+    started = {finding.block for finding in audit.findings if finding.kind == "incomplete"}
+    due = started | {finding.block for finding in audit.findings if finding.kind == "not done"}
+    part = "" if audit.box is None else " --bbox " + " ".join(map(str, (*audit.box.start, *audit.box.stop)))
+    where = " and this bounding box" if part else ""
+    unfinished = f"{len(due)} of {audit.blocks} blocks are not done yet: `chunkflow-core run SPEC{part}` does them"
+    if kinds <= {"not done"}:
+        return f"{spec.output.path} is not complete: {unfinished}; nothing else is wrong"
+    lines = [f"{spec.output.path} is not right:" if kinds - set(_DUE) else f"{spec.output.path} is not complete:"]
+    lines += _shown(audit.findings)
+    if "other model" in kinds:
+        lines.append(
+            f"`chunkflow-core run SPEC{part}` tells what differs from that spec, and what can be done about it"
+        )
+    if kinds - {"other model", *_DUE}:
+        lines.append(
+            f"To do again just what is wrong: `chunkflow-core run SPEC --repair{part}` (in Airflow: trigger the volume with "
+            f"only repair{where})"
+        )
+    return "\n  ".join([*lines, unfinished] if due else lines)
+
+
+def _shown(findings: Iterable[Finding]) -> list[str]:
+    order = get_args(Kind)
+    told = sorted((f for f in findings if f.kind != "not done"), key=lambda finding: order.index(finding.kind))
+    more = [f"… and {len(told) - _SHOWN} more"] if len(told) > _SHOWN else []
+    return [*map(str, told[:_SHOWN]), *more]

@@ -1,0 +1,66 @@
+"""Whether the input of blocks is what it was: by what storage says of it if that is enough, or else by its voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from chunkflow_core.digests import short_digest
+from chunkflow_core.exchange import Exchange, Receipt
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.inference import ChunkInference
+from chunkflow_core.mask import Mask
+from chunkflow_core.signatures import LayerSignatures
+from chunkflow_core.volumes import InputLayer
+
+
+class Inputs:
+    """What the blocks of a volume read: input layer and mask."""
+
+    def __init__(self, exchange: Exchange, layer: InputLayer, mask: Mask | None, inference: ChunkInference) -> None:
+        """Look at nothing yet. What has been looked at is remembered."""
+        self._exchange, self._spec = exchange, exchange.spec
+        self._layer, self._mask, self._inference = layer, mask, inference
+        spec = exchange.spec
+        self._signatures = LayerSignatures(spec.input.path, spec.input.mip, layer.scale)
+        self._mask_signatures: LayerSignatures | None = None
+        if mask is not None and spec.skip.mask is not None:
+            self._mask_signatures = LayerSignatures(mask.path, spec.skip.mask.mip, mask.scale)
+
+    def load(self, blocks: Collection[Vector]) -> None:
+        """Ask storage for the signatures of many blocks at once."""
+        self._signatures.load([self._source(block) for block in blocks])
+        if self._mask_signatures is not None:
+            self._mask_signatures.load([self._mask_source(block) for block in blocks])
+
+    def signature(self, block: Vector) -> str:
+        """Digest of what storage says of the storage chunks that a block reads; empty if it can't tell one from another."""
+        signature = self._signatures.digest(self._source(block))
+        if self._mask_signatures is None or not signature:
+            return signature
+        of_mask = self._mask_signatures.digest(self._mask_source(block))
+        return short_digest(f"{signature} {of_mask}".encode()) if of_mask else ""
+
+    def unchanged(self, receipt: Receipt) -> bool:
+        """Whether a block would read what its receipt of inference says that it has read.
+
+        If that has to be found out from the voxels, the receipt is told what storage says of them now.
+        """
+        signature = self.signature(receipt.block)
+        if signature and signature == receipt.signature:
+            return True
+        if self.content(receipt.block) != receipt.content:
+            return False
+        if signature != receipt.signature:
+            self._exchange.put_signature(receipt, signature)
+        return True
+
+    def content(self, block: Vector) -> str:
+        """Digest of what a block reads, from its voxels: see ``Receipt.content``."""
+        return self._inference.content(self._spec.grid.block(block))
+
+    def _source(self, block: Vector) -> Box:
+        return self._layer.source(self._inference.reads(self._spec.grid.block(block)))
+
+    def _mask_source(self, block: Vector) -> Box:
+        assert self._mask is not None
+        return self._mask.region(self._spec.grid.block(block).chunk & self._spec.grid.roi)

@@ -1,0 +1,114 @@
+"""What the names of receipts say: all that the planner needs to know, so that a listing is enough.
+
+::
+
+    infer    <block-range>%<geometry>%<input signature>%<given>
+    blend    <block-range>%<geometry>%<consumed>
+
+``given`` has eight places, for the receivers ``block + (z, y, x)`` with z, y, x of 0 or 1, x fastest, joined by ``_``: a digest of what
+was donated and the number of donations stored, ``digest.count``; empty where there is no receiver. ``consumed`` is a digest of what all
+donors have given. A part that is not known is ``-``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from chunkflow_core.digests import short_digest
+from chunkflow_core.geometry import Vector
+
+Stage = Literal["infer", "blend"]
+STAGES: tuple[Stage, Stage] = ("infer", "blend")
+
+_UNKNOWN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceMark:
+    """A block's inference is complete."""
+
+    geometry: str
+    """``VolumeSpec.block_digest`` of the block."""
+    signature: str
+    """What storage said of the input's storage chunks before they were read; empty if it could not."""
+    given: str
+    """See above."""
+
+    @property
+    def text(self) -> str:
+        """As it stands in the receipt's name, after the block's range."""
+        return f"{self.geometry}%{self.signature or _UNKNOWN}%{self.given}"
+
+    def digest(self, slot: int) -> str:
+        """Digest of what the receiver at a place got."""
+        return self.given.split("_")[slot].partition(".")[0]
+
+    def count(self, slot: int) -> int:
+        """Number of donations stored for the receiver at a place."""
+        return int(self.given.split("_")[slot].partition(".")[2] or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class BlendingMark:
+    """A block's blending is complete."""
+
+    geometry: str
+    """``VolumeSpec.block_digest`` of the block."""
+    consumed: str
+    """See above."""
+
+    @property
+    def text(self) -> str:
+        """As it stands in the receipt's name, after the block's range."""
+        return f"{self.geometry}%{self.consumed}"
+
+
+Mark = InferenceMark | BlendingMark
+
+
+def slot(donor: Vector, receiver: Vector) -> int:
+    """The place of a receiver among those that a donor can have."""
+    return (receiver[0] - donor[0]) * 4 + (receiver[1] - donor[1]) * 2 + receiver[2] - donor[2]
+
+
+def receiver_at(donor: Vector, place: int) -> Vector:
+    """The inverse of ``slot``."""
+    z, y, x = donor
+    return (z + place // 4, y + place // 2 % 2, x + place % 2)
+
+
+def given_text(donor: Vector, given: dict[Vector, tuple[str, int]]) -> str:
+    """``given`` of a mark, from digest and number of donations by receiver."""
+    places = [receiver_at(donor, place) for place in range(8)]
+    return "_".join("{}.{}".format(*given[place]) if place in given else "" for place in places)
+
+
+def consumed_digest(digests: Iterable[str]) -> str:
+    """``consumed`` of a mark, from the digests of what the donors gave, in the order of ``BlockGrid.donors``."""
+    return short_digest("_".join(digests).encode())
+
+
+def parse_mark(stage: Stage, text: str) -> Mark | None:
+    """The mark in a receipt's name, after the block's range; None if there is none."""
+    parts = text.split("%")
+    if stage == "blend":
+        return BlendingMark(*parts) if len(parts) == 2 else None
+    if len(parts) != 3 or parts[2].count("_") != 7:
+        return None
+    geometry, signature, given = parts
+    return InferenceMark(geometry, "" if signature == _UNKNOWN else signature, given)
+
+
+def merged(marks: Sequence[Mark]) -> Mark | None:
+    """What several receipts of one block say: nothing if they disagree.
+
+    Two attempts that have worked on different inputs, or on machines whose networks give different bits, can leave two. Receipts
+    that differ in the input's signature only are of one content.
+    """
+    first, *others = marks
+    if isinstance(first, InferenceMark) and others:
+        first = replace(first, signature="")
+        others = [replace(mark, signature="") for mark in others if isinstance(mark, InferenceMark)]
+    return first if all(mark == first for mark in others) else None

@@ -1,0 +1,187 @@
+"""Who has written to an output layer: this project's steps in CloudVolume's ``provenance`` file.
+
+Each step has ``by`` and ``method``; ours say there which spec has claimed the layer, how, and for which ROI. The last of ours
+is the one that holds.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from chunkflow_core.blending import NUMERICS_VERSION
+from chunkflow_core.geometry import Box
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage import put_file, storage_errors
+from chunkflow_core.volumes import layer_files, layer_path
+
+Mode = Literal["new", "overwrite", "mixture", "extend", "whole"]
+"""Why there is a step: the layer was made, or did not say whose it is; another spec's blocks are to be replaced, or joined; the
+ROI's end has moved; or every block is of one fingerprint again.
+"""
+
+_TASK = "chunkflow-airflow"
+_DECIDES_NOTHING = (
+    "name",
+    "exchange",
+    "roi",
+    "runner",
+    "schedule",
+    "input.prefetch",
+    "output.compression",
+    "model.device",
+    "model.streams",
+)
+"""Keys of the spec, or sections, that decide no number of the output; of the ROI only its start does."""
+
+
+class History:
+    """An output layer's provenance, as it is when this is made. One that can't be read is an empty one."""
+
+    def __init__(self, spec: VolumeSpec) -> None:
+        """Read it; ``StorageError`` if the storage does not answer."""
+        self._spec = spec
+        with storage_errors(f"reading the provenance of {spec.output.path}"):
+            content = layer_files(spec.output.path).get("provenance")
+        self._content = _parse(content)
+        steps = self._content["processing"]
+        ours = [step for step in steps if isinstance(step.get("method"), dict) and step["method"].get("task") == _TASK]
+        self.by: str = str(ours[-1].get("by", "")) if ours else ""
+        """Who has made the last step."""
+        self.last: dict[str, Any] = ours[-1]["method"] if ours else {}
+        """What the last step says; empty if there is none."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the spec that has claimed the layer last; None if the layer does not say."""
+        return self.last.get("fingerprint")
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of all specs whose voxels may be in the layer."""
+        known = self.last.get("fingerprints")
+        return list(known) if isinstance(known, list) else [self.fingerprint] if self.fingerprint else []
+
+    def is_of(self, roi: Box) -> bool:
+        """Whether the last step was made for this ROI."""
+        return self.last.get("roi") == _corners(roi)
+
+    def add(self, mode: Mode, run: str) -> None:
+        """Append a step of this spec and store it. ``run`` is the name of the run that does it."""
+        self.last = self._step(mode, run)
+        self.by = user()
+        self._content["processing"].append({"by": self.by, "method": self.last})
+        source = self._spec.input.path
+        if source not in self._content["sources"]:
+            self._content["sources"].append(source)
+        put_file(layer_path(self._spec.output.path), "provenance", json.dumps(self._content, indent=2).encode())
+
+    def differences(self) -> list[str]:
+        """What of the spec that has claimed the layer last differs from this one, a line each: key, old value, new value."""
+        before, after = _facts(self.last), _facts(self._step("new", ""))
+        return [
+            f"{key}: {_short(before.get(key, 'not set'))}, now {_short(after.get(key, 'not set'))}"
+            for key in dict.fromkeys([*before, *after])
+            if before.get(key) != after.get(key)
+        ]
+
+    def _step(self, mode: Mode, run: str) -> dict[str, Any]:
+        spec = self._spec
+        others = [] if mode in ("new", "whole") else [f for f in self.fingerprints if f != spec.fingerprint]
+        return {
+            "task": _TASK,
+            "mode": mode,
+            "run": run,
+            "time": now(),
+            "fingerprint": spec.fingerprint,
+            "fingerprints": [*others, spec.fingerprint],
+            "roi": _corners(spec.grid.roi),
+            "numerics": NUMERICS_VERSION,
+            "digests": digests(spec),
+            "spec": spec_record(spec),
+        }
+
+
+def last_fingerprint(spec: VolumeSpec) -> str | None:
+    """Fingerprint of the spec that has claimed the output layer last; None if the layer does not say."""
+    return History(spec).fingerprint
+
+
+def digests(spec: VolumeSpec) -> dict[str, str]:
+    """SHA-256 of each file that makes the model, by name: relative to the spec's folder, if it is there."""
+    found: dict[str, str] = {}
+    for path in spec.model_files:
+        name = str(path.relative_to(spec.folder) if path.is_relative_to(spec.folder) else path.name)
+        with path.open("rb") as file:
+            found[str(path) if name in found else name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def spec_record(spec: VolumeSpec) -> dict[str, Any]:
+    """The whole spec for JSON, but for the values of pods' environment variables: those may be secret, layers are public."""
+    return spec.model_dump(mode="json", exclude={"runner": {"env"}})
+
+
+def user() -> str:
+    """Who runs this process: a name, or a number in containers that have no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _parse(text: bytes | None) -> dict[str, Any]:
+    """A provenance that CloudVolume takes, with all that can be read of this one."""
+    try:
+        content = json.loads(text or b"{}")
+    except ValueError:
+        content = {}
+    known = content if isinstance(content, dict) else {}
+    kinds = {"owners": str, "processing": dict, "sources": str}
+    lists = {
+        key: [item for item in known[key] if isinstance(item, kind)] if isinstance(known.get(key), list) else []
+        for key, kind in kinds.items()
+    }
+    return {"description": "", **known, **lists}
+
+
+def _corners(box: Box) -> list[list[int]]:
+    return [list(box.start), list(box.stop)]
+
+
+def _facts(step: dict[str, Any]) -> dict[str, str]:
+    """What of a step decides numbers, as text."""
+    start, files = (step.get("roi") or [None])[0], step.get("digests") or {}
+    return {
+        **dict(_decisive(step.get("spec"))),
+        **{f"model file {name}": f"sha256 {digest[:16]}…" for name, digest in files.items()},
+        "start of the ROI": json.dumps(start),
+        "numerics": str(step.get("numerics")),
+    }
+
+
+def _decisive(section: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of a spec that decide numbers, ``key.sub``, and their values; without those that are not set."""
+    if isinstance(section, dict):
+        for name, value in section.items():
+            key = f"{prefix}{name}"
+            if key in _DECIDES_NOTHING or value is None:
+                continue
+            if isinstance(value, dict):
+                yield from _decisive(value, f"{key}.")
+            else:
+                yield key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,0 +1,44 @@
+"""What a run leaves beside the output: its manifest, completed, and a picture of what it did."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from chunkflow_core import manifest
+from chunkflow_core.exchange import Exchange
+from chunkflow_core.report import of_run, report_of, tasks_of
+from chunkflow_core.report_picture import draw
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage import put_file
+from chunkflow_core.volumes import layer_path
+
+
+def publish(spec: VolumeSpec, run: str) -> dict[str, Any]:
+    """Complete a run's manifest, draw its picture beside it, and return the run's report.
+
+    Returns:
+        The fields of ``report.Report``, and ``changed_blocks`` (indices, zyx), ``bounding_box`` (of these; start and stop in
+        voxels, zyx; None if nothing has changed), and where ``manifest`` and ``picture`` are.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
+    exchange = Exchange(spec)
+    receipts = exchange.all_receipts()
+    tasks = tasks_of(spec, receipts)
+    report = report_of(spec, exchange.path, tasks, run=run)
+    layer, stem = layer_path(spec.output.path), manifest.stem(run)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.png"
+        draw(report, of_run(tasks, run), file)
+        put_file(layer, f"{stem}.png", file.read_bytes())
+    completed = manifest.complete(spec, run, receipts)
+    return asdict(report) | {
+        "changed_blocks": completed["blocks"]["changed"],
+        "bounding_box": completed["bounding_box"],
+        "manifest": f"{layer}/{stem}.json",
+        "picture": f"{layer}/{stem}.png",
+    }

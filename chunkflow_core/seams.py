@@ -1,0 +1,117 @@
+"""Windows across the borders of blocks, computed again as one machine with endless memory would."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.audit import StoredAudit
+from chunkflow_core.blending import Grid
+from chunkflow_core.codec import decompress
+from chunkflow_core.errors import MissingInputError, SpecError, StorageError
+from chunkflow_core.findings import Audit
+from chunkflow_core.geometry import Box, Vector, indices, vector
+from chunkflow_core.record import Record
+from chunkflow_core.slab import Slab, convert
+from chunkflow_core.stages import Workspace
+
+WINDOW: Vector = (4, 32, 32)
+"""Size of the windows that are computed again, zyx."""
+
+
+def windows(workspace: Workspace, stored: StoredAudit, count: int, run: str, seed: int) -> Iterator[Box]:
+    """Windows around points on the low faces, edges and corners of complete blocks that have lower neighbours.
+
+    Every other one is at a block that ``run`` has done, or else at one of those that were done last.
+    """
+    chance = random.Random(seed)
+    inner = sorted(index for index in stored.complete if any(index))
+    recent = [index for index in inner if run and run in stored.runs[index]]
+    recent = recent or heapq.nlargest(max(1, count // 2), inner, key=lambda index: stored.finished[index])
+    for number in range(count if inner else 0):
+        yield _window(workspace, chance.choice(inner if number % 2 else recent), chance)
+
+
+def _window(workspace: Workspace, index: Vector, chance: random.Random) -> Box:
+    box, roi = workspace.spec.grid.block(index).box, workspace.spec.grid.roi
+    across = [a for a in range(3) if index[a] > 0]
+    across = chance.sample(across, chance.randint(1, len(across)))
+    centre = [box.start[a] if a in across else chance.randrange(box.start[a], box.stop[a]) for a in range(3)]
+    start = vector(c - w // 2 for c, w in zip(centre, WINDOW, strict=True))
+    return Box(start, vector(a + w for a, w in zip(start, WINDOW, strict=True))) & roi
+
+
+def check_window(workspace: Workspace, window: Box, complete: set[Vector], audit: Audit) -> None:
+    """Compute a window again and compare what of it belongs to audited blocks that are complete."""
+    spec = workspace.spec
+    sums = workspace.inference.window(window)
+    expected = workspace.masked(window, convert(sums, spec.output.dtype, Grid(*spec.output.range)))
+    for index in sorted(complete.intersection(spec.grid.blocks_touching(window))):
+        block = spec.grid.block(index)
+        for part in (box & window for box in (block.core, *block.frame)):
+            if part:
+                _compare(workspace, index, part, expected[(slice(None), *part.slices(window.start))], audit)
+    audit.seams += 1
+
+
+def _compare(workspace: Workspace, index: Vector, part: Box, expected: NDArray[np.generic], audit: Audit) -> None:
+    try:
+        stored = workspace.output.read(part)
+    except MissingInputError:
+        return  # its storage chunk is among the findings already
+    except (StorageError, SpecError):
+        raise
+    except Exception as error:  # each compression has its own
+        audit.add("seam", index, part.key, f"the seam {part} can't be read: {error}")
+        return
+    places = np.argwhere(stored != expected)
+    if len(places):
+        first, last = (vector(int(a + b) for a, b in zip(p, part.start, strict=True)) for p in _ends(places[:, 1:]))
+        wrong = Box(first, vector(a + 1 for a in last))
+        audit.add(
+            "seam",
+            index,
+            wrong.key,
+            f"{len(places)} of {stored.size} values at the seam {part} differ from a fresh computation, all in {wrong}",
+        )
+
+
+def _ends(places: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return places.min(axis=0), places.max(axis=0)
+
+
+def gives_wrong_sums(workspace: Workspace, donor: Vector, receiver: Vector, box: Box) -> bool:
+    """Whether a donation that is still there has other sums in a box than its donor computes now."""
+    spec, exchange = workspace.spec, workspace.exchange
+    receipt = exchange.receipt("infer", donor)
+    entries = {entry.key: entry for entry in receipt.donations} if receipt else {}
+    for donation in spec.grid.donations(donor, receiver):
+        part, entry = donation.box & box, entries.get(donation.key)
+        if not part or entry is None:
+            continue
+        try:
+            payload = exchange.get_donations([(donation, entry)]).get(donation.key)
+        except MissingInputError:
+            continue  # it has been cleaned up, and would be made anew
+        shape = donation.box.shape
+        sums = decompress(payload, spec.output.channels, shape) if payload else np.zeros((1, *shape), np.float32)
+        if (sums[(slice(None), *part.slices(donation.box.start))] != _given(workspace, donor, part)).any():
+            return True
+    return False
+
+
+def _given(workspace: Workspace, donor: Vector, box: Box) -> NDArray[np.float32]:
+    """What a block's own patches sum to in a box."""
+    grid, inference = workspace.spec.grid, workspace.inference
+    block = grid.block(donor)
+    slab = Slab(grid, box, box.shape[0], workspace.spec.output.channels, inference.patches.values)
+    own = [p for p in indices(block.first_patch, block.stop_patch) if grid.patch_box(p) & box]
+    for position in inference.patches.inside_mask(own):
+        read = inference.patches.input_box(position)
+        planes = read, np.ascontiguousarray(inference.reader.read(read))
+        inference.patches.run(slab, position, planes, Record(), lambda: None)
+    return slab.sum(box)

@@ -1,0 +1,96 @@
+"""Whether the input of a block may have changed: by what the storage says of its storage chunks, without reading voxels."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from base64 import b32encode
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import product
+
+from chunkflow_core.chunk_stores import CannotTell, Chunks, Column, Wanted, open_store
+from chunkflow_core.geometry import Box
+from chunkflow_core.layer_info import LayerScale
+from chunkflow_core.storage import storage_errors
+
+_UNKNOWN, _ABSENT = 0, 1
+
+
+class LayerSignatures:
+    """What the storage says of a layer's storage chunks, without reading them."""
+
+    def __init__(self, path: str, mip: int, scale: LayerScale) -> None:
+        """Of one scale; nothing is asked yet."""
+        self.path = path.removeprefix("precomputed://").rstrip("/")
+        self._chunks = Chunks(scale)
+        self._columns: dict[Column, array[int]] = {}
+        with storage_errors(f"opening {self.path}"):
+            self._store = (
+                None if scale.encoding == "sharded" else open_store(self.path, scale.info["scales"][mip]["key"])
+            )
+
+    def load(self, boxes: Iterable[Box]) -> None:
+        """Ask the storage for all storage chunks that touch some boxes, at the same time, and remember the answers.
+
+        Boxes may overlap and reach past the layer. For many blocks this is by far faster than a ``digest`` of each: whole
+        rows and columns are listed.
+
+        Raises:
+            SpecError: the storage refuses the credentials, or finds none.
+            StorageError: the storage does not answer.
+        """
+        if self._store is None:
+            return
+        wanted = self._unknown(boxes)
+        try:
+            with storage_errors(f"asking {self.path} which storage chunks there are"):
+                for name, signature in self._store.ask(self._chunks, wanted):
+                    place = self._chunks.place(name)
+                    if place is not None and place[0] in self._columns:
+                        self._columns[place[0]][place[1]] = _number(signature)
+        except CannotTell:
+            self._store = None
+            return
+        for column, zs in wanted.items():
+            numbers = self._columns[column]
+            for z in zs:
+                numbers[z] = numbers[z] or _ABSENT
+
+    def digest(self, box: Box) -> str:
+        """Hash of names and signatures of the storage chunks that touch a box; what is not loaded yet is.
+
+        A storage chunk that isn't there counts as such. The same whichever way the storage was asked, and when other parts
+        of the layer change or are added. "" if the storage can't tell.
+        """
+        self.load([box])
+        if self._store is None:
+            return ""
+        zs, ys, xs = self._chunks.touching(box)
+        names_z, names_y, names_x = self._chunks.names
+        content = hashlib.sha256(" ".join(names_z[zs.start : zs.stop]).encode())
+        for y, x in product(ys, xs):
+            content.update(f" {names_x[x]}_{names_y[y]} ".encode())
+            content.update(self._columns[y, x][zs.start : zs.stop])
+        return b32encode(content.digest()[:8]).decode().rstrip("=").lower()
+
+    def _unknown(self, boxes: Iterable[Box]) -> Wanted:
+        """The storage chunks that touch boxes and have not been asked for; makes room for their answers."""
+        length = len(self._chunks.names[0])
+        marks: dict[Column, bytearray] = defaultdict(lambda: bytearray(length))
+        for box in boxes:
+            zs, ys, xs = self._chunks.touching(box)
+            marked = b"\1" * len(zs)
+            for column in product(ys, xs):
+                marks[column][zs.start : zs.stop] = marked
+        wanted = {}
+        for column, mark in marks.items():
+            numbers = self._columns.setdefault(column, array("Q", bytes(8 * length)))
+            if zs_of_column := [z for z, marked_z in enumerate(mark) if marked_z and numbers[z] == _UNKNOWN]:
+                wanted[column] = zs_of_column
+        return wanted
+
+
+def _number(signature: str) -> int:
+    number = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "little")
+    return max(number, _ABSENT + 1)
