@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,14 @@ class Content:
         self._planes: dict[int, bytes] = {}
         self._mask = b""
 
-    def add(self, start: int, data: NDArray[Any]) -> None:
-        """Planes ``(channels, z, y, x)`` from ``start`` on in z, as they are read: with padding and halo."""
+    def add(self, start: int, data: NDArray[Any], used: Container[int]) -> None:
+        """Planes ``(channels, z, y, x)`` from ``start`` on in z, as they are read: with padding and halo.
+
+        Those that are not ``used`` decide nothing: they are read since storage chunks are read whole.
+        """
         for z in range(data.shape[1]):
-            plane = hashlib.sha256(np.ascontiguousarray(data[:, z]).data).digest()
-            self._planes[start + z] = plane
+            if start + z in used:
+                self._planes[start + z] = hashlib.sha256(np.ascontiguousarray(data[:, z]).data).digest()
 
     def add_mask(self, window: MaskWindow) -> None:
         """The mask over all voxels that the block's patches touch."""

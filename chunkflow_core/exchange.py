@@ -88,6 +88,8 @@ class Receipt:
     """For infer: what storage said of the input's storage chunks before they were read; empty if it could not."""
     content: str = ""
     """For infer: digest of all input that decided a number: voxels as read, with padding and halo, and the mask."""
+    mask: str = ""
+    """For infer: digest of the mask over the block's frame; empty if there is none."""
     written: dict[str, str] = field(default_factory=dict)
     """Names of the storage chunks written → digests of their voxels."""
     changed: bool = True
@@ -95,13 +97,13 @@ class Receipt:
     facts: dict[str, Any] = field(default_factory=dict)
     """Timings in seconds, host, versions: for people, never decisive."""
 
-    def given(self, receiver: Vector) -> str:
+    def given(self, receiver: Vector, mask: str | None = None) -> str:
         """Digest of all that this block donated to one receiver.
 
-        Its own blending also applies the mask, which is part of the input.
+        Its own blending also applies the mask: ``mask`` if it is other than the one that inference has read.
         """
         entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
-        own = self.content if receiver == self.block else ""
+        own = (self.mask if mask is None else mask) if receiver == self.block else ""
         return short_digest(json.dumps([self.geometry, own, entries]).encode())
 
     @property

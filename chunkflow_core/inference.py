@@ -11,7 +11,7 @@ caller does with final pieces go on at the same time::
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -112,10 +112,11 @@ class ChunkInference:
         content = Content()
         self._add_mask(block, content)
         used = [bool(layer) for layer in self._layers(block)]
+        planes = self._used_planes(block, used)
 
         def read(box: Box) -> NDArray[Any]:
             data = self.reader.read(box)
-            content.add(box.start[0], data)
+            content.add(box.start[0], data, planes)
             return data
 
         for _ in read_ahead(self._used_steps(block, used), read, self.spec.input.prefetch):
@@ -212,10 +213,10 @@ class ChunkInference:
         self, block: Block, record: Record, used: list[bool], content: Content
     ) -> Generator[Planes, None, None]:
         """For each layer of patches, the input planes it needs (none where it has no patches); the next are read meanwhile."""
-        whole, boxes = self.reads(block), self._layer_boxes(block)
+        whole, boxes, planes = self.reads(block), self._layer_boxes(block), self._used_planes(block, used)
         reading = read_ahead(
             self._used_steps(block, used),
-            lambda box: record.measure("read", self._read, box, record, content),
+            lambda box: record.measure("read", self._read, box, record, content, planes),
             self.spec.input.prefetch,
         )
         with closing(reading) as arriving:
@@ -228,15 +229,19 @@ class ChunkInference:
                     held.append(next(arriving))
                 yield _joined(held if there else [], whole.with_z(start, stop))
 
-    def _read(self, box: Box, record: Record, content: Content) -> NDArray[Any]:
+    def _read(self, box: Box, record: Record, content: Content, used: Container[int]) -> NDArray[Any]:
         data = self.reader.read(box)
         record.count("bytes read", data.nbytes)
-        content.add(box.start[0], data)
+        content.add(box.start[0], data, used)
         return data
 
     def _layer_boxes(self, block: Block) -> list[Box]:
         _, y, x = block.first_patch
         return [self.patches.input_box((z, y, x)) for z in range(block.first_patch[0], block.stop_patch[0])]
+
+    def _used_planes(self, block: Block, used: list[bool]) -> set[int]:
+        boxes = self._layer_boxes(block)
+        return {z for box, there in zip(boxes, used, strict=True) if there for z in range(box.start[0], box.stop[0])}
 
     def _used_steps(self, block: Block, used: list[bool]) -> list[Box]:
         """What is read, in steps: planes that no layer with patches needs are left out."""

@@ -25,7 +25,7 @@ class Request:
     force: bool = False
     """Infer the requested blocks again although they are done."""
     check_input: bool = False
-    """Infer those of the requested blocks again whose input has changed."""
+    """Infer those of the requested blocks, and of their donors, again whose input has changed."""
 
 
 class Receipts(Protocol):
@@ -67,13 +67,13 @@ class Plan:
 def plan(spec: VolumeSpec, request: Request, state: State) -> Plan:
     """Decide what is due.
 
-    - Inference of a block: it is requested and has no valid receipt, or its input has changed, or it is forced; or a block that
-      has to be blended needs a donation of it that isn't there.
+    - Inference of a block: it is requested and has no valid receipt, or is forced; or it, or a block that it donates to, is
+      requested and its input has changed; or a block that has to be blended needs a donation of it that isn't there.
     - Blending of a block: it is requested, or has been blended before, and any donor's receipt is missing, about to
       change, or differs from what the block's own receipt says it consumed.
 
-    The input of requested blocks is looked at if the request says so; that of blocks that have to donate again always is, since what
-    they would give is decided by it.
+    Input is looked at if the request says so; that of blocks that have to donate again always is, since it decides what they
+    would give.
     """
     return _Planner(spec, request, state).plan()
 
@@ -139,8 +139,11 @@ class _Planner:
         self._add("new", new)
         if self.request.force:
             self._add("forced", self.requested - new)
-        elif self.request.check_input:
-            self._add("input", self.state.changed_inputs(self.requested - new))
+        if self.request.check_input:
+            decisive = self.requested.union(*map(self.grid.donors, self.requested))
+            self.state.load(decisive)
+            done = {b for b in decisive if b not in self.why and self._inferred(b) is not None}
+            self._add("input", self.state.changed_inputs(done))
 
     def _add(self, reason: Reason, blocks: Iterable[Vector]) -> None:
         self.why.update(dict.fromkeys(blocks, reason))

@@ -123,8 +123,10 @@ def digests(spec: VolumeSpec) -> dict[str, str]:
 
 
 def spec_record(spec: VolumeSpec) -> dict[str, Any]:
-    """The whole spec for JSON, but for the values of pods' environment variables: those may be secret, layers are public."""
-    return spec.model_dump(mode="json", exclude={"runner": {"env"}})
+    """The whole spec for JSON, but for the values of pods' environment variables and a notifier's arguments: those may be secret, layers
+    are public.
+    """
+    return spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}})
 
 
 def user() -> str:

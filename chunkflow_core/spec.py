@@ -16,6 +16,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path, PurePath
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -29,6 +30,7 @@ from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.model_files import with_companions
 from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec
+from chunkflow_core.schedule_spec import NotifySpec, Schedule
 from chunkflow_core.spec_transport import FROM_ENVIRONMENT, check_transportable, from_environment
 
 ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
@@ -177,7 +179,12 @@ class KeepDays(_Section):
 def _retention(value: Any) -> Any:
     if value in ("delete", "keep") or isinstance(value, KeepDays):
         return value
-    if isinstance(value, dict) and list(value) == ["days"] and type(value["days"]) in (int, float) and value["days"] > 0:
+    if (
+        isinstance(value, dict)
+        and list(value) == ["days"]
+        and type(value["days"]) in (int, float)
+        and value["days"] > 0
+    ):
         return value
     raise ValueError("expected delete, keep, or {days: N} with N > 0")
 
@@ -278,8 +285,10 @@ class VolumeSpec(_Section):
     model: ModelSpec
     skip: SkipSpec = SkipSpec()
     runner: RunnerSpec = LocalRunner()
-    schedule: str | None = None
-    """Cron expression or preset such as ``@weekly``."""
+    schedule: Schedule = None
+    """When runs start by themselves; in the file also a cron expression or preset such as ``@weekly``."""
+    notify: NotifySpec | None = None
+    """Who is told how a run has ended."""
     folder: str = Field(".", exclude=True)
     """Folder of the spec file, to which the model's paths are relative; set on loading."""
 
@@ -391,8 +400,10 @@ class VolumeSpec(_Section):
             for block in blocks:
                 first = grid.roi.start[a] + block.first_patch * grid.stride[a]
                 last = grid.roi.start[a] + (block.stop_patch - 1) * grid.stride[a] + grid.patch[a]
-                inside = low <= first - halo and last + halo <= high
-                texts.append(json.dumps([asdict(block), None if inside else [low, high]]))
+                before, after = low - (first - halo), last + halo - high
+                both = max(before, after) >= high - low  # what is padded is reflected more than once
+                padded = [low if before > 0 or both else None, high if after > 0 or both else None]
+                texts.append(json.dumps([asdict(block), padded]))
             digests.append(texts)
         return digests
 
@@ -538,9 +549,8 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
-    if error["type"] == "value_error" and _fields(
-        location, kind
-    ):  # of a whole section: the message begins with the key
+    # of a whole section: the message begins with the key
+    if error["type"] == "value_error" and isinstance(value, dict) and _fields(location, kind):
         return f"{key}.{message}" if key else message
     shown = json.dumps(value, default=str, ensure_ascii=False)
     return f"{key}: {shown if len(shown) < 80 else shown[:77] + '...'}: {message[:1].lower() + message[1:]}"
@@ -555,6 +565,8 @@ def _fields(location: Sequence[str], runner: str) -> list[str]:
             section = next((part for part in get_args(section) if hasattr(part, "model_fields")), None)
         else:
             section = RUNNERS[runner] if (section, name) == (VolumeSpec, "runner") else fields[name].annotation
+            if isinstance(section, UnionType):  # such as Section | None
+                section = next((part for part in get_args(section) if hasattr(part, "model_fields")), None)
     return [name for name in getattr(section, "model_fields", ()) if name != "folder"]
 
 

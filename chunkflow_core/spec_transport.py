@@ -35,13 +35,13 @@ _AGAIN = "Start the pod again by its Airflow task, or give the path of a YAML fi
 
 
 def to_environment(spec: VolumeSpec) -> dict[str, str]:
-    """The environment variables that give a pod this spec, but for its ``runner`` section.
+    """The environment variables that give a pod this spec, but for what is Airflow's business alone: who runs it, when, whom it tells.
 
     Raises:
         SpecError: as ``check_transportable``.
     """
     check_transportable(spec)
-    content = json.dumps(spec.model_dump(exclude={"runner"}, exclude_defaults=True))
+    content = json.dumps(spec.model_dump(exclude={"runner", "schedule", "notify"}, exclude_defaults=True))
     text = base64.b64encode(zlib.compress(content.encode(), level=9)).decode()
     pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
     return dict(zip(_names(SPEC_VARIABLE), pieces, strict=False))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from chunkflow_core.blending import Grid
 from chunkflow_core.codec import compress, decompress
 from chunkflow_core.content import Content
+from chunkflow_core.digests import short_digest
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
@@ -87,6 +88,12 @@ class Workspace:
             data[:, ~(window or self.mask.window(box)).voxels(box)] = 0
         return data
 
+    def frame_mask(self, block: Block) -> str:
+        """Digest of the mask over a block's frame, which its blending applies; empty if there is none."""
+        if self.mask is None or not block.frame:
+            return ""
+        return short_digest(b"".join(self.mask.window(box).present.tobytes() for box in block.frame))
+
     @cached_property
     def engine(self) -> Engine:
         """What runs patches."""
@@ -141,6 +148,7 @@ def inference_and_donate(
             return StageResult(done, up_to_date=True)
     started, record, content = perf_counter(), Record(), Content()
     signature = workspace.inputs.signature(index)  # before anything is read: what changes meanwhile is noticed later
+    mask = workspace.frame_mask(block)
     exchange.retract("infer", index)
     leaving = _Leaving()
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
@@ -163,6 +171,7 @@ def inference_and_donate(
         donations=tuple(leaving.entries),
         signature=signature,
         content=content.digest,
+        mask=mask,
         written=leaving.written,
         changed=done is None or done.written != leaving.written,
         facts=_facts(record, started, voxels=block.box.voxels, engine=engine),
@@ -213,7 +222,8 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
         return StageResult(None, up_to_date=True)
     started, record = perf_counter(), Record()
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
-    consumed = {receipt.box: receipt.given(index) for receipt in donors}
+    mask = workspace.frame_mask(block)
+    consumed = {receipt.box: receipt.given(index, mask) for receipt in donors}
     geometry = spec.block_digest(index)
     done = exchange.receipt("blend", index)
     current = done is not None and done.geometry == geometry and done.consumed == consumed

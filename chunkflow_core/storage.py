@@ -37,7 +37,9 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
         kind_name = type(error).__name__  # cloudvolume takes a second to import, and Airflow's side does without it
         if kind_name == "EmptyVolumeException":
             raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
-        if kind_name in ("DecodingError", "DeflateError", "ZstdError") or isinstance(error, CompressionError | DecompressionError):
+        if kind_name in ("DecodingError", "DeflateError", "ZstdError") or isinstance(
+            error, CompressionError | DecompressionError
+        ):
             raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
         if kind := meaning(error):
             raise kind(f"{doing}: {explained(error)}") from error

@@ -7,7 +7,8 @@ class of this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -15,21 +16,19 @@ from airflow.sdk import Asset, BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, DownstreamTasksSkipped
 
 from chunkflow_core.geometry import Vector, vector
-from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec, load_spec
+from operators.form import OTHER_MODEL, check_request, requested_box
 from operators.outcomes import Outcome, Retry
 
-BOX_PARAMS = ("z_start", "y_start", "x_start", "z_stop", "y_stop", "x_stop")
-"""Names of the run parameters that make the bounding box, in voxels; None stands for the ROI's end."""
+FAILURE = "failure"
+"""Key of the XCom in which a task leaves why it has failed."""
 
-RUNNER_PARAMS = {
-    "image": "runner.image",
-    "infer_memory": "runner.infer.memory",
-    "blend_memory": "runner.blend.memory",
-    "priority_class": "runner.infer.priority_class",
-    "spot": "runner.infer.spot",
-}
-"""Run parameters that replace values of the spec, for pods; None leaves them as they are."""
+_EVENT_KEYS = ("run", "fingerprint", "output", "bounding_box", "changed_blocks", "manifest", "picture")
+"""What of the report goes with the output's Asset."""
+
+
+SELECT = "select_blocks"
+"""Task id of the selection, whose XCom tells why blocks are due."""
 
 
 def infer_task_id(index: Vector) -> str:
@@ -77,13 +76,23 @@ class Command(BaseOperator):
         if runs_model is not None:
             self.runs_model = runs_model
 
+    def before(self, context: Context) -> None:
+        """Refuse what must not start, by an ``AirflowException``."""
+
+    def words_for(self, context: Context) -> tuple[str, ...]:
+        """What comes before the spec on the command line: module and subcommand."""
+        return self.command
+
     def arguments_for(self, context: Context) -> list[str]:
         """What follows the spec on the command line."""
         return []
 
-    def result(self, output: str, context: Context) -> Any:
-        """What the task makes of the command's standard output."""
-        return None
+    def result(self, output: str, context: Context) -> None:
+        """Make something of the command's standard output."""
+
+    def give(self, context: Context, value: dict[str, Any]) -> None:
+        """Give other tasks a result. What ``execute`` returns would not do: operators of pods don't pass it on."""
+        context["ti"].xcom_push("return_value", value)
 
     @cached_property
     def volume(self) -> VolumeSpec:
@@ -103,8 +112,31 @@ class BlockCommand(Command):
         self.block = block
 
     def arguments_for(self, context: Context) -> list[str]:
-        # What select_blocks has not skipped is due, whatever receipts of earlier runs say.
-        return ["--block", *map(str, self.block), "--force", "--run", str(context["run_id"])]
+        return ["--block", *map(str, self.block), "--run", str(context["run_id"])]
+
+    def why(self, context: Context) -> str | None:
+        """Why the block's inference is due; None if the selection has not said."""
+        selected = context["ti"].xcom_pull(task_ids=SELECT) or {}
+        reason: str | None = selected.get("why", {}).get("_".join(map(str, self.block)))
+        return reason
+
+
+class Preparation(Command):
+    """Checks all that can be known beforehand, and makes the output layer; the first task of a run."""
+
+    command = ("chunkflow_core", "prepare")
+    runs_model = True
+
+    def __init__(self, **options: Any) -> None:
+        """Arguments: those of :class:`Command`."""
+        super().__init__(max_active_tis_per_dag=1, **options)  # so that of two runs, one sees that the other has begun
+
+    def before(self, context: Context) -> None:
+        check_request(context["params"], self.volume.grid)
+        _refuse_company(context)
+
+    def arguments_for(self, context: Context) -> list[str]:
+        return ["--once", "--run", str(context["run_id"]), *OTHER_MODEL[context["params"]["other_model"]]]
 
 
 class Inference(BlockCommand):
@@ -115,6 +147,11 @@ class Inference(BlockCommand):
     runs_model = True
     stage = "infer"
 
+    def arguments_for(self, context: Context) -> list[str]:
+        # What select_blocks has not skipped is due, whatever receipts of earlier runs say; but an input that was edited may have
+        # been found to be the same after all.
+        return [*super().arguments_for(context), "--check-input" if self.why(context) == "input" else "--force"]
+
 
 class Blending(BlockCommand):
     """Second stage of one block: adds up what its donors gave and writes the rest of the block."""
@@ -124,25 +161,35 @@ class Blending(BlockCommand):
     inputs_may_come = True
     stage = "blend"
 
+    def arguments_for(self, context: Context) -> list[str]:
+        # The receipts tell whether it has to be done, unless it is to be done again whatever they tell.
+        return [*super().arguments_for(context), *(["--force"] if self.why(context) == "forced" else [])]
+
 
 class Selection(Command):
     """Asks the planner what is due and skips everything else in one step."""
 
     command = ("chunkflow_core", "plan")
 
+    def words_for(self, context: Context) -> tuple[str, ...]:
+        return ("chunkflow_core", "repair" if context["params"]["only_repair"] else "plan")
+
     def arguments_for(self, context: Context) -> list[str]:
-        return [*requested_box(context["params"], self.volume.grid), "--json"] + (
-            ["--force"] if context["params"]["force"] else []
-        )
+        params = context["params"]
+        options = [] if params["only_repair"] else ["force", "check_input"]
+        wanted = [f"--{name.replace('_', '-')}" for name in options if params[name]]
+        return [*requested_box(params, self.volume.grid), "--run", str(context["run_id"]), "--json", *wanted]
 
     def result(self, output: str, context: Context) -> None:
-        """Skip the tasks of all blocks that are not due."""
+        """Skip the tasks of all blocks that are not due; and if none is, those that would only look at them."""
         due = json_of(output)
         infer, blend = ({vector(index) for index in due[stage]} for stage in ("infer", "blend"))
         grid = self.volume.grid
         skipped = [infer_task_id(index) for index in grid.indices() if index not in infer]
         skipped += [blend_task_id(i) for i in grid.indices() if grid.donors(i) and i not in blend]
+        skipped += [] if infer or blend else ["verify", "publish"]
         self.log.info("%d blocks to infer, %d to blend; %d tasks skipped", len(infer), len(blend), len(skipped))
+        self.give(context, {"up_to_date": len(due["up_to_date"]), "why": due["why"]})
         if skipped:
             raise DownstreamTasksSkipped(tasks=skipped)  # type: ignore[no-untyped-call]
 
@@ -154,11 +201,11 @@ class Verification(Command):
     runs_model = True
 
     def arguments_for(self, context: Context) -> list[str]:
-        return requested_box(context["params"], self.volume.grid)
+        return [*requested_box(context["params"], self.volume.grid), "--run", str(context["run_id"])]
 
 
 class Publication(Command):
-    """Emits the output's Asset, with the report of the run, so that other DAGs can go on from it."""
+    """Completes the run's manifest and emits the output's Asset, saying what has changed, so that others can go on from it."""
 
     command = ("chunkflow_core", "report")
 
@@ -168,22 +215,13 @@ class Publication(Command):
         self.asset = asset
 
     def arguments_for(self, context: Context) -> list[str]:
-        return ["--json", "--run", str(context["run_id"])]
+        return ["--run", str(context["run_id"]), "--publish", "--json"]
 
-    def result(self, output: str, context: Context) -> dict[str, Any]:
-        """Attach the report to the Asset event, and return it."""
+    def result(self, output: str, context: Context) -> None:
+        """Attach what has changed to the Asset event, and give the whole report."""
         report = json_of(output)
-        context["outlet_events"][self.asset].extra = report
-        return report
-
-
-def requested_box(params: Any, grid: BlockGrid) -> list[str]:
-    """The run's bounding box as command-line arguments; none if the form was left empty."""
-    values = [params[name] for name in BOX_PARAMS]
-    if all(value is None for value in values):
-        return []
-    ends = [*grid.roi.start, *grid.roi.stop]
-    return ["--bbox", *(str(end if value is None else value) for value, end in zip(values, ends, strict=True))]
+        context["outlet_events"][self.asset].extra = {key: report[key] for key in _EVENT_KEYS}
+        self.give(context, report)
 
 
 def json_of(output: str) -> dict[str, Any]:
@@ -198,3 +236,35 @@ def json_of(output: str) -> dict[str, Any]:
 def raise_for(outcome: Outcome) -> NoReturn:
     """``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
     raise (AirflowFailException if outcome.retry is Retry.NEVER else AirflowException)(str(outcome))
+
+
+@contextmanager
+def telling(context: Context) -> Iterator[None]:
+    """Have a task that fails leave its reason to the run's summary."""
+    try:
+        yield
+    except DownstreamTasksSkipped:
+        raise
+    except Exception as error:
+        with suppress(Exception):  # what goes wrong now must not hide what went wrong before
+            context["ti"].xcom_push(FAILURE, str(error) or type(error).__name__)
+        raise
+
+
+def _refuse_company(context: Context) -> None:
+    """``AirflowException`` if another run of the DAG has begun.
+
+    ``max_active_runs`` alone does not exclude it: two schedulers that start two queued runs at the same moment don't see each other's.
+    Of all preparations of a DAG only one is at work at a time, so of two runs the second sees that the first has succeeded with it.
+    """
+    ti: Any = context["ti"]
+    if ti.get_dr_count(dag_id=ti.dag_id, states=["running"]) < 2:
+        return
+    states = ti.get_task_states(dag_id=ti.dag_id, task_ids=[ti.task_id])
+    for run, tasks in states.items():
+        begun = run != ti.run_id and tasks.get(ti.task_id) == "success"
+        if begun and ti.get_dr_count(dag_id=ti.dag_id, run_ids=[run], states=["running"]):
+            raise AirflowException(
+                f"run {run} of this volume is at work; nothing of this run has been started. Clear this task when the "
+                "other run has ended"
+            )

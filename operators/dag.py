@@ -3,9 +3,10 @@
 ::
 
     prepare ─► select_blocks ─┬─► infer.z_y_x ─┬─► blend.z_y_x ─┐
-                              └─► …            └─► …            ├─► verify ─► publish ─► cleanup
+                              └─► …            └─► …            ├─► verify ─► publish ─► cleanup ─► summary
 
-A blend waits for the inference of its at most eight donors and for nothing else.
+A blend waits for the inference of its at most eight donors and for nothing else. The summary waits for everything, however it ends,
+and decides how the run has ended: a block that fails holds only what depends on it.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from airflow.sdk import DAG, Asset, BaseOperator, Param, TaskGroup
+from airflow.sdk import DAG, BaseOperator, TaskGroup
 from airflow.sdk.exceptions import AirflowException
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.geometry import AXES, Vector
+from chunkflow_core.geometry import Vector
 from chunkflow_core.lattice import BlockGrid
-from chunkflow_core.runner_spec import KubernetesRunner, Spot
 from chunkflow_core.spec import VolumeSpec
-from operators.base import BOX_PARAMS, blend_task_id, infer_task_id
+from operators.base import SELECT, blend_task_id, infer_task_id
+from operators.ending import SummaryOperator, notifier_of
+from operators.form import form_of
+from operators.schedules import asset_of, schedule_of, wrong_cron
 
 MAX_BLOCKS = 1000
 """Blocks in a DAG: above, Airflow's scheduler and graph get slow (its cost grows with open task instances)."""
@@ -33,6 +36,8 @@ MAX_BLOCKS = 1000
 _PARALLEL = {"local": 16, "kubernetes": MAX_BLOCKS}
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _MAX_RETRY_DELAY = timedelta(minutes=10)
+_RUN_TYPES = ("scheduled", "manual", "operator_triggered", "asset_triggered", "asset_materialization")
+"""All but backfills: a volume's runs have no dates, and ``max_active_runs`` does not count those of a backfill."""
 
 
 def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) -> DAG:
@@ -44,7 +49,7 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         only_task: build only this task, without its neighbours: all that the task's own process needs.
 
     Raises:
-        SpecError: the volume has too many blocks for one DAG, or its schedule is none.
+        SpecError: the volume has too many blocks for one DAG, or its schedule or its notifier is none.
     """
     blocks = prod(spec.grid.shape)
     if blocks > MAX_BLOCKS:
@@ -52,15 +57,18 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
             f"{file}: block_size: {spec.block_size} makes {blocks} blocks, expected at most {MAX_BLOCKS} in a DAG; "
             "give larger blocks (memory does not grow with their depth) or a smaller roi"
         )
+    if spec.notify is not None and only_task is None:
+        notifier_of(spec.notify, file)
     with DAG(
         dag_id=spec.name,
-        schedule=spec.schedule,
+        schedule=schedule_of(spec, file) if only_task is None else None,
         start_date=_START,
         catchup=False,
         auto_register=False,
         max_active_runs=1,
+        allowed_run_types=_RUN_TYPES,  # type: ignore[arg-type]  # the enumeration is not public, texts are converted
         max_active_tasks=spec.runner.parallel or _PARALLEL[spec.runner.kind],
-        params=_params(spec),
+        params=form_of(spec),
         tags=["chunkflow", spec.model.engine],
         doc_md=_documentation(spec, file),
         default_args={
@@ -80,10 +88,7 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
     try:
         dag.validate()  # type: ignore[no-untyped-call]  # Airflow does it later, but then an error disables all volumes
     except AirflowException as error:
-        raise SpecError(
-            f'{file}: schedule: "{spec.schedule}": expected null, a cron expression such as "0 3 * * 1", or a preset such '
-            f"as @weekly ({error})"
-        ) from error
+        raise wrong_cron(file, spec.schedule.cron if spec.schedule and spec.schedule.cron else "", error) from error
     return dag
 
 
@@ -98,9 +103,9 @@ class _Tasks:
     def build_all(self) -> None:
         """All tasks and their order; a collapsed group for each layer of blocks in z keeps graph and grid readable."""
         make = self._makers()
-        prepare, select, verify, publish, cleanup = (make[name]() for name in make)
+        prepare, select, verify, publish, cleanup, summary = (make[name]() for name in make)
         infer: dict[Vector, BaseOperator] = {}
-        ends = []
+        blends, ends = [], []
         for z in range(self.grid.shape[0]):
             with TaskGroup(f"z_{z}", prefix_group_id=False, tooltip=self._slab(z)):
                 for index in self.grid.indices():
@@ -111,13 +116,15 @@ class _Tasks:
                     if donors:
                         blend = self._blend(index)
                         blend.set_upstream([infer[donor] for donor in donors])
-                        ends.append(blend)
+                        blends.append(blend)
                     else:
                         ends.append(infer[index])
         select.set_downstream(list(infer.values()))
-        verify.set_upstream(ends)
+        verify.set_upstream([*ends, *blends])
         prepare >> select
-        verify >> publish >> cleanup
+        verify >> publish >> cleanup >> summary
+        # Of a blend that fails with one donor, the others may still be at work.
+        summary.set_upstream([*infer.values(), *blends])
 
     def build(self, task_id: str) -> None:
         """One task alone."""
@@ -130,27 +137,26 @@ class _Tasks:
             self._makers()[task_id]()
 
     def _makers(self) -> dict[str, Callable[[], BaseOperator]]:
-        first, last, file = 4 * MAX_BLOCKS, 5 * MAX_BLOCKS, self.file
-        asset = Asset(name=f"chunkflow-{self.spec.name}", uri=self.spec.output.path)
-
-        def plain(name: str, **options: Any) -> BaseOperator:
-            made: BaseOperator = self.operators.CommandOperator(
-                task_id=name, spec=file, command=("chunkflow_core", name), **options
-            )
-            return made
-
+        first, last, of = 4 * MAX_BLOCKS, 5 * MAX_BLOCKS, self.operators
         return {
-            "prepare": lambda: plain("prepare", runs_model=True, priority_weight=first),
-            "select_blocks": lambda: self.operators.SelectBlocksOperator(
-                task_id="select_blocks", spec=file, priority_weight=first
+            "prepare": lambda: of.PrepareOperator(task_id="prepare", spec=self.file, priority_weight=first),
+            SELECT: lambda: of.SelectBlocksOperator(task_id=SELECT, spec=self.file, priority_weight=first),
+            "verify": lambda: of.VerifyOperator(
+                task_id="verify", spec=self.file, trigger_rule="none_failed", priority_weight=last
             ),
-            "verify": lambda: self.operators.VerifyOperator(
-                task_id="verify", spec=file, trigger_rule="none_failed", priority_weight=last
+            "publish": lambda: of.PublishOperator(
+                task_id="publish", spec=self.file, asset=asset_of(self.spec.output.path), priority_weight=last
             ),
-            "publish": lambda: self.operators.PublishOperator(
-                task_id="publish", spec=file, asset=asset, priority_weight=last
+            "cleanup": lambda: of.CommandOperator(
+                task_id="cleanup",
+                spec=self.file,
+                command=("chunkflow_core", "cleanup"),
+                trigger_rule="none_failed",
+                priority_weight=last,
             ),
-            "cleanup": lambda: plain("cleanup", priority_weight=last),
+            "summary": lambda: SummaryOperator(
+                task_id="summary", spec=self.file, trigger_rule="all_done", priority_weight=last
+            ),
         }
 
     def _infer(self, index: Vector) -> BaseOperator:
@@ -183,50 +189,6 @@ class _Tasks:
     def _slab(self, z: int) -> str:
         box = self.grid.block((z, 0, 0)).box
         return f"blocks of z {box.start[0]}–{box.stop[0]}"
-
-
-def _params(spec: VolumeSpec) -> dict[str, Param]:
-    roi = spec.grid.roi
-    params = {
-        name: Param(
-            None,
-            type=["null", "integer"],
-            minimum=roi.start[axis],
-            maximum=roi.stop[axis],
-            title=f"{AXES[axis]} {'start' if end == 0 else 'stop'}",
-            description=f"voxels, {roi.start[axis]} to {roi.stop[axis]}; empty: {(roi.start, roi.stop)[end][axis]}",
-            section="Bounding box (empty: the whole volume)",
-        )
-        for name, end, axis in zip(BOX_PARAMS, (0, 0, 0, 1, 1, 1), (0, 1, 2) * 2, strict=True)
-    }
-    params["force"] = Param(
-        False, type="boolean", title="force", description="infer the blocks again although they are done"
-    )
-    return params | (_pod_params(spec.runner) if isinstance(spec.runner, KubernetesRunner) else {})
-
-
-def _pod_params(runner: KubernetesRunner) -> dict[str, Param]:
-    """What of the runner can be set for a run; the names are those of ``operators.base.RUNNER_PARAMS``."""
-    section = "Pods (empty: as the spec says)"
-    texts = {
-        "image": f"container image; empty: {runner.image}",
-        "infer_memory": f"memory of inference, such as 32Gi; empty: {runner.infer.memory}",
-        "blend_memory": f"memory of blending, such as 4Gi; empty: {runner.blend.memory}",
-        "priority_class": f"of inference; empty: {runner.infer.priority_class or 'none'}",
-    }
-    params = {
-        name: Param(None, type=["null", "string"], title=name.replace("_", " "), description=text, section=section)
-        for name, text in texts.items()
-    }
-    params["spot"] = Param(
-        None,
-        type=["null", "string"],
-        enum=[None, *get_args(Spot)],
-        title="spot",
-        description=f"nodes for inference that the cloud may take back; empty: {runner.infer.spot}",
-        section=section,
-    )
-    return params
 
 
 def _documentation(spec: VolumeSpec, file: Path) -> str:

@@ -31,6 +31,7 @@ from chunkflow_core.runner_spec import KubernetesRunner, PodResources, parse_mem
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.spec_transport import check_transportable, to_environment
 from operators import base
+from operators.form import RUNNER_PARAMS
 from operators.orphans import AIRFLOW_LABEL, TASK_ANNOTATIONS, airflow_label
 from operators.outcomes import Kind, Outcome, Retry
 from operators.pod_api import Pod, PodApi, RefusedError, TryLaterError
@@ -93,20 +94,27 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     def render_template_fields(self, context: Context, jinja_env: Any = None) -> None:
         """As Airflow does; and say how much memory this try has."""
-        try:
-            self._set_up(context)
-        except ChunkflowError as error:
-            raise AirflowFailException(str(error)) from None
+        with base.telling(context):
+            try:
+                self._set_up(context)
+            except ChunkflowError as error:
+                raise AirflowFailException(str(error)) from None
         grown = " (grown after a pod was killed for memory)" if self._state.memory else ""
         self.memory = f"{self._memory // 2**20}Mi{grown}"
         super().render_template_fields(context, jinja_env)
 
     def execute(self, context: Context) -> Any:
         """Run the command; ``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
-        return self._go_on(context)
+        with base.telling(context):
+            self.before(context)
+            return self._go_on(context)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> Any:
         """Go on after the triggerer has seen the pod's end."""
+        with base.telling(context):
+            return self._go_on_after(context, event)
+
+    def _go_on_after(self, context: Context, event: dict[str, Any]) -> Any:
         waiting = Waiting(**event["waiting"]) if event.get("waiting") else None
         if event["status"] == "launch":
             return self._go_on(context, waiting)
@@ -189,7 +197,7 @@ class PodOperator(base.Command, KubernetesPodOperator):
                     "--log",
                     self._log_url(context, name),
                     "--",
-                    *self.command,
+                    *self.words_for(context),
                     "env:CHUNKFLOW_SPEC",
                     *self.arguments_for(context),
                 ],
@@ -239,7 +247,8 @@ class PodOperator(base.Command, KubernetesPodOperator):
         self._remember(name, outcome)
         self._retire(name, namespace)
         if outcome.kind is Kind.DONE:
-            return self.result("\n".join(log.lines), context)
+            self.result("\n".join(log.lines), context)
+            return None
         if outcome.retry is Retry.AT_ONCE:
             count = self._state.interruptions
             if count <= self._runner.interruptions:
@@ -380,7 +389,7 @@ class PodOperator(base.Command, KubernetesPodOperator):
     def _set_up(self, context: Context) -> None:
         """Read the spec with what the run changes of it, and the state that earlier processes of the task have left."""
         params = context["params"]
-        changes = [f"{key}={params[name]}" for name, key in base.RUNNER_PARAMS.items() if params.get(name) is not None]
+        changes = [f"{key}={params[name]}" for name, key in RUNNER_PARAMS.items() if params.get(name) is not None]
         self.volume = load_spec(self.spec, changes)
         check_transportable(self.volume)
         assert isinstance(self.volume.runner, KubernetesRunner)
@@ -417,6 +426,11 @@ class InferenceAndDonateOperator(base.Inference, PodOperator):
 class ReceiveAndBlendOperator(base.Blending, PodOperator):
     __doc__ = base.Blending.__doc__
     template_fields = ("spec", "block", "memory")
+
+
+class PrepareOperator(base.Preparation, PodOperator):
+    __doc__ = base.Preparation.__doc__
+    template_fields = PodOperator.template_fields
 
 
 class SelectBlocksOperator(base.Selection, PodOperator):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
-from typing import IO, Any
+from typing import IO
 
 from airflow.sdk import Context
 from airflow.sdk.configuration import conf
@@ -87,12 +87,14 @@ class LocalRunner:
 class LocalOperator(base.Command):
     """A command as a process on the worker."""
 
-    def execute(self, context: Context) -> Any:
+    def execute(self, context: Context) -> None:
         """Run the command; ``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
-        code, output, message = self.runner.run([*self.command, self.spec, *self.arguments_for(context)])
-        if code:
-            base.raise_for(classify(code, message, inputs_may_come=self.inputs_may_come))
-        return self.result(output, context)
+        with base.telling(context):
+            self.before(context)
+            code, output, message = self.runner.run([*self.words_for(context), self.spec, *self.arguments_for(context)])
+            if code:
+                base.raise_for(classify(code, message, inputs_may_come=self.inputs_may_come))
+            self.result(output, context)
 
     def on_kill(self) -> None:
         """End the command when the task is cleared, marked or killed."""
@@ -120,6 +122,10 @@ class InferenceAndDonateOperator(base.Inference, LocalOperator):
 
 class ReceiveAndBlendOperator(base.Blending, LocalOperator):
     __doc__ = base.Blending.__doc__
+
+
+class PrepareOperator(base.Preparation, LocalOperator):
+    __doc__ = base.Preparation.__doc__
 
 
 class SelectBlocksOperator(base.Selection, LocalOperator):

@@ -258,7 +258,10 @@ def test_run_of_a_box_then_of_the_rest(make_spec: MakeSpec, tmp_path: Path, chun
 
     unfinished = chunkflow("verify", spec)
     assert unfinished.returncode == 65
-    assert "6 of 8 blocks are not done yet: `chunkflow-core run SPEC` does them; nothing else is wrong" in unfinished.stderr
+    assert (
+        "6 of 8 blocks are not done yet: `chunkflow-core run SPEC` does them; nothing else is wrong"
+        in unfinished.stderr
+    )
 
     rest = chunkflow("run", spec)
     assert rest.returncode == 0, rest.stderr

@@ -151,6 +151,6 @@ def test_the_commands(volume: Volume, capsys: pytest.CaptureFixture[str]) -> Non
     core_voxel_flipped(volume)
     assert main(["run", path, "--repair", "--set", "exchange.donations=keep"]) == 0
 
-    assert "verified: 8 blocks, 150 storage chunks, 2 seams computed again: 0 findings" in capsys.readouterr().out
+    assert "verified: 1 blocks, 12 storage chunks, 2 seams computed again: 0 findings" in capsys.readouterr().out
     assert volume.contents() == volume.healthy
     assert volume.chunk(FRAME).exists()

@@ -15,6 +15,7 @@ import yaml
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.geometry import Box
+from chunkflow_core.schedule_spec import ScheduleSpec
 from chunkflow_core.spec import load_spec
 
 MakeSpec = Callable[..., Path]
@@ -102,7 +103,7 @@ def test_set_replaces_and_creates_keys_with_values_in_yaml(make_spec: MakeSpec) 
     assert spec.runner.retries == 0
     assert spec.model.options == {"depth": {"of": [1, "two"]}}
     assert spec.output.range == (-1, 0.5)
-    assert (spec.schedule, spec.name, spec.input.fill_missing) == ("@daily", "a-b", True)
+    assert (spec.schedule, spec.name, spec.input.fill_missing) == (ScheduleSpec(cron="@daily"), "a-b", True)
     assert spec.grid.roi.shape == (6, 12, 12)
 
 
@@ -115,7 +116,7 @@ def test_the_last_of_several_set_wins_and_variables_in_it_are_replaced(
 
 @pytest.mark.parametrize("cron", ["@daily", "*/5 * * * *", "0 3 * * 1"])
 def test_set_takes_cron_expressions_without_quotes(make_spec: MakeSpec, cron: str) -> None:
-    assert load_spec(make_spec(), [f"schedule={cron}"]).schedule == cron
+    assert load_spec(make_spec(), [f"schedule={cron}"]).schedule == ScheduleSpec(cron=cron)
 
 
 def test_paths_of_the_model_are_relative_to_the_spec(

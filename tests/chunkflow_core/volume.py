@@ -56,5 +56,7 @@ def output_of(path: Path) -> NDArray[np.generic]:
 
 def files_below(folder: Path) -> dict[str, bytes]:
     """All files below a folder, by relative path; without the manifests of runs, which hold times."""
-    files = {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file() and f.parent.name != "runs"}
+    files = {
+        str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file() and f.parent.name != "runs"
+    }
     return {name: file.read_bytes() for name, file in files.items()}

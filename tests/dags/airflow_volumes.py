@@ -46,6 +46,19 @@ class Volumes:
         path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/state-store"
         return {entry["key"]: entry["value"] for entry in self.client.get(path)["task_state_store"]}
 
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        """All runs of a DAG."""
+        return list(self.client.pages(f"dags/{name}/dagRuns", "dag_runs"))
+
+    def assets(self, uri: str) -> list[dict[str, Any]]:
+        """The Assets with an URI."""
+        found = self.client.pages("assets", "assets", uri_pattern=uri)
+        return [asset for asset in found if asset["uri"] == uri]
+
+    def known(self, *names: str, limit: float = 90) -> None:
+        """Wait until Airflow has these DAGs."""
+        until(lambda: set(names) <= {dag["dag_id"] for dag in self.client.pages("dags", "dags")}, limit)
+
     def clear(self, name: str, run: str, tasks: list[str]) -> None:
         """Clear tasks and what comes after them, as the UI does."""
         self.client.post(
@@ -65,4 +78,5 @@ def until(condition: Callable[[], Any], seconds: float) -> Any:
 
 def files(folder: Path) -> dict[str, bytes]:
     """The storage chunks of a layer, byte for byte."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/*")}
+    found = (file for file in folder.glob("*/*") if file.parent.name != "runs")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}

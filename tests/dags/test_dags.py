@@ -6,19 +6,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from airflow.sdk import DAG
+from airflow.sdk import DAG, Asset, AssetAny, AssetOrTimeSchedule, BaseNotifier, CronTriggerTimetable
+from airflow.sdk.definitions.timetables.assets import AssetTriggeredTimetable
+from airflow.sdk.exceptions import AirflowFailException
 
 import dags
-from chunkflow_core.errors import ChunkflowError
+from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import load_spec
-from operators.base import BOX_PARAMS, RUNNER_PARAMS, blend_task_id, infer_task_id
+from operators.base import blend_task_id, infer_task_id
 from operators.dag import volume_dag
+from operators.ending import figures_line, notifier_of, what_failed
+from operators.form import BOX_PARAMS, RUNNER_PARAMS, check_request, requested_box
 from operators.local import InferenceAndDonateOperator
 from operators.specs import volume_dags
 
 DAGS = Path(dags.__file__).parent
+OPTIONS = ("force", "check_input", "only_repair", "other_model")
 
 
 @pytest.fixture
@@ -34,12 +40,19 @@ def test_a_blend_waits_for_its_donors_and_nothing_else(dag: DAG, make_spec: Call
         if any(index):
             donors = {infer_task_id(donor) for donor in grid.donors(index)}
             assert dag.get_task(blend_task_id(index)).upstream_task_ids == donors
-            assert dag.get_task(blend_task_id(index)).downstream_task_ids == {"verify"}
+            assert dag.get_task(blend_task_id(index)).downstream_task_ids == {"verify", "summary"}
     assert "blend.0_0_0" not in dag.task_ids, "the first block receives nothing"
-    assert len(dag.task_ids) == 8 + 7 + 5
+    assert len(dag.task_ids) == 8 + 7 + 6
     assert dag.get_task("verify").upstream_task_ids == {"infer.0_0_0"} | {
         blend_task_id(index) for index in grid.indices() if any(index)
     }
+
+
+def test_the_summary_is_the_only_leaf_and_waits_for_every_block(dag: DAG) -> None:
+    assert dag.leaves == [dag.get_task("summary")]
+    stages = {task for task in dag.task_ids if "." in task}
+    assert dag.get_task("summary").upstream_task_ids == stages | {"cleanup"}
+    assert dag.get_task("summary").trigger_rule == "all_done"
 
 
 @pytest.mark.parametrize(("parallel", "share"), [(1, "12"), (3, "4"), (None, "1")])
@@ -67,15 +80,51 @@ def test_layers_are_groups(dag: DAG) -> None:
 
 
 def test_the_form_knows_the_volume(dag: DAG) -> None:
-    schema = dag.params.get_param("y_stop").schema
-    assert (schema["minimum"], schema["maximum"]) == (0, 48)
-    assert {*BOX_PARAMS, "force"} == set(dag.params)
+    ends = {name: dag.params.get_param(name).schema for name in ("y_start", "y_stop")}
+    assert {name: (schema["minimum"], schema["maximum"]) for name, schema in ends.items()} == {
+        "y_start": (0, 47),
+        "y_stop": (1, 48),
+    }
+    assert {*BOX_PARAMS, *OPTIONS} == set(dag.params)
+    assert {name: dag.params[name] for name in OPTIONS} == {
+        "force": False,
+        "check_input": True,
+        "only_repair": False,
+        "other_model": "refuse",
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"z_start": 5, "z_stop": 5}, "z start 5 is not below z stop 5; expected start < stop on every axis"),
+        ({"x_stop": 3, "x_start": 4}, "x start 4 is not below x stop 3"),
+        ({"z_start": 1, "other_model": "overwrite"}, "other model: overwrite does the whole volume again"),
+        ({"force": True, "only_repair": True}, "force and only repair: expected one of them"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(
+    dag: DAG, make_spec: Callable[..., Path], wrong: dict[str, Any], said: str
+) -> None:
+    grid = load_spec(make_spec()).grid
+    params = dict(dag.params.dump())
+    check_request(params, grid)
+    with pytest.raises(AirflowFailException, match=said):
+        check_request(params | wrong, grid)
+
+
+def test_part_of_a_box_is_completed_by_the_roi(dag: DAG, make_spec: Callable[..., Path]) -> None:
+    grid = load_spec(make_spec()).grid
+    params = dict(dag.params.dump())
+    assert requested_box(params, grid) == []
+    assert requested_box(params | {"y_start": 0}, grid) == ["--bbox", "0", "0", "0", "20", "48", "40"]
+    assert requested_box(params | {"y_stop": 7}, grid) == ["--bbox", "0", "0", "0", "20", "7", "40"]
 
 
 def test_the_form_of_a_volume_on_a_cluster_has_what_pods_are_like(make_spec: Callable[..., Path]) -> None:
     path = make_spec(runner={"kind": "kubernetes", "image": "lab/worker:1", "infer": {"memory": "3Gi"}})
     dag = volume_dag(load_spec(path), path)
-    assert {*BOX_PARAMS, "force", *RUNNER_PARAMS} == set(dag.params)
+    assert {*BOX_PARAMS, *OPTIONS, *RUNNER_PARAMS} == set(dag.params)
     assert dag.params.get_param("spot").schema["enum"] == [None, "never", "allowed", "required"]
     assert "3Gi" in dag.params.get_param("infer_memory").description
 
@@ -130,3 +179,154 @@ def test_too_many_blocks_for_a_dag(make_spec: Callable[..., Path]) -> None:
     )
     with pytest.raises(ChunkflowError, match="38400 blocks, expected at most 1000"):
         volume_dag(load_spec(path), path)
+
+
+def scheduled(make_spec: Callable[..., Path], schedule: Any) -> Any:
+    path = make_spec(schedule=schedule)
+    return volume_dag(load_spec(path), path).timetable
+
+
+def test_a_clock_starts_runs(make_spec: Callable[..., Path]) -> None:
+    assert scheduled(make_spec, None).can_be_scheduled is False
+    for text in ("0 3 * * 1", {"cron": "0 3 * * 1"}):
+        plain = scheduled(make_spec, text)
+        assert isinstance(plain, CronTriggerTimetable)
+        assert (plain.expression, str(plain.timezone)) == ("0 3 * * 1", "UTC")
+    zoned = scheduled(make_spec, {"cron": "@weekly", "timezone": "Europe/Zurich"})
+    assert (zoned.expression, zoned.timezone) == ("0 0 * * 0", "Europe/Zurich")
+
+
+def test_updates_of_layers_start_runs(make_spec: Callable[..., Path], random_layer: Path) -> None:
+    own = Asset(f"file://{random_layer}")
+    single = scheduled(make_spec, {"asset": "input"})
+    assert isinstance(single, AssetTriggeredTimetable)
+    assert single.asset_condition == own
+    either = scheduled(make_spec, {"asset": ["input", "precomputed://gs://lab/mask/"]}).asset_condition
+    assert isinstance(either, AssetAny)
+    assert either.objects == (own, Asset("gs://lab/mask"))
+
+
+def test_clock_and_updates_together(make_spec: Callable[..., Path], random_layer: Path) -> None:
+    both = scheduled(make_spec, {"cron": "0 3 * * 1", "timezone": "Europe/Zurich", "asset": "input"})
+    assert isinstance(both, AssetOrTimeSchedule)
+    assert both.asset_condition == Asset(f"file://{random_layer}")
+    assert both.timetable == CronTriggerTimetable("0 3 * * 1", timezone="Europe/Zurich")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ("never", 'schedule: "never": expected null, a cron expression such as'),
+        ({"cron": "61 * * * *", "asset": "input"}, 'schedule: "61 \\* \\* \\* \\*": expected null, a cron expression'),
+        ({"cron": "@once", "timezone": "Europe/Zurich"}, 'schedule: "@once": expected null, a cron expression'),
+        (
+            {"cron": "@daily", "timezone": "Mars/Base"},
+            'schedule.timezone: "Mars/Base": expected the name of a time zone',
+        ),
+        ({"cron": "@daily", "timezone": "../x"}, 'schedule.timezone: "../x": expected the name of a time zone'),
+        ({"timezone": "Europe/Zurich", "asset": "input"}, "schedule.timezone: only with cron"),
+        ({}, "schedule.cron, asset: expected at least one of them"),
+        ({"asset": "my_table"}, 'schedule.asset: "my_table": expected input, an address such as'),
+        ({"asset": []}, "schedule.asset: \\[\\]: expected input, an address such as"),
+        ({"corn": "@daily"}, "schedule.corn: unknown key; did you mean cron?"),
+        (3, "schedule: 3: expected null, a cron expression such as"),
+    ],
+)
+def test_a_wrong_schedule_names_file_and_key(make_spec: Callable[..., Path], schedule: Any, said: str) -> None:
+    path = make_spec(schedule=schedule)
+    with pytest.raises(SpecError, match=f"{path}: {said}"):
+        volume_dag(load_spec(path), path)
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        ("file:///data/membrane", "file:///data/membrane"),
+        ("precomputed://gs://bucket/em/membrane/", "gs://bucket/em/membrane"),
+        ("gs://bucket", "gs://bucket/"),
+        ("s3://https://minio.example.org/bucket/em", "s3://https://minio.example.org/bucket/em"),
+        ("mem://x", "mem://x/"),
+        ("file:///data/größe 1", "file:///data/größe 1"),
+        ("file:///data/a#1", "file:///data/a%231"),
+        ("file:///data/a?b=1", "file:///data/a%3Fb=1"),
+        ("gs://[odd/x", "gs://%5Bodd/x"),
+        ("file:///[x]", "file:///[x]"),
+    ],
+)
+def test_any_output_has_an_asset(make_spec: Callable[..., Path], path: str, uri: str) -> None:
+    spec = make_spec(output={"path": path, "chunk_size": [6, 12, 12]})
+    (asset,) = volume_dag(load_spec(spec), spec).get_task("publish").outlets
+    assert asset.uri == uri
+    if "%" not in uri:
+        assert asset == Asset(path.removeprefix("precomputed://").rstrip("/")), "what anybody would write"
+
+
+def test_no_run_can_overlap_another(make_spec: Callable[..., Path]) -> None:
+    path = make_spec(schedule="@hourly")
+    dag = volume_dag(load_spec(path), path)
+    assert (dag.catchup, dag.max_active_runs) == (False, 1)
+    assert "backfill" not in {kind.value for kind in dag.allowed_run_types}
+    assert dag.get_task("prepare").max_active_tis_per_dag == 1
+
+
+class Post(BaseNotifier):
+    """A notifier; the addressee has to be given."""
+
+    def __init__(self, addressee: str) -> None:
+        super().__init__()
+        self.addressee = addressee
+
+
+SMTP = "airflow.providers.smtp.notifications.smtp.SmtpNotifier"
+
+
+@pytest.mark.parametrize(
+    ("notify", "said"),
+    [
+        ({}, "notify.notifier: missing; this key is required"),
+        ({"notifier": "Slack"}, 'notify.notifier: "Slack": expected module and class'),
+        ({"notifier": "no.such.Thing"}, "notify.notifier: no.such.Thing: there is no such class here"),
+        ({"notifier": "json.Thing"}, "notify.notifier: json.Thing: there is no such class here"),
+        ({"notifier": "json.JSONDecoder"}, "notify.notifier: json.JSONDecoder: expected a class that inherits from"),
+        ({"notifier": SMTP, "arguments": {"too": "a@b.org"}}, "notify.arguments: .*SmtpNotifier refuses them: .* 'to'"),
+        ({"notifier": SMTP, "on": ["never"]}, 'notify.on: \\["never"\\]: expected \\[success\\]'),
+        ({"notifier": SMTP, "to": "a@b.org"}, "notify.to: unknown key; expected one of notifier, "),
+    ],
+)
+def test_a_wrong_notifier_names_file_and_key(make_spec: Callable[..., Path], notify: Any, said: str) -> None:
+    path = make_spec(notify=notify)
+    with pytest.raises(SpecError, match=f"{path}: {said}"):
+        volume_dag(load_spec(path), path)
+
+
+def test_a_notifier_gets_its_arguments(make_spec: Callable[..., Path]) -> None:
+    path = make_spec()
+    path.write_text(
+        path.read_text() + "notify: {notifier: test_dags.Post, arguments: {addressee: lab}, on: [failure]}\n"
+    )
+    notify = load_spec(path).notify
+    assert notify is not None
+    assert notify.on == ("failure",), "though YAML reads on as true"
+    assert notifier_of(notify, path).addressee == "lab"  # type: ignore[attr-defined]
+
+
+def test_what_failed_is_told(make_spec: Callable[..., Path]) -> None:
+    grid = load_spec(make_spec()).grid
+    states = dict.fromkeys(("infer.0_0_0", "infer.1_1_1", "blend.0_0_1"), "success")
+    assert what_failed(grid, states, {}) == []
+    states |= {"infer.0_1_0": "failed", "blend.0_1_0": "upstream_failed", "verify": "upstream_failed"}
+    told = what_failed(grid, states, {"infer.0_1_0": "wrong data (exit code 65): NaN"})
+    assert "1 block failed" in told[0]
+    assert [line for line in told if "(0, 1, 0)" in line and "wrong data (exit code 65): NaN" in line]
+    assert what_failed(
+        grid, {"prepare": "failed"} | states | {"infer.0_1_0": "upstream_failed"}, {"prepare": "no\nGPU"}
+    ) == ["prepare: no GPU"]
+    assert what_failed(grid, {"verify": "upstream_failed"}, {}) == ["could not run: verify"]
+
+
+def test_figures_are_told_in_a_line() -> None:
+    assert figures_line({}, {"up_to_date": 8}) == "nothing was due: 8 blocks are up to date"
+    figures = {"inferred": 1, "blocks": 8, "blended": 7, "patches": 1234, "voxels": 56789, "span": 1.6}
+    assert figures_line(figures, {}) == (
+        "1 of 8 blocks inferred, 7 blended; 1,234 patches, 56,789 voxels written, 2 s from first start to last finish"
+    )

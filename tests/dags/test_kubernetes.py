@@ -39,7 +39,7 @@ from operators.processes import with_variable
 from operators.service import Client, start
 
 BLOCKS = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
-STEPS = {"prepare", "select_blocks", "verify", "publish", "cleanup"}
+STEPS = {"prepare", "select_blocks", "verify", "publish", "cleanup", "summary"}
 STAGES = {f"infer.{z}_{y}_{x}" for z, y, x in BLOCKS} | {f"blend.{z}_{y}_{x}" for z, y, x in BLOCKS[1:]}
 _WHERE = [
     pytest.param("double", id="double"),
@@ -242,6 +242,7 @@ def test_ends_that_no_retry_cures_wait_for_the_user(world: World, deferrable: bo
         assert (tasks[task]["state"], tasks[task]["try_number"]) == ("failed", 1)
         log = world.volumes.log(name, run, task, 1)
         assert f"(exit code {code}, a retry can't help): injected {code}" in log
+        assert f"(exit code {code}, a retry can't help): injected {code}" in world.volumes.log(name, run, "summary", 1)
     assert (tasks["infer.0_0_1"]["state"], tasks["infer.0_0_1"]["try_number"]) == ("success", 2)
     assert "deadline exceeded (worth a retry)" in world.volumes.log(name, run, "infer.0_0_1", 1)
     untouched = {"infer.0_1_0", "infer.0_1_1", "infer.1_0_0", "infer.1_0_1"}
@@ -257,6 +258,7 @@ def test_ends_that_no_retry_cures_wait_for_the_user(world: World, deferrable: bo
 
     world.volumes.clear(name, run, ["blend.0_0_1", "blend.0_1_1"])
     assert world.volumes.wait(name, run, world.cluster.limit) == "success"
+    assert "8 of 8 blocks inferred, 7 blended" in world.volumes.log(name, run, "summary", 3)
     world.check_output(name)
 
 
