@@ -17,7 +17,7 @@ from chunkflow_core.findings import Audit, Kind
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.lattice import Block, Donation
 from chunkflow_core.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
-from chunkflow_core.planner import has_consumed, valid_inference
+from chunkflow_core.planner import Done
 from chunkflow_core.stages import Workspace
 
 _READERS = 16
@@ -221,9 +221,10 @@ class StoredAudit:
         """What the planner would do again is not complete; donations that were cleaned up are no fault."""
         index = block.index
         stage: Stage = "blend"
-        if valid_inference(self._spec, self, index) is None:
+        done = Done(self._spec, self)  # remembering more would keep all groups in memory
+        if done.inferred(index) is None:
             stage = "infer"
-        elif not block.frame or has_consumed(self._spec, self, index):
+        elif not block.frame or done.has_consumed(index):
             self.complete.add(index)
             return
         begun = index in self._begun if stage == "infer" else self.blended(index) is not None

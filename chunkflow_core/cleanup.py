@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.planner import has_consumed
+from chunkflow_core.planner import Done
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.state import ExchangeReceipts
 from chunkflow_core.storage import delete_partials
@@ -46,7 +46,7 @@ def _spent(exchange: Exchange, before: float | None) -> Iterator[str]:
     donated = exchange.donations_of(exchange.groups())
     receivers = {r for donor in donated for r in grid.receivers(donor)}
     receipts.load(receivers | {d for r in receivers for d in grid.donors(r)})
-    done = {r for r in receivers if has_consumed(exchange.spec, receipts, r)}
+    done = set(filter(Done(exchange.spec, receipts).has_consumed, receivers))
     if before is not None:
         done = {r for r in done if _finished(exchange, r) < before}
     for keys in donated.values():

@@ -37,7 +37,7 @@ from chunkflow_core.marks import (
     Mark,
     Stage,
     consumed_digest,
-    given_text,
+    given_places,
     merged,
     parse_mark,
 )
@@ -114,7 +114,7 @@ class Receipt:
         stored = Counter(e.receiver for e in self.donations if e.checksum is not None)
         receivers = {e.receiver for e in self.donations}
         given = {receiver: (self.given(receiver), stored[receiver]) for receiver in receivers}
-        return InferenceMark(self.geometry, self.signature, given_text(self.block, given))
+        return InferenceMark(self.geometry, self.signature, given_places(self.block, given))
 
     @property
     def storage_chunks(self) -> int:
@@ -193,7 +193,7 @@ class Exchange:
         """Open it; nothing is read or written yet."""
         self.fingerprint, self.spec = spec.fingerprint, spec
         self.path = f"{spec.exchange.path.removeprefix('precomputed://').rstrip('/')}/{self.fingerprint}"
-        self._lattice = spec.grid.roi.start, spec.grid.block_size
+        self._origin, self._size = spec.grid.roi.start, spec.grid.block_size
         self._files = open_files(self.path)
 
     def put_donation(self, donation: Donation, payload: bytes | None) -> DonationEntry:
@@ -412,8 +412,12 @@ class Exchange:
 
     def _block(self, box_key: str) -> Vector:
         """Index of the block with a range; ``ValueError`` if the text is none."""
-        (x, y, z), (origin, size) = (int(part[: part.index("-", 1)]) for part in box_key.split("_")), self._lattice
-        return ((z - origin[0]) // size[0], (y - origin[1]) // size[1], (x - origin[2]) // size[2])
+        x, y, z = box_key.split("_")
+        return (
+            (int(z[: z.index("-", 1)]) - self._origin[0]) // self._size[0],
+            (int(y[: y.index("-", 1)]) - self._origin[1]) // self._size[1],
+            (int(x[: x.index("-", 1)]) - self._origin[2]) // self._size[2],
+        )
 
     def _receipt_names(self, stage: Stage, block: Vector) -> list[str]:
         box = self.spec.grid.block(block).box

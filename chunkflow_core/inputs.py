@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 
 from chunkflow_core.digests import short_digest
 from chunkflow_core.exchange import Exchange, Receipt
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.inference import ChunkInference
 from chunkflow_core.mask import Mask
 from chunkflow_core.signatures import LayerSignatures
@@ -58,8 +59,19 @@ class Inputs:
         """Digest of what a block reads, from its voxels: see ``Receipt.content``."""
         return self._inference.content(self._spec.grid.block(block))
 
+    @cached_property
+    def _sources(self) -> list[list[tuple[int, int]]]:
+        """For each axis and each block along it, what is read inside the layer: the same whatever the block's other indices."""
+        grid, sources = self._spec.grid, []
+        for axis, count in enumerate(grid.shape):
+            blocks = (grid.block(vector(i if a == axis else 0 for a in range(3))) for i in range(count))
+            boxes = [self._layer.source(self._inference.reads(block)) for block in blocks]
+            sources.append([(box.start[axis], box.stop[axis]) for box in boxes])
+        return sources
+
     def _source(self, block: Vector) -> Box:
-        return self._layer.source(self._inference.reads(self._spec.grid.block(block)))
+        (z0, z1), (y0, y1), (x0, x1) = (ranges[i] for ranges, i in zip(self._sources, block, strict=True))
+        return Box((z0, y0, x0), (z1, y1, x1))
 
     def _mask_source(self, block: Vector) -> Box:
         assert self._mask is not None

@@ -33,21 +33,21 @@ class InferenceMark:
     """``VolumeSpec.block_digest`` of the block."""
     signature: str
     """What storage said of the input's storage chunks before they were read; empty if it could not."""
-    given: str
-    """See above."""
+    given: tuple[str, ...]
+    """See above: the eight places."""
 
     @property
     def text(self) -> str:
         """As it stands in the receipt's name, after the block's range."""
-        return f"{self.geometry}%{self.signature or _UNKNOWN}%{self.given}"
+        return f"{self.geometry}%{self.signature or _UNKNOWN}%{'_'.join(self.given)}"
 
     def digest(self, slot: int) -> str:
         """Digest of what the receiver at a place got."""
-        return self.given.split("_")[slot].partition(".")[0]
+        return self.given[slot].partition(".")[0]
 
     def count(self, slot: int) -> int:
         """Number of donations stored for the receiver at a place."""
-        return int(self.given.split("_")[slot].partition(".")[2] or 0)
+        return int(self.given[slot].partition(".")[2] or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,10 @@ def receiver_at(donor: Vector, place: int) -> Vector:
     return (z + place // 4, y + place // 2 % 2, x + place % 2)
 
 
-def given_text(donor: Vector, given: dict[Vector, tuple[str, int]]) -> str:
+def given_places(donor: Vector, given: dict[Vector, tuple[str, int]]) -> tuple[str, ...]:
     """``given`` of a mark, from digest and number of donations by receiver."""
     places = [receiver_at(donor, place) for place in range(8)]
-    return "_".join("{}.{}".format(*given[place]) if place in given else "" for place in places)
+    return tuple("{}.{}".format(*given[place]) if place in given else "" for place in places)
 
 
 def consumed_digest(digests: Iterable[str]) -> str:
@@ -98,7 +98,7 @@ def parse_mark(stage: Stage, text: str) -> Mark | None:
     if len(parts) != 3 or parts[2].count("_") != 7:
         return None
     geometry, signature, given = parts
-    return InferenceMark(geometry, "" if signature == _UNKNOWN else signature, given)
+    return InferenceMark(geometry, "" if signature == _UNKNOWN else signature, tuple(given.split("_")))
 
 
 def merged(marks: Sequence[Mark]) -> Mark | None:

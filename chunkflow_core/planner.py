@@ -78,30 +78,46 @@ def plan(spec: VolumeSpec, request: Request, state: State) -> Plan:
     return _Planner(spec, request, state).plan()
 
 
-def valid_inference(spec: VolumeSpec, receipts: Receipts, block: Vector) -> InferenceMark | None:
-    """What a block's receipt of inference says; None if there is none, or it is of another geometry."""
-    mark = receipts.inferred(block)
-    return mark if mark is not None and mark.geometry == spec.block_digest(block) else None
+class Done:
+    """What has been done and is still valid: receipts of the geometry that blocks have now."""
 
+    def __init__(self, spec: VolumeSpec, receipts: Receipts) -> None:
+        """Look at nothing yet. What has been looked at is remembered: a block is asked for with each of its receivers."""
+        self._spec, self._receipts = spec, receipts
+        self._inferred: dict[Vector, InferenceMark | None] = {}
+        self._digests: dict[Vector, str] = {}
 
-def has_consumed(spec: VolumeSpec, receipts: Receipts, receiver: Vector) -> bool:
-    """Whether a block has been blended from just what its donors give now."""
-    mark = receipts.blended(receiver)
-    if mark is None or mark.geometry != spec.block_digest(receiver):
-        return False
-    given = []
-    for donor in spec.grid.donors(receiver):
-        donated = valid_inference(spec, receipts, donor)
-        if donated is None:
+    def inferred(self, block: Vector) -> InferenceMark | None:
+        """What a block's receipt of inference says; None if there is none, or it is of another geometry."""
+        if block not in self._inferred:
+            mark = self._receipts.inferred(block)
+            self._inferred[block] = mark if mark is not None and mark.geometry == self._digest(block) else None
+        return self._inferred[block]
+
+    def has_consumed(self, receiver: Vector) -> bool:
+        """Whether a block has been blended from just what its donors give now."""
+        mark = self._receipts.blended(receiver)
+        if mark is None or mark.geometry != self._digest(receiver):
             return False
-        given.append(donated.digest(slot(donor, receiver)))
-    return mark.consumed == consumed_digest(given)
+        given = []
+        for donor in self._spec.grid.donors(receiver):
+            donated = self.inferred(donor)
+            if donated is None:
+                return False
+            given.append(donated.digest(slot(donor, receiver)))
+        return mark.consumed == consumed_digest(given)
+
+    def _digest(self, block: Vector) -> str:
+        if block not in self._digests:
+            self._digests[block] = self._spec.block_digest(block)
+        return self._digests[block]
 
 
 class _Planner:
     def __init__(self, spec: VolumeSpec, request: Request, state: State) -> None:
         self.spec, self.request, self.state = spec, request, state
-        self.grid = grid = spec.grid
+        self.grid, self.done = spec.grid, Done(spec, state)
+        grid = spec.grid
         if request.blocks is not None:
             self.requested = set(request.blocks)
         else:
@@ -114,12 +130,12 @@ class _Planner:
         changing, blend = set(self.why), set[Vector]()
         todo = self.requested | self._receivers(changing)
         while todo:
-            self._load_around(todo)
+            self.state.load(todo)
             due = {r for r in todo - blend if self._blend_is_due(r, changing)}
             blend |= due
             again = {d for r in due for d in self.grid.donors(r) if d not in self.why and self._is_gone(d, r)}
             # A donor that gives the same donations again does not change what others got from it.
-            new = {d for d in again if self._inferred(d) is None}
+            new = {d for d in again if self.done.inferred(d) is None}
             edited = self.state.changed_inputs(again - new)
             self._add("new", new)
             self._add("input", edited)
@@ -135,34 +151,27 @@ class _Planner:
         )
 
     def _ask_for_requested(self) -> None:
-        new = {b for b in self.requested if self._inferred(b) is None}
+        new = {b for b in self.requested if self.done.inferred(b) is None}
         self._add("new", new)
         if self.request.force:
             self._add("forced", self.requested - new)
         if self.request.check_input:
             decisive = self.requested.union(*map(self.grid.donors, self.requested))
             self.state.load(decisive)
-            done = {b for b in decisive if b not in self.why and self._inferred(b) is not None}
+            done = {b for b in decisive if b not in self.why and self.done.inferred(b) is not None}
             self._add("input", self.state.changed_inputs(done))
 
     def _add(self, reason: Reason, blocks: Iterable[Vector]) -> None:
         self.why.update(dict.fromkeys(blocks, reason))
-
-    def _load_around(self, receivers: Set[Vector]) -> None:
-        donors = {d for r in receivers for d in self.grid.donors(r)}
-        self.state.load(donors | receivers)
 
     def _insist(self, blend: Set[Vector], changing: Set[Vector]) -> None:
         """A block whose donations are gone and needed since another donor changes has to be done, whatever of its own input."""
         for block in [b for b, reason in self.why.items() if reason == "input"]:
             for receiver in blend & set(self.grid.receivers(block)):
                 others = changing & set(self.grid.donors(receiver)) - {block}
-                consumed = has_consumed(self.spec, self.state, receiver)
+                consumed = self.done.has_consumed(receiver)
                 if self._is_gone(block, receiver) and (others or not consumed):
                     self.why[block] = "donations"
-
-    def _inferred(self, block: Vector) -> InferenceMark | None:
-        return valid_inference(self.spec, self.state, block)
 
     def _receivers(self, donors: Set[Vector]) -> set[Vector]:
         return {r for d in donors for r in self.grid.receivers(d)}
@@ -172,10 +181,10 @@ class _Planner:
         mark = self.state.blended(receiver)
         if not donors or (receiver not in self.requested and mark is None):
             return False
-        return any(d in changing for d in donors) or not has_consumed(self.spec, self.state, receiver)
+        return any(d in changing for d in donors) or not self.done.has_consumed(receiver)
 
     def _is_gone(self, donor: Vector, receiver: Vector) -> bool:
-        mark = self._inferred(donor)
+        mark = self.done.inferred(donor)
         if mark is None:
             return True
         count = mark.count(slot(donor, receiver))

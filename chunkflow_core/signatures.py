@@ -63,16 +63,21 @@ class LayerSignatures:
         A storage chunk that isn't there counts as such. The same whichever way the storage was asked, and when other parts
         of the layer change or are added. "" if the storage can't tell.
         """
-        self.load([box])
+        zs, ys, xs = self._chunks.touching(box)
+        if self._store is not None and not self._is_known(zs, product(ys, xs)):
+            self.load([box])
         if self._store is None:
             return ""
-        zs, ys, xs = self._chunks.touching(box)
         names_z, names_y, names_x = self._chunks.names
         content = hashlib.sha256(" ".join(names_z[zs.start : zs.stop]).encode())
         for y, x in product(ys, xs):
             content.update(f" {names_x[x]}_{names_y[y]} ".encode())
             content.update(self._columns[y, x][zs.start : zs.stop])
         return b32encode(content.digest()[:8]).decode().rstrip("=").lower()
+
+    def _is_known(self, zs: range, columns: Iterable[Column]) -> bool:
+        known = (self._columns.get(column) for column in columns)
+        return all(numbers is not None and _UNKNOWN not in numbers[zs.start : zs.stop] for numbers in known)
 
     def _unknown(self, boxes: Iterable[Box]) -> Wanted:
         """The storage chunks that touch boxes and have not been asked for; makes room for their answers."""

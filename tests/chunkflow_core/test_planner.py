@@ -21,7 +21,7 @@ from chunkflow_core.inference_and_donate import main as infer_command
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.layer_info import read_scale
 from chunkflow_core.local import Schedule
-from chunkflow_core.marks import InferenceMark, given_text, parse_mark, receiver_at, slot
+from chunkflow_core.marks import InferenceMark, given_places, parse_mark, receiver_at, slot
 from chunkflow_core.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
@@ -244,7 +244,7 @@ def test_a_receipt_of_another_fingerprint(path: Path, tmp_path: Path) -> None:
     st.text("xyz7", max_size=13),
 )
 def test_marks(donor: Vector, given: dict[int, tuple[str, int]], signature: str) -> None:
-    text = given_text(donor, {receiver_at(donor, place): entry for place, entry in given.items()})
+    text = given_places(donor, {receiver_at(donor, place): entry for place, entry in given.items()})
     mark = InferenceMark("geometry", signature, text)
 
     assert parse_mark("infer", mark.text) == mark

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import tifffile
 import yaml
 from airflow_volumes import RUN_LIMIT, Volumes, files, until
+from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.geometry import Box
@@ -76,7 +78,8 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
             Box((0, 0, 0), stack.shape), stack[None]
         )
         unet = {"engine": "pytorch", "path": str(UNET / "model.py"), "weights": str(UNET / "model.pt")}
-        write_spec(folder, "em", folder / "em", model=unet)
+        exchange = {"path": f"file://{folder}/em/exchange", "donations": "keep"}
+        write_spec(folder, "em", folder / "em", model=unet, exchange=exchange)
     shape = (12, 60, 20)
     noise = np.random.default_rng(0).integers(1, 255, (1, *shape), dtype=np.uint8)
     noise[0, 0, 59, 0] = 255
@@ -157,15 +160,40 @@ class TestRealStack:
         assert files(volumes.folder / "em" / "output") == before
 
     def test_forcing_a_part(self, volumes: Volumes) -> None:
-        """The last block again: it, and, as donations were cleaned up, its donors; only it is blended."""
+        """The last block again; the donations of its neighbours are still there."""
         before = files(volumes.folder / "em" / "output")
         run = volumes.trigger("em", force=True, z_start=17, y_start=319, x_start=319)
 
         assert volumes.wait("em", run) == "success"
 
         done = {name for name, task in volumes.tasks("em", run).items() if task["state"] == "success" and "." in name}
-        assert done == {f"infer.{z}_{y}_{x}" for z in (0, 1) for y in (0, 1) for x in (0, 1)} | {"blend.1_1_1"}
+        assert done == {"infer.1_1_1", "blend.1_1_1"}
         assert files(volumes.folder / "em" / "output") == before
+
+    def test_an_edit_of_one_storage_chunk(self, volumes: Volumes) -> None:
+        """z 0–16, y and x 256–320: patches of the low blocks end at 224 in y and x, those of the high ones begin at 192."""
+        spec = volumes.folder / "volumes" / "em.yaml"
+        layer = CloudVolume(f"file://{volumes.folder}/em", progress=False)
+        layer[256:320, 256:320, 0:16] = 255 - np.asarray(layer[256:320, 256:320, 0:16])
+        run = volumes.trigger("em")
+
+        assert volumes.wait("em", run) == "success"
+
+        tasks = volumes.tasks("em", run)
+        done = {name for name, task in tasks.items() if task["state"] == "success" and "." in name}
+        assert done == {"infer.0_1_1", "infer.1_1_1", "blend.0_1_1", "blend.1_1_1"}
+        assert {
+            (task["state"], task["try_number"]) for name, task in tasks.items() if "." in name and name not in done
+        } == {("skipped", 0)}
+        fresh = ["--workers", "2", "--set", f"output.path=file://{volumes.folder}/edited/output", "--seams", "0"]
+        assert main(["run", str(spec), *fresh]) == 0
+        assert files(volumes.folder / "em" / "output") == files(volumes.folder / "edited" / "output")
+        again = volumes.trigger("em")
+        assert volumes.wait("em", again) == "success"
+        (record,) = [each for each in volumes.runs("em") if each["dag_run_id"] == again]
+        start, end = (datetime.fromisoformat(record[name]) for name in ("start_date", "end_date"))
+        assert (end - start).total_seconds() < 30
+        assert {t["state"] for name, t in volumes.tasks("em", again).items() if "." in name} == {"skipped"}
 
     def test_the_form_refuses_what_is_outside(self, volumes: Volumes) -> None:
         with pytest.raises(ApiError, match="321"):
