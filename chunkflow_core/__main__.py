@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
     box = box_of(options, spec.grid)
     if options.overwrite and box is not None:
         raise UsageError("--overwrite: does the whole ROI again, so it can't be given with --bbox")
+    if options.repair and (options.overwrite or options.accept_mixture):
+        raise UsageError("--repair: of another model's output there is nothing to repair; run without it")
     from chunkflow_core import manifest
     from chunkflow_core.cleanup import cleanup
     from chunkflow_core.planner import Request, plan
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     if due.infer or due.blend:
         manifest.begin(spec, name, _request(options))
         _run(workspace, due, name, options)
-        options.json, options.run, options.deep = False, name, False
+        options.json, options.run, options.deep, options.begun = False, name, False, False
         _verify(workspace, options, box, request.blocks)
         manifest.complete(spec, name, workspace.exchange.all_receipts())
     cleanup(spec)
@@ -132,19 +134,19 @@ def repair_command(options: argparse.Namespace) -> None:
 
 
 def _print_plan(workspace: Workspace, due: Plan, options: argparse.Namespace) -> None:
+    from chunkflow_core import manifest
     from chunkflow_core.estimate import SAMPLE, estimate
 
     spec, exchange, grid = workspace.spec, workspace.exchange, workspace.spec.grid
     if options.run and (due.infer or due.blend):
-        from chunkflow_core import manifest
-
         manifest.begin(spec, options.run, _request(options))
     costs = estimate(spec, due, exchange.some_receipts("infer", SAMPLE), exchange.trial())
     if options.json:
         facts = {"name": spec.name, "fingerprint": spec.fingerprint, "blocks": grid.shape, "roi": asdict(grid.roi)}
         lists = {"infer": due.infer, "blend": due.blend, "up_to_date": due.up_to_date}
         why = {"{}_{}_{}".format(*block): reason for block, reason in due.why.items()}
-        print(json.dumps(facts | lists | {"why": why} | asdict(costs)))
+        untold = {"unpublished": [run for run in manifest.unpublished(spec) if run != options.run]}
+        print(json.dumps(facts | lists | {"why": why} | untold | asdict(costs)))
         return
     print(f"{spec.name} (fingerprint {spec.fingerprint})")
     print(f"ROI            {grid.roi}, {grid.roi.voxels / 1e6:.1f} Mvoxel; input layer {spec.input_scale.bounds}")
@@ -339,6 +341,7 @@ def parser() -> Parser:
     add_spec_arguments(sub)
     add_box_argument(sub)
     _add_seams(sub)
+    sub.add_argument("--begun", action="store_true", help="pass over blocks that were never begun")
     sub.add_argument("--deep", action="store_true", help="read all storage chunks and donations, and compare checksums")
     sub.add_argument("--run", default="", metavar="NAME", help="prefer seams of what this run has done")
     sub.add_argument("--json", action="store_true", help="for programs")
@@ -394,6 +397,8 @@ def _verify(
             run=options.run or "",
             step_done=step_done,
         )
+    if options.begun:
+        audit.findings = [finding for finding in audit.findings if finding.kind != "not done"]
     if options.json:
         print(json.dumps(asdict(audit)))
     else:

@@ -6,6 +6,7 @@ Layout below ``<exchange>/<fingerprint>/``, in groups of 8 × 8 × 8 blocks::
     receipts/infer/<group>/<block-range>%<mark>.json    written last by inference-and-donate
     receipts/blend/<group>/<block-range>%<mark>.json    written last by receive-and-blend
     trial.json                                          what prepare has measured, for estimates
+    repair.json                                         the blocks that the last repair has undone
 
 A listing says all that planning needs: the names of receipts have it in their marks (``marks.py``). Groups are listed at the same
 time.
@@ -47,6 +48,7 @@ from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
 _MAGIC = b"CFDONATE"
 _TRIAL = "trial.json"
+_HARMED = "repair.json"
 _GROUP = 8
 """Blocks of a group per axis."""
 _LISTINGS = 16
@@ -92,8 +94,8 @@ class Receipt:
     """For infer: digest of the mask over the block's frame; empty if there is none."""
     written: dict[str, str] = field(default_factory=dict)
     """Names of the storage chunks written → digests of their voxels."""
-    changed: bool = True
-    """Whether that is other than what an earlier receipt of the block says; True if there was none."""
+    changes: tuple[str, ...] = ()
+    """The latest runs in which that became other than what the receipt before said (or there was none), the last first."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Timings in seconds, host, versions: for people, never decisive."""
 
@@ -332,6 +334,16 @@ class Exchange:
         """All groups of the volume's blocks."""
         return indices((0, 0, 0), vector(ceil_to(n, _GROUP) // _GROUP for n in self.spec.grid.shape))
 
+    def put_harmed(self, blocks: Iterable[Vector]) -> None:
+        """Remember which blocks a repair is about to undo."""
+        put_file(self.path, _HARMED, json.dumps(sorted(blocks)).encode())
+
+    def harmed(self) -> frozenset[Vector]:
+        """The blocks that the last repair has undone; they may have been made right since."""
+        with storage_errors(f"reading {self.path}/{_HARMED}"):
+            content = self._files.get(_HARMED)
+        return frozenset(vector(block) for block in json.loads(content or b"[]"))
+
     def put_trial(self, trial: Trial) -> None:
         """Store what ``prepare`` has measured."""
         put_file(self.path, _TRIAL, json.dumps(asdict(trial)).encode())
@@ -471,7 +483,8 @@ class Exchange:
             if fields["fingerprint"] != self.fingerprint:
                 return None
             entries = tuple(DonationEntry(**{**e, "receiver": vector(e["receiver"])}) for e in fields["donations"])
-            return Receipt(**{**fields, "block": vector(fields["block"]), "donations": entries})
+            lists = {"block": vector(fields["block"]), "changes": tuple(fields["changes"]), "donations": entries}
+            return Receipt(**{**fields, **lists})
         except (ValueError, KeyError, TypeError):
             return None
 

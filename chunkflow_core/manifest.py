@@ -1,6 +1,8 @@
 """The manifest of a run: what was asked, with what it was done, and what came of it, as JSON in the output layer.
 
-It is ``runs/<run>.json`` below the layer's path, beside CloudVolume's own ``provenance``, which says whose the layer is.
+It is ``runs/<run>.json`` below the layer's path, beside CloudVolume's own ``provenance``, which says whose the layer is. Until it is
+complete there is a ``runs/<run>.open`` too: what such a run has changed has not been told to anybody, and is told with the next one
+that completes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ FORMAT: Final = 1
 
 _PACKAGES = ("chunkflow-airflow", "cloud-files", "cloud-volume", "numba", "numpy", "torch")
 _ENGINE_PACKAGES = {"onnx": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",), "pznet": ("pznet",)}
+_OPEN = ".open"
 _LONGEST = 150
 
 
@@ -40,12 +43,14 @@ def begin(spec: VolumeSpec, run: str, request: Mapping[str, Any]) -> None:
         request: what is asked for: ``box``, ``force``, ``check_input``, ``repair``, for JSON.
     """
     earlier = read(spec, run) or {}
+    put_file(layer_path(spec.output.path), f"{stem(run)}{_OPEN}", json.dumps(run).encode())
     _put(spec, _begun(spec, run) | {"request": dict(request), "started": earlier.get("started") or now()})
 
 
 def complete(spec: VolumeSpec, run: str, receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Store the manifest of a run that has done all it had to, and return it.
 
+    What has changed is told with what runs before it have changed and not told, since they did not come so far.
     If with that every block is of this spec's fingerprint, the layer's provenance says so too.
 
     Args:
@@ -55,7 +60,9 @@ def complete(spec: VolumeSpec, run: str, receipts: Iterable[Receipt]) -> dict[st
     """
     known = {(receipt.stage, receipt.block): receipt for receipt in receipts}
     own = [receipt for receipt in known.values() if receipt.run == run]
-    changed = {receipt.block for receipt in own if receipt.changed}
+    manifest = read(spec, run) or _begun(spec, run)
+    told = {*manifest.get("told", []), *unpublished(spec), run}  # the first is of a try that was ended too soon
+    changed = {receipt.block for receipt in known.values() if told.intersection(receipt.changes)}
     inferred = [receipt for receipt in own if receipt.stage == "infer"]
     outcome = {
         "state": "complete",
@@ -65,12 +72,25 @@ def complete(spec: VolumeSpec, run: str, receipts: Iterable[Receipt]) -> dict[st
             "blended": sorted(receipt.block for receipt in own if receipt.stage == "blend"),
             "changed": sorted(changed),
         },
+        "told": sorted(told),
         "bounding_box": asdict(Box.around([spec.grid.block(b).box for b in changed])) if changed else None,
         "hosts": Counter(str(receipt.facts.get("host", "unknown")) for receipt in own),
         "devices": Counter(str(receipt.facts.get("device", "cpu")) for receipt in inferred if receipt.patches),
         "mixture": _mixture(spec, run, known),
     }
-    return _put(spec, (read(spec, run) or _begun(spec, run)) | outcome)
+    stored = _put(spec, manifest | outcome)
+    with storage_errors(f"writing {spec.output.path}/runs"):
+        layer_files(spec.output.path).delete([f"{stem(name)}{_OPEN}" for name in told])
+    return stored
+
+
+def unpublished(spec: VolumeSpec) -> list[str]:
+    """Names of the runs that have begun and are not complete."""
+    files = layer_files(spec.output.path)
+    with storage_errors(f"listing {spec.output.path}/runs"):
+        names = [name for name in files.list(prefix="runs/") if name.endswith(_OPEN)]
+        contents = [answer["content"] for answer in files.get(names)] if names else []
+    return sorted(json.loads(content) for content in contents if content)
 
 
 def read(spec: VolumeSpec, run: str) -> dict[str, Any] | None:

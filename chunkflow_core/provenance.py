@@ -32,6 +32,7 @@ _DECIDES_NOTHING = (
     "roi",
     "runner",
     "schedule",
+    "notify",
     "input.prefetch",
     "output.compression",
     "model.device",

@@ -25,7 +25,7 @@ def _addresses(value: Any) -> Any:
 
 
 def _endings(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or not value or not set(value) <= {"success", "failure"}:
+    if not isinstance(value, list | tuple) or not value or not all(end in ("success", "failure") for end in value):
         raise ValueError("expected [success], [failure] or [success, failure]")
     return tuple(value)
 

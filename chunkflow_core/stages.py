@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 SKIPPED = ("zeros", "outside mask")
 """Why a patch is not run."""
 
+_CHANGES = 16
+"""Runs that a receipt remembers to have changed something."""
+
 _WRITERS = 8
 """Donations and storage chunks on their way at a time; a piece has at most 14 donations."""
 
@@ -173,11 +176,19 @@ def inference_and_donate(
         content=content.digest,
         mask=mask,
         written=leaving.written,
-        changed=done is None or done.written != leaving.written,
+        changes=_changes(done, run, leaving.written),
         facts=_facts(record, started, voxels=block.box.voxels, engine=engine),
     )
     exchange.put_receipt(receipt)
     return StageResult(receipt, up_to_date=False)
+
+
+def _changes(before: Receipt | None, run: str, written: dict[str, str]) -> tuple[str, ...]:
+    """The latest runs in which what a stage writes has changed; ``before``: what its receipt said."""
+    if before is None:
+        return (run,)
+    earlier = tuple(name for name in before.changes if name != run)
+    return before.changes if before.written == written else (run, *earlier)[:_CHANGES]
 
 
 class _Leaving:
@@ -251,7 +262,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
         run=run,
         consumed=consumed,
         written=written,
-        changed=done is None or done.written != written,
+        changes=_changes(done, run, written),
         facts=_facts(record, started, voxels=sum(box.voxels for box in block.frame)),
     )
     exchange.put_receipt(receipt)

@@ -86,6 +86,10 @@ def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed
     number = len(spec.grid.blocks_touching(spec.grid.roi if box is None else box))
     with progress("repair: audit", number + seams, "steps") as step_done:
         audit = verify(workspace, box=box, seams=seams, deep=True, seed=seed, step_done=step_done)
+    # What an earlier repair has undone looks as if it had never been begun.
+    undone = exchange.harmed() & {f.block for f in audit.findings if f.kind == "not done" and f.block is not None}
+    harmed = audit.harmed | undone
+    exchange.put_harmed(harmed)
     for (stage, block), why in sorted(_lies(workspace, audit.findings).items()):
         exchange.retract(stage, block)
         log.info("%s: the receipt of block %s for %s is retracted", why, block, stage)
@@ -95,7 +99,7 @@ def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed
     workspace.output.delete_chunks([finding.subject for finding in strays])
     for finding in files + strays:
         log.info("%s: deleted", finding)
-    return audit.harmed
+    return harmed
 
 
 def _lies(workspace: Workspace, findings: Collection[Finding]) -> dict[tuple[Stage, Vector], str]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from airflow.sdk import Asset, BaseOperator, Context
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, DownstreamTasksSkipped
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
 
 from chunkflow_core.geometry import Vector, vector
 from chunkflow_core.spec import VolumeSpec, load_spec
@@ -187,7 +187,8 @@ class Selection(Command):
         grid = self.volume.grid
         skipped = [infer_task_id(index) for index in grid.indices() if index not in infer]
         skipped += [blend_task_id(i) for i in grid.indices() if grid.donors(i) and i not in blend]
-        skipped += [] if infer or blend else ["verify", "publish"]
+        # What earlier runs have changed but not told, since a block or the audit failed, is audited and told now.
+        skipped += [] if infer or blend or due["unpublished"] else ["verify", "publish"]
         self.log.info("%d blocks to infer, %d to blend; %d tasks skipped", len(infer), len(blend), len(skipped))
         self.give(context, {"up_to_date": len(due["up_to_date"]), "why": due["why"]})
         if skipped:
@@ -201,7 +202,9 @@ class Verification(Command):
     runs_model = True
 
     def arguments_for(self, context: Context) -> list[str]:
-        return [*requested_box(context["params"], self.volume.grid), "--run", str(context["run_id"])]
+        params = context["params"]
+        begun = ["--begun"] if params["only_repair"] else []  # it is not for a repair to complete the volume
+        return [*requested_box(params, self.volume.grid), "--run", str(context["run_id"]), *begun]
 
 
 class Publication(Command):
@@ -222,6 +225,8 @@ class Publication(Command):
         report = json_of(output)
         context["outlet_events"][self.asset].extra = {key: report[key] for key in _EVENT_KEYS}
         self.give(context, report)
+        if not report["changed_blocks"]:
+            raise AirflowSkipException("nothing has changed, so nobody is told")
 
 
 def json_of(output: str) -> dict[str, Any]:
@@ -243,7 +248,7 @@ def telling(context: Context) -> Iterator[None]:
     """Have a task that fails leave its reason to the run's summary."""
     try:
         yield
-    except DownstreamTasksSkipped:
+    except (DownstreamTasksSkipped, AirflowSkipException):
         raise
     except Exception as error:
         with suppress(Exception):  # what goes wrong now must not hide what went wrong before

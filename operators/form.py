@@ -66,6 +66,10 @@ def check_request(params: Mapping[str, Any], grid: BlockGrid) -> None:
             )
     if params["other_model"] == "overwrite" and requested_box(params, grid):
         raise AirflowFailException("other model: overwrite does the whole volume again; expected an empty bounding box")
+    if params["only_repair"] and params["other_model"] != "refuse":
+        raise AirflowFailException(
+            "only repair: of another model's output there is nothing to repair; expected one of them"
+        )
     if params["force"] and params["only_repair"]:
         raise AirflowFailException(
             "force and only repair: expected one of them; repair does no block again that is right"

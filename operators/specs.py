@@ -54,7 +54,7 @@ def clusters(default: Path) -> set[tuple[str, str | None]]:
     """Airflow connection and namespace of each place where volumes have pods. Specs that can't be used are left out."""
     found = set()
     for file in _spec_files(default):
-        with suppress(ChunkflowError):
+        with suppress(Exception):
             runner = load_spec(file).runner
             if isinstance(runner, KubernetesRunner):
                 found.add((runner.connection, runner.namespace))

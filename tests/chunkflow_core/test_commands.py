@@ -36,7 +36,7 @@ OPTIONS = {
     "repair": ["SPEC", "--set", "--bbox", "--seams", "--json", "--run"],
     "prepare": ["SPEC", "--set", "--overwrite", "--accept-mixture", "--once", "--run"],
     "compile": ["SPEC", "--set", "--tolerance", "--patches", "--engines"],
-    "verify": ["SPEC", "--set", "--bbox", "--seams", "--deep", "--run", "--json"],
+    "verify": ["SPEC", "--set", "--bbox", "--seams", "--deep", "--begun", "--run", "--json"],
     "cleanup": ["SPEC", "--set"],
     "report": ["SPEC", "--set", "--run", "--json", "--picture", "--publish"],
     "picture": ["SPEC", "--set", "FILE.png", "--z"],

@@ -218,3 +218,27 @@ def test_run_of_a_model_that_has_been_replaced_meanwhile(make_spec: MakeSpec) ->
     known = receipts(Workspace(first))
     assert manifest.complete(first, "first", known)["mixture"] == [first.fingerprint, second.fingerprint]
     assert provenance.History(first).fingerprint == second.fingerprint
+
+
+def test_what_a_run_that_failed_has_changed_is_told_with_the_next(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Also where the next has done the same block again, with the same outcome."""
+    spec = load_spec(make_spec())
+    workspace = Workspace(spec)
+    prepare(workspace)
+    manifest.begin(spec, "failed", {})
+    first, second, third = ((0, 0, 0), (0, 0, 1), (0, 1, 0))
+    inference_and_donate(workspace, first, run="failed")
+    inference_and_donate(workspace, second, run="failed")
+    assert manifest.unpublished(spec) == ["failed"]
+    manifest.begin(spec, RUN, {})
+    inference_and_donate(workspace, second, run=RUN, force=True)
+    inference_and_donate(workspace, third, run=RUN)
+
+    told = manifest.complete(spec, RUN, receipts(workspace))
+
+    assert told["told"] == sorted(["failed", RUN])
+    assert told["blocks"]["changed"] == BLOCKS[:3]
+    assert told["blocks"]["inferred"] == BLOCKS[1:3]
+    assert manifest.unpublished(spec) == []
+    assert manifest.complete(spec, RUN, receipts(workspace)) == told | {"finished": stored(tmp_path)["finished"]}
+    assert manifest.complete(spec, "later", receipts(workspace))["blocks"]["changed"] == []
