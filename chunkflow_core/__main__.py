@@ -50,6 +50,10 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--overwrite: does the whole ROI again, so it can't be given with --bbox")
     if options.repair and (options.overwrite or options.accept_mixture):
         raise UsageError("--repair: of another model's output there is nothing to repair; run without it")
+    if options.repair and (options.force or options.check_input):
+        raise UsageError(
+            "--repair: does just what an audit finds wrong, so --force and --check-input have no meaning with it"
+        )
     from chunkflow_core import manifest
     from chunkflow_core.cleanup import cleanup
     from chunkflow_core.planner import Request, plan
@@ -221,8 +225,8 @@ def report_command(options: argparse.Namespace) -> None:
     from chunkflow_core.report import lines, of_run, report_of, tasks_of
 
     if options.publish:
-        if not options.run:
-            raise UsageError("--publish: needs --run, the run to be published")
+        if not options.run or options.picture:
+            raise UsageError("--publish: needs --run, the run to be published, and draws its picture beside the output")
         from chunkflow_core.publication import publish
 
         print(json.dumps(publish(spec, options.run)))
@@ -321,7 +325,7 @@ def parser() -> Parser:
         action="store_true",
         help="audit everything that is stored, and do again just what is wrong, instead of what is due",
     )
-    sub = add("plan", plan_command, "Print what would run, and what it costs; changes nothing.")
+    sub = add("plan", plan_command, "Print what would run, and what it costs; runs nothing.")
     add_spec_arguments(sub)
     add_request_arguments(sub)
     _add_plan_output(sub)

@@ -29,7 +29,7 @@ from typing import Any
 
 from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.geometry import Vector, ceil_to, indices, vector
+from chunkflow_core.geometry import Box, Vector, ceil_to, indices, vector
 from chunkflow_core.lattice import Donation
 from chunkflow_core.marks import (
     STAGES,
@@ -251,7 +251,8 @@ class Exchange:
         found: dict[Vector, list[str]] = defaultdict(list)
         for _, names in self._list_groups("donations", groups):
             for key in names:
-                with suppress(ValueError):
+                with suppress(ValueError):  # of what is no donation
+                    Box.from_key(key.partition("%")[2])
                     found[self._donor(key)].append(key)
         return found
 

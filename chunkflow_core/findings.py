@@ -89,6 +89,8 @@ def advice(audit: Audit, spec: VolumeSpec) -> str:
             f"To do again just what is wrong: `chunkflow-core run SPEC --repair{part}` (in Airflow: trigger the volume with "
             f"only repair{where})"
         )
+    if due and spec.skip.mask is not None:
+        unfinished += " (with --check-input if the mask has been edited)"
     return "\n  ".join([*lines, unfinished] if due else lines)
 
 

@@ -12,6 +12,7 @@ donors have given. A part that is not known is ``-``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,6 +24,12 @@ Stage = Literal["infer", "blend"]
 STAGES: tuple[Stage, Stage] = ("infer", "blend")
 
 _UNKNOWN = "-"
+_DIGEST, _PLACE = r"[a-z2-7]{13}", r"(?:[a-z2-7]{13}\.\d+)?"
+_TEXTS: dict[Stage, re.Pattern[str]] = {
+    "infer": re.compile(rf"({_DIGEST})%({_DIGEST}|-)%({_PLACE}(?:_{_PLACE}){{7}})"),
+    "blend": re.compile(rf"({_DIGEST})%({_DIGEST})"),
+}
+"""Whatever else lies there, such as a copy ``… (1).json``, is no receipt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +99,12 @@ def consumed_digest(digests: Iterable[str]) -> str:
 
 def parse_mark(stage: Stage, text: str) -> Mark | None:
     """The mark in a receipt's name, after the block's range; None if there is none."""
-    parts = text.split("%")
-    if stage == "blend":
-        return BlendingMark(*parts) if len(parts) == 2 else None
-    if len(parts) != 3 or parts[2].count("_") != 7:
+    match = _TEXTS[stage].fullmatch(text)
+    if match is None:
         return None
-    geometry, signature, given = parts
+    if stage == "blend":
+        return BlendingMark(match[1], match[2])
+    geometry, signature, given = match[1], match[2], match[3]
     return InferenceMark(geometry, "" if signature == _UNKNOWN else signature, tuple(given.split("_")))
 
 

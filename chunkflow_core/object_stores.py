@@ -1,7 +1,8 @@
 """How the clients of object stores are set up, and what their errors mean.
 
 CloudFiles 6.4 and CloudVolume 12.15 are given here what they lack: S3 endpoints in paths of layers, credentials from the
-environment without a session token, an end to retries that can't help, and silence on standard output.
+environment without a session token, an end to retries that can't help, notice of what could not be deleted, and silence on standard
+output.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 import tenacity
-from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound  # type: ignore[import-untyped]
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 from cloudfiles import CloudFiles, compression, connectionpools, interfaces, paths, secrets
 from cloudfiles.exceptions import UnsupportedProtocolError
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
@@ -36,7 +42,7 @@ _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenac
 
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, DefaultCredentialsError)
 
-_SET_UP_WRONG = {"ExpiredToken", "AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidToken"}
+_SET_UP_WRONG = {"AccessDenied", "ExpiredToken", "AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidToken"}
 """S3's codes, beside those of status 401 and 403."""
 
 
@@ -149,6 +155,17 @@ def _set_retries() -> None:
         vars(method.retry).update(policy)
 
 
+def _delete_files(self: Any, names: Iterable[str]) -> None:
+    """In place of S3's in CloudFiles, which takes no notice of what the answer says could not be deleted."""
+    keys = [{"Key": self.get_path_to_file(name)} for name in names]
+    for start in range(0, len(keys), self.delete_batch_size):
+        batch: Any = {"Objects": keys[start : start + self.delete_batch_size], "Quiet": True}
+        answer = self._conn.delete_objects(Bucket=self._path.bucket, Delete=batch, **self._additional_attrs)
+        for failed in answer.get("Errors", []):
+            told = {"Code": failed.get("Code", ""), "Message": f"{failed.get('Key')}: {failed.get('Message')}"}
+            raise ClientError({"Error": told}, "DeleteObjects")
+
+
 def _may_pass(error: BaseException) -> bool:
     return isinstance(error, Exception) and meaning(error) is StorageError
 
@@ -164,4 +181,5 @@ def _quiet(*_: object) -> None:
 _set_retries()
 patient: Callable[[_Request], _Request] = interfaces.retry
 """Decorator: try a request again as all others are."""
+interfaces.S3Interface.delete_files = patient(_delete_files)
 secrets.print = compression.print = _quiet

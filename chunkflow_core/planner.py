@@ -70,7 +70,8 @@ def plan(spec: VolumeSpec, request: Request, state: State) -> Plan:
     - Inference of a block: it is requested and has no valid receipt, or is forced; or it, or a block that it donates to, is
       requested and its input has changed; or a block that has to be blended needs a donation of it that isn't there.
     - Blending of a block: it is requested, or has been blended before, and any donor's receipt is missing, about to
-      change, or differs from what the block's own receipt says it consumed.
+      change, or differs from what the block's own receipt says it consumed. Blocks that are not requested are looked at where
+      they share a donor with one that is, or that has to be blended.
 
     Input is looked at if the request says so; that of blocks that have to donate again always is, since it decides what they
     would give.
@@ -128,8 +129,11 @@ class _Planner:
         self.state.load(self.requested)
         self._ask_for_requested()
         changing, blend = set(self.why), set[Vector]()
-        todo = self.requested | self._receivers(changing)
+        # Around them too: a run that ended too soon may have changed a donor, and not blended all that it gave to.
+        todo = self.requested | self._receivers(changing.union(self.requested, *map(self.grid.donors, self.requested)))
+        seen = set[Vector]()
         while todo:
+            seen |= todo
             self.state.load(todo)
             due = {r for r in todo - blend if self._blend_is_due(r, changing)}
             blend |= due
@@ -141,7 +145,8 @@ class _Planner:
             self._add("input", edited)
             self._add("donations", again - new - edited)
             changing |= new | edited
-            todo = self._receivers(new | edited) - blend
+            around = {d for r in due for d in self.grid.donors(r)}
+            todo = (self._receivers(around) - seen) | (self._receivers(new | edited) - blend)
         self._insist(blend, changing)
         return Plan(
             infer=tuple(sorted(self.why)),

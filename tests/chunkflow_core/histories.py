@@ -437,7 +437,8 @@ class World:
                 touched = not changing.isdisjoint(donors[r])
                 if r in requested and donors[r] and (touched or r in behind):
                     blend.add(r)
-                if r in done.blended and touched:
+                near = not decisive.union(*(donors[other] for other in blend)).isdisjoint(donors[r])
+                if r in done.blended and (touched or (near and r in behind)):
                     blend.add(r)
             if before == (len(infer), len(changing), len(blend)):
                 break

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,12 @@ from volume import output_of
 
 from chunkflow_core import manifest, remote_files
 from chunkflow_core.__main__ import main
-from chunkflow_core.errors import MissingInputError
+from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.geometry import Box
 from chunkflow_core.object_stores import located, open_files
 from chunkflow_core.spec import load_spec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.storage import put_file
+from chunkflow_core.storage import put_file, storage_errors
 from chunkflow_core.volumes import NewLayer, OutputLayer
 
 Chunkflow = Callable[..., CompletedProcess[str]]
@@ -516,3 +518,31 @@ def test_addresses_that_are_taken(tmp_path: Path) -> None:
     content = yaml.safe_load(spec_for(Store(Proxy(""), "gs://bucket"), tmp_path).read_text())
     for address in ("s3://https://minio.example.org:9000/bucket/em", "precomputed://s3://http://127.0.0.1:1/b/em"):
         assert parse_spec(content | {"input": {"path": address}}).input.path == address
+
+
+class _RefusingDeletions(BaseHTTPRequestHandler):
+    """Answers as S3 does to a role that may not delete: the request as a whole is fine."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        error = "<Error><Key>{}/gone</Key><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        body = f'<DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{error}</DeleteResult>'.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_deletions_that_are_refused_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or receipts would go on vouching for what is being replaced."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _RefusingDeletions) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        files = open_files(f"s3://http://127.0.0.1:{server.server_address[1]}/bucket/exchange")
+        with pytest.raises(SpecError, match="gone: Access Denied"), storage_errors("deleting receipts"):
+            files.delete(["gone"])
+        server.shutdown()
