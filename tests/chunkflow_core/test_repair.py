@@ -154,3 +154,17 @@ def test_the_commands(volume: Volume, capsys: pytest.CaptureFixture[str]) -> Non
     assert "verified: 1 blocks, 12 storage chunks, 2 seams computed again: 0 findings" in capsys.readouterr().out
     assert volume.contents() == volume.healthy
     assert volume.chunk(FRAME).exists()
+
+
+def test_a_repair_tried_again_knows_what_it_has_undone(volume: Volume) -> None:
+    """Without receipt and without storage chunks, a stage looks as if it had never been begun."""
+    output, frame = Workspace(volume.spec).output, volume.spec.grid.block(LAST).frame
+    output.delete_chunks([chunk.key for box in frame for chunk in output.expected_chunks(box)])
+
+    undone = repair(Workspace(volume.spec))
+
+    assert undone == {LAST}
+    assert repair(Workspace(volume.spec)) == undone
+    mend(volume)
+    assert volume.contents() == volume.healthy
+    assert repair(Workspace(volume.spec)) == set()

@@ -228,7 +228,7 @@ def test_dags_of_pods_need_no_more_than_the_airflow_image_has(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr + done.stdout
     assert "ok: " in done.stdout
-    assert "20 tasks" in done.stdout
+    assert "21 tasks" in done.stdout
 
 
 def test_the_trial_of_the_worker(tmp_path: Path) -> None:
