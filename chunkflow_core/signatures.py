@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from base64 import b32encode
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import product
 
 from chunkflow_core.chunk_stores import CannotTell, Chunks, Column, Wanted, open_store
+from chunkflow_core.digests import short_digest
 from chunkflow_core.geometry import Box
 from chunkflow_core.layer_info import LayerScale
 from chunkflow_core.storage import storage_errors
@@ -73,7 +73,7 @@ class LayerSignatures:
         for y, x in product(ys, xs):
             content.update(f" {names_x[x]}_{names_y[y]} ".encode())
             content.update(self._columns[y, x][zs.start : zs.stop])
-        return b32encode(content.digest()[:8]).decode().rstrip("=").lower()
+        return short_digest(content.digest())
 
     def _is_known(self, zs: range, columns: Iterable[Column]) -> bool:
         known = (self._columns.get(column) for column in columns)

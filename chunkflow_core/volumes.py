@@ -52,8 +52,8 @@ class InputLayer:
             MissingInputError: a storage chunk isn't there and ``fill_missing`` is off.
             StorageError: the storage does not answer.
         """
-        maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
-        source = self.source(box)
+        maps = self._sources(box)
+        source = _hull(maps)
         advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
         with storage_errors(f"reading {self.path} at {source}", missing=advice):
             data = read_box(self._volume, source, self.scale.bounds)
@@ -69,8 +69,10 @@ class InputLayer:
 
     def source(self, box: Box) -> Box:
         """The voxels inside the layer from which ``box`` is filled."""
-        maps = [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
-        return Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
+        return _hull(self._sources(box))
+
+    def _sources(self, box: Box) -> list[NDArray[np.int64]]:
+        return [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
 
     def _source(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
         """For each position of a range, the position inside the layer whose voxel it gets."""
@@ -182,6 +184,11 @@ class OutputLayer:
             for y in ranges[1]:
                 for x in ranges[2]:
                     yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+
+
+def _hull(maps: list[NDArray[np.int64]]) -> Box:
+    """The smallest box that holds the positions along each axis."""
+    return Box(vector(int(m.min()) for m in maps), vector(int(m.max()) + 1 for m in maps))
 
 
 def layer_exists(path: str) -> bool:
