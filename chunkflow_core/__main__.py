@@ -6,294 +6,23 @@ One volume is described by a YAML spec; see dags/volumes/ for examples.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import math
 import sys
-import uuid
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from tqdm import tqdm
-
+from chunkflow_core import commands
 from chunkflow_core.commandline import (
     EXIT_CODES,
     Parser,
     add_box_argument,
     add_request_arguments,
     add_spec_arguments,
-    box_of,
     run_command,
     set_up_logging,
-    spec_of,
 )
-from chunkflow_core.errors import DataError, UsageError
-from chunkflow_core.progress import progress
 from chunkflow_core.spec import check_storage_path
-
-if TYPE_CHECKING:
-    from chunkflow_core.geometry import Box, Vector
-    from chunkflow_core.planner import Plan
-    from chunkflow_core.stages import Workspace
-
-# torch and cloudvolume take seconds to import: each command imports what it needs once its arguments are right
-
-
-def run(options: argparse.Namespace) -> None:
-    """Prepare, run all that is due, verify, clean up."""
-    spec = spec_of(options)
-    box = box_of(options, spec.grid)
-    if options.overwrite and box is not None:
-        raise UsageError("--overwrite: does the whole ROI again, so it can't be given with --bbox")
-    if options.repair and (options.overwrite or options.accept_mixture):
-        raise UsageError("--repair: of another model's output there is nothing to repair; run without it")
-    if options.repair and (options.force or options.check_input):
-        raise UsageError(
-            "--repair: does just what an audit finds wrong, so --force and --check-input have no meaning with it"
-        )
-    from chunkflow_core import manifest
-    from chunkflow_core.cleanup import cleanup
-    from chunkflow_core.planner import Request, plan
-    from chunkflow_core.prepare import prepare
-    from chunkflow_core.stages import Workspace
-
-    workspace, name = Workspace(spec), f"run-{uuid.uuid4().hex[:12]}"
-    prepare(workspace, run=name, other=_other(options))
-    if options.repair:
-        from chunkflow_core.verify import repair
-
-        request = Request(blocks=repair(workspace, box=box, seams=options.seams))
-    else:
-        request = Request(box, force=options.force, check_input=options.check_input)
-    due = plan(spec, request, workspace.state())
-    print(f"{spec.name}: {len(due.infer)} blocks to infer, {len(due.blend)} to blend, {len(due.up_to_date)} up to date")
-    if due.infer or due.blend:
-        manifest.begin(spec, name, _request(options))
-        _run(workspace, due, name, options)
-        options.json, options.run, options.deep, options.begun = False, name, False, False
-        _verify(workspace, options, box, request.blocks)
-        manifest.complete(spec, name, workspace.exchange.all_receipts())
-    cleanup(spec)
-    print(f"output: {spec.output.path}")
-
-
-def _run(workspace: Workspace, due: Plan, name: str, options: argparse.Namespace) -> None:
-    from chunkflow_core.local import run_here, run_in_processes
-
-    spec = workspace.spec
-    blocks = [spec.grid.block(index) for index in due.infer]
-    with tqdm(total=sum(b.patches for b in blocks), unit="patch", desc="inference", disable=None) as bar:
-        alone = options.workers == 1
-        done = (
-            run_here(workspace, due, name, bar.update) if alone else run_in_processes(spec, due, name, options.workers)
-        )
-        ended = {"infer": 0, "blend": 0}
-        for (stage, index), receipt in done:
-            ended[stage] += 1
-            bar.set_postfix_str(
-                f"{ended['infer']}/{len(due.infer)} inferred, {ended['blend']}/{len(due.blend)} blended"
-            )
-            if receipt is not None and not alone:
-                bar.update(receipt.patches + sum(receipt.skipped.values()))
-            logging.info("%s of block %s done", stage, index)
-
-
-def _request(options: argparse.Namespace) -> dict[str, object]:
-    """What is asked for, for the run's manifest."""
-    return {
-        "box": options.bbox,
-        "force": options.force,
-        "check_input": options.check_input,
-        "repair": getattr(options, "repair", False),
-    }
-
-
-def plan_command(options: argparse.Namespace) -> None:
-    """Print what would run."""
-    spec = spec_of(options)
-    box = box_of(options, spec.grid)
-    from chunkflow_core.planner import Request, plan
-    from chunkflow_core.stages import Workspace
-
-    workspace = Workspace(spec)
-    due = plan(spec, Request(box, force=options.force, check_input=options.check_input), workspace.state())
-    _print_plan(workspace, due, options)
-
-
-def repair_command(options: argparse.Namespace) -> None:
-    """Undo what is wrong, and print what has to run to make it right."""
-    spec = spec_of(options)
-    box = box_of(options, spec.grid)
-    from chunkflow_core.planner import Request, plan
-    from chunkflow_core.stages import Workspace
-    from chunkflow_core.verify import repair
-
-    workspace = Workspace(spec)
-    harmed = repair(workspace, box=box, seams=options.seams)
-    options.force, options.check_input, options.repair = False, False, True
-    _print_plan(workspace, plan(spec, Request(blocks=harmed), workspace.state()), options)
-
-
-def _print_plan(workspace: Workspace, due: Plan, options: argparse.Namespace) -> None:
-    from chunkflow_core import manifest
-    from chunkflow_core.estimate import SAMPLE, estimate
-
-    spec, exchange, grid = workspace.spec, workspace.exchange, workspace.spec.grid
-    if options.run and (due.infer or due.blend):
-        manifest.begin(spec, options.run, _request(options))
-    costs = estimate(spec, due, exchange.some_receipts("infer", SAMPLE), exchange.trial())
-    if options.json:
-        facts = {"name": spec.name, "fingerprint": spec.fingerprint, "blocks": grid.shape, "roi": asdict(grid.roi)}
-        lists = {"infer": due.infer, "blend": due.blend, "up_to_date": due.up_to_date}
-        why = {"{}_{}_{}".format(*block): reason for block, reason in due.why.items()}
-        untold = {"unpublished": [run for run in manifest.unpublished(spec) if run != options.run]}
-        print(json.dumps(facts | lists | {"why": why} | untold | asdict(costs)))
-        return
-    print(f"{spec.name} (fingerprint {spec.fingerprint})")
-    print(f"ROI            {grid.roi}, {grid.roi.voxels / 1e6:.1f} Mvoxel; input layer {spec.input_scale.bounds}")
-    print(
-        f"blocks         {' × '.join(map(str, grid.shape))} of {_size(spec.block_size)}, storage chunks {_size(spec.storage_chunk)}"
-    )
-    print(f"to infer       {len(due.infer)} blocks, {costs.patches} patches{_some(due.infer)}")
-    for reason, text in _REASONS.items():
-        blocks = [block for block in due.infer if due.why[block] == reason]
-        if blocks:
-            print(f"  {text:<30} {len(blocks)} blocks{_some(blocks)}")
-    print(f"to blend       {len(due.blend)} blocks{_some(due.blend)}")
-    print(f"up to date     {len(due.up_to_date)} blocks")
-    print(f"donations      {costs.donated_bytes / 1e6:.1f} MB before compression")
-    data = f"{costs.data_bytes / 1e6:.1f} MB of data per inference task"
-    if costs.memory_bytes is None:
-        print(f"memory         {data}, besides interpreter and network, which `prepare` measures")
-    else:
-        print(
-            f"memory         {costs.memory_bytes / 1e6:.0f} MB per inference task: {data}, the rest interpreter and network"
-        )
-    known = "unknown before `prepare`" if costs.seconds is None else f"{costs.seconds:.0f} s on one process"
-    print(f"time           {known}")
-
-
-_REASONS = {
-    "new": "no valid receipt",
-    "input": "input has changed",
-    "forced": "forced",
-    "donations": "donations are needed again",
-}
-
-
-def prepare_command(options: argparse.Namespace) -> None:
-    """Check everything that can be known beforehand and make the output layer."""
-    spec = spec_of(options)
-    from chunkflow_core.prepare import prepare
-    from chunkflow_core.stages import Workspace
-
-    trial = prepare(Workspace(spec), run=options.run, other=_other(options), once=options.once)
-    print(f"{spec.name}: ready; a patch takes {trial.seconds:.3f} s, {trial.streams} at a time")
-
-
-def _other(options: argparse.Namespace) -> Literal["refuse", "overwrite", "mixture"]:
-    if options.overwrite:
-        return "overwrite"
-    return "mixture" if options.accept_mixture else "refuse"
-
-
-def verify_command(options: argparse.Namespace) -> None:
-    """Audit the output."""
-    spec = spec_of(options)
-    from chunkflow_core.stages import Workspace
-
-    _verify(Workspace(spec), options, box_of(options, spec.grid))
-
-
-def cleanup_command(options: argparse.Namespace) -> None:
-    """Delete donations that nothing needs any more."""
-    spec = spec_of(options)
-    from chunkflow_core.cleanup import cleanup
-
-    number, policy = cleanup(spec), spec.exchange.donations
-    kept = policy if isinstance(policy, str) else f"kept for {policy.days:g} days"
-    print(f"{spec.name}: {number} donations deleted (exchange.donations: {kept})")
-
-
-def report_command(options: argparse.Namespace) -> None:
-    """Summarise what is done."""
-    spec = spec_of(options)
-    from chunkflow_core.exchange import Exchange
-    from chunkflow_core.report import lines, of_run, report_of, tasks_of
-
-    if options.publish:
-        if not options.run or options.picture:
-            raise UsageError("--publish: needs --run, the run to be published, and draws its picture beside the output")
-        from chunkflow_core.publication import publish
-
-        print(json.dumps(publish(spec, options.run)))
-        return
-    exchange = Exchange(spec)
-    tasks = tasks_of(spec, exchange.all_receipts())
-    report = report_of(spec, exchange.path, tasks, run=options.run)
-    if options.picture:
-        from chunkflow_core.report_picture import draw
-
-        try:
-            draw(report, of_run(tasks, options.run), options.picture)
-        except OSError as error:
-            raise UsageError(f"{options.picture}: can't be written: {error.strerror}") from error
-    print(json.dumps(asdict(report)) if options.json else "\n".join(lines(report)))
-
-
-def picture_command(options: argparse.Namespace) -> None:
-    """Draw one section of input, output and blocks."""
-    spec, file = spec_of(options), Path(options.file)
-    low, high = spec.grid.roi.start[0], spec.grid.roi.stop[0]
-    if options.z is not None and not low <= options.z < high:
-        raise UsageError(f"--z: there is no section {options.z}; the ROI has {low} to {high - 1}")
-    if file.suffix.lower() != ".png":
-        raise UsageError(f"{file}: expected a name that ends in .png")
-    from chunkflow_core.picture import draw
-    from chunkflow_core.stages import Workspace
-
-    try:
-        draw(Workspace(spec), file, z=options.z)
-    except OSError as error:
-        raise UsageError(f"{file}: can't be written: {error.strerror}") from error
-    print(file)
-
-
-def compile_command(options: argparse.Namespace) -> None:
-    """Convert the model, and time every engine that can run it."""
-    spec = spec_of(options)
-    from chunkflow_core import compile
-
-    candidates = compile.settings(spec, options.engines)
-    patches = compile.sample(spec, options.patches)
-    with tqdm(total=compile.steps(candidates), unit="step", desc="compile", disable=None) as bar:
-        measurements = compile.measure(spec, candidates, patches, bar.update)
-    best, reference = compile.fastest(measurements, options.tolerance), candidates[0]
-    print("\n".join(compile.table(measurements, best)))
-    print(f"\n► the fastest within {options.tolerance:g} of {reference.engine} {reference.precision}; in the spec:\n")
-    print(compile.spec_lines(best.setting))
-
-
-def ingest_command(options: argparse.Namespace) -> None:
-    """Store an image stack as a precomputed layer."""
-    from chunkflow_core.geometry import vector
-    from chunkflow_core.ingest import ingest, open_stack
-
-    stack = open_stack(options.source)
-    with tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:
-        ingest(
-            stack,
-            options.layer,
-            resolution=tuple(options.voxel_size),
-            chunk=vector(options.chunk_size),
-            offset=vector(options.offset),
-            overwrite=options.overwrite,
-            planes_done=bar.update,
-        )
-    print(f"{options.layer}: {' × '.join(map(str, stack.shape))} voxels (zyx), {stack.dtype}")
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -307,14 +36,14 @@ def parser() -> Parser:
     """The command line."""
     top = Parser(prog="chunkflow-core", description=__doc__, epilog=EXIT_CODES)
     top.add_argument("-v", "--verbose", action="store_true", help="log every step")
-    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, function: object, text: str) -> Parser:
-        sub: Parser = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        sub: Parser = subparsers.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         sub.set_defaults(function=function)
         return sub
 
-    sub = add("run", run, "Run all that is due on this machine, without Airflow, and verify it.")
+    sub = add("run", commands.run, "Run all that is due on this machine, without Airflow, and verify it.")
     add_spec_arguments(sub)
     add_request_arguments(sub)
     sub.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
@@ -325,23 +54,26 @@ def parser() -> Parser:
         action="store_true",
         help="audit everything that is stored, and do again just what is wrong, instead of what is due",
     )
-    sub = add("plan", plan_command, "Print what would run, and what it costs; runs nothing.")
+    sub = add("plan", commands.plan, "Print what would run, and what it costs; runs nothing.")
     add_spec_arguments(sub)
     add_request_arguments(sub)
     _add_plan_output(sub)
     sub = add(
-        "repair", repair_command, "Audit everything that is stored, undo what is wrong, print what has to run then."
+        "repair", commands.repair, "Audit everything that is stored, undo what is wrong, print what has to run then."
     )
     add_spec_arguments(sub)
     add_box_argument(sub)
     _add_seams(sub, default=0)
     _add_plan_output(sub)
-    sub = add("prepare", prepare_command, "Check input, model, exchange and output, and make the output layer.")
+    sub = add("prepare", commands.prepare, "Check input, model, exchange and output, and make the output layer.")
     add_spec_arguments(sub)
     _add_other_model(sub)
     sub.add_argument("--once", action="store_true", help="try the model only if that has not been done yet")
     sub.add_argument("--run", default="", metavar="NAME", help="name of the run, for the layer's provenance")
-    sub = add("verify", verify_command, "Audit the output: storage chunks, receipts, and seams computed again.")
+    sub.add_argument(
+        "--json", action="store_true", help="for programs: ROI and bounds of the input as [start, stop], zyx"
+    )
+    sub = add("verify", commands.verify, "Audit the output: storage chunks, receipts, and seams computed again.")
     add_spec_arguments(sub)
     add_box_argument(sub)
     _add_seams(sub)
@@ -349,9 +81,9 @@ def parser() -> Parser:
     sub.add_argument("--deep", action="store_true", help="read all storage chunks and donations, and compare checksums")
     sub.add_argument("--run", default="", metavar="NAME", help="prefer seams of what this run has done")
     sub.add_argument("--json", action="store_true", help="for programs")
-    sub = add("cleanup", cleanup_command, "Delete the donations that nothing needs any more.")
+    sub = add("cleanup", commands.cleanup, "Delete the donations that nothing needs any more.")
     add_spec_arguments(sub)
-    sub = add("report", report_command, "Summarise what is done: blocks, patches, speed, where the time went.")
+    sub = add("report", commands.report, "Summarise what is done: blocks, patches, speed, where the time went.")
     add_spec_arguments(sub)
     sub.add_argument("--run", metavar="NAME", help="only what this run has done")
     sub.add_argument("--json", action="store_true", help="for programs")
@@ -361,17 +93,17 @@ def parser() -> Parser:
         action="store_true",
         help="complete the manifest of the run beside the output, draw the picture there, and print everything as JSON",
     )
-    sub = add("picture", picture_command, "Draw a section of input, output and blocks as PNG.")
+    sub = add("picture", commands.picture, "Draw a section of input, output and blocks as PNG.")
     add_spec_arguments(sub)
     sub.add_argument("file", metavar="FILE.png")
     sub.add_argument("--z", type=int, help="section (default: the middle)")
     sub = add(
-        "compile", compile_command, "Convert the model for its engine, and time every engine that can run it here."
+        "compile", commands.compile, "Convert the model for its engine, and time every engine that can run it here."
     )
     add_spec_arguments(sub)
     _add_compile(sub)
     sub = add(
-        "ingest", ingest_command, "Store a TIFF stack, folder of images, HDF5 dataset or npy as a precomputed layer."
+        "ingest", commands.ingest, "Store a TIFF stack, folder of images, HDF5 dataset or npy as a precomputed layer."
     )
     _add_ingest(sub)
     for point in entry_points(group="chunkflow_core.commands"):
@@ -382,38 +114,6 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     return run_command(command, arguments)
-
-
-def _verify(
-    workspace: Workspace, options: argparse.Namespace, box: Box | None, blocks: Collection[Vector] | None = None
-) -> None:
-    from chunkflow_core.verify import verify
-
-    grid = workspace.spec.grid
-    audited = len(grid.blocks_touching(box or grid.roi) if blocks is None else blocks)
-    with progress("verify", audited + options.seams, "steps") as step_done:
-        audit = verify(
-            workspace,
-            box=box,
-            blocks=blocks,
-            seams=options.seams,
-            deep=options.deep,
-            run=options.run or "",
-            step_done=step_done,
-        )
-    if options.begun:
-        audit.findings = [finding for finding in audit.findings if finding.kind != "not done"]
-    if options.json:
-        print(json.dumps(asdict(audit)))
-    else:
-        print(
-            f"verified: {audit.blocks} blocks, {audit.storage_chunks} storage chunks, {audit.seams} seams computed again: "
-            f"{len(audit.findings)} findings"
-        )
-    if audit.findings:
-        from chunkflow_core.verify import advice
-
-        raise DataError(advice(audit, workspace.spec))
 
 
 def _add_seams(sub: argparse.ArgumentParser, default: int = 2) -> None:
@@ -535,15 +235,6 @@ def _png(text: str) -> Path:
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
     return Path(text)
-
-
-def _size(size: Sequence[int]) -> str:
-    return " × ".join(map(str, size))
-
-
-def _some(blocks: Sequence[object]) -> str:
-    shown = ", ".join(map(str, blocks[:4]))
-    return f": {shown}{', …' if len(blocks) > 4 else ''}" if blocks else ""
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from functools import partial
 from typing import cast
 
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.exchange import DonationEntry, Receipt, group_of
+from chunkflow_core.exchange import group_of
 from chunkflow_core.findings import Audit, Kind
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.lattice import Block, Donation
 from chunkflow_core.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
 from chunkflow_core.planner import Done
+from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.stages import Workspace
 
 _READERS = 16

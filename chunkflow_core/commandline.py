@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from chunkflow_core.errors import ChunkflowError, UsageError
 from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.heap import share_one_heap
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec, load_spec
 
@@ -105,6 +106,7 @@ def set_up_logging(*, verbose: bool) -> None:
 
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code. A user's mistake is told in a line, never with a traceback."""
+    share_one_heap()
     try:
         command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

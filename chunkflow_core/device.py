@@ -7,8 +7,9 @@ the same products, rounded and added by the same rules.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -78,7 +79,9 @@ class DeviceSlab:
     def _weight(self, axis: int, position: int) -> torch.Tensor:
         if (axis, position) not in self._weights:
             weight = torch.from_numpy(normalised_weight(self.grid.axes[axis], position))
-            self._weights[axis, position] = weight.to(self.device)
+            if self.device.type == "cuda":  # from other memory the copy would wait for all that is queued
+                weight = weight.pin_memory()
+            self._weights[axis, position] = weight.to(self.device, non_blocking=True)
         return self._weights[axis, position]
 
     def _parts(self, box: Box) -> Iterator[torch.Tensor]:
@@ -107,7 +110,7 @@ class OnDevice:
         self._scales: dict[Any, torch.Tensor] = {}
         self._extremes: list[tuple[Vector, torch.Tensor]] = []
         self._checks: list[Callable[[], None]] = []
-        self._forward: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._forward: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self, positions: list[Vector], planes: Planes) -> None:
         """Queue a layer of patches."""
@@ -122,8 +125,10 @@ class OnDevice:
         if self._extremes:
             positions = [position for position, _ in self._extremes]
             arriving = self._to_host(torch.stack([extreme for _, extreme in self._extremes]))
-            self._checks.append(partial(self._check, positions, arriving))
+            self._checks.append(cache(partial(self._check, positions, arriving)))
             self._extremes = []
+        while self._forward and self._forward[0][1].query():  # type: ignore[no-untyped-call]
+            self._time_forward()
 
     def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
         """See ``inference.Sums``."""
@@ -141,8 +146,12 @@ class OnDevice:
         """Wait for what is queued, so that its memory may go."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            milliseconds = sum(start.elapsed_time(end) for start, end in self._forward)
-            self._record.seconds["forward"] += milliseconds / 1000
+            while self._forward:
+                self._time_forward()
+
+    def _time_forward(self) -> None:
+        start, end = self._forward.popleft()
+        self._record.seconds["forward"] += start.elapsed_time(end) / 1000
 
     def _due(self, positions: list[Vector], planes: Planes) -> Iterator[Vector]:
         for position in positions:
@@ -189,9 +198,10 @@ class OnDevice:
         if self._device.type != "cuda":
             return self._record.measure("forward", self._patches.engine.forward, given)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+        stream = torch.cuda.current_stream(self._device)
+        start.record(stream)
         outputs = self._patches.engine.forward(given)
-        end.record()
+        end.record(stream)
         self._forward.append((start, end))
         return outputs
 

@@ -1,4 +1,4 @@
-"""Short hashes, for names in storage."""
+"""Hashes: short ones for names in storage, longer ones against damage."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def short_digest(data: bytes) -> str:
     """
     bits = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
     return "".join([_PAIRS[bits >> shift & 1023] for shift in (54, 44, 34, 24, 14, 4)]) + _DIGITS[bits << 1 & 31]
+
+
+def checksum(data: bytes) -> str:
+    """128 bits of a hash, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()[:32]  # processors have instructions for it

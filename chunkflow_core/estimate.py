@@ -11,9 +11,10 @@ from statistics import median
 import numpy as np
 
 from chunkflow_core.blending import strips
-from chunkflow_core.exchange import Receipt, Trial
+from chunkflow_core.exchange import Trial
 from chunkflow_core.lattice import AxisBlock, Block
 from chunkflow_core.planner import Plan
+from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec
 
 SAMPLE = 64

@@ -17,116 +17,29 @@ that by themselves.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
-from chunkflow_core.digests import short_digest
+from chunkflow_core import donations, receipts
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.geometry import Box, Vector, ceil_to, indices, vector
 from chunkflow_core.lattice import Donation
-from chunkflow_core.marks import (
-    STAGES,
-    BlendingMark,
-    InferenceMark,
-    Mark,
-    Stage,
-    consumed_digest,
-    given_places,
-    merged,
-    parse_mark,
-)
+from chunkflow_core.marks import STAGES, Mark, Stage, merged, parse_mark
 from chunkflow_core.object_stores import open_files
+from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import PARTIAL, put_file, storage_errors
 
-_MAGIC = b"CFDONATE"
 _TRIAL = "trial.json"
 _HARMED = "repair.json"
 _GROUP = 8
 """Blocks of a group per axis."""
 _LISTINGS = 16
 """At a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class DonationEntry:
-    """What a receipt says of one donation."""
-
-    key: str
-    receiver: Vector
-    checksum: str | None
-    """Of the stored file; None if all sums are zero, then nothing is stored."""
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof that one stage of one block is complete."""
-
-    stage: Stage
-    block: Vector
-    box: str
-    """Range of the block, xyz."""
-    fingerprint: str
-    geometry: str
-    """``VolumeSpec.block_digest`` of the block."""
-    run: str
-    """The run that made it."""
-    patches: int = 0
-    """Run, not skipped."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Patches that were not run, by reason."""
-    donations: tuple[DonationEntry, ...] = ()
-    consumed: dict[str, str] = field(default_factory=dict)
-    """For blend: range of each donor → digest of what it gave, in the order of ``BlockGrid.donors``."""
-    signature: str = ""
-    """For infer: what storage said of the input's storage chunks before they were read; empty if it could not."""
-    content: str = ""
-    """For infer: digest of all input that decided a number: voxels as read, with padding and halo, and the mask."""
-    mask: str = ""
-    """For infer: digest of the mask over the block's frame; empty if there is none."""
-    written: dict[str, str] = field(default_factory=dict)
-    """Names of the storage chunks written → digests of their voxels."""
-    changes: tuple[str, ...] = ()
-    """The latest runs in which that became other than what the receipt before said (or there was none), the last first."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Timings in seconds, host, versions: for people, never decisive."""
-
-    def given(self, receiver: Vector, mask: str | None = None) -> str:
-        """Digest of all that this block donated to one receiver.
-
-        Its own blending also applies the mask: ``mask`` if it is other than the one that inference has read.
-        """
-        entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
-        own = (self.mask if mask is None else mask) if receiver == self.block else ""
-        return short_digest(json.dumps([self.geometry, own, entries]).encode())
-
-    @property
-    def mark(self) -> Mark:
-        """What its name says."""
-        if self.stage == "blend":
-            return BlendingMark(self.geometry, consumed_digest(self.consumed.values()))
-        stored = Counter(e.receiver for e in self.donations if e.checksum is not None)
-        receivers = {e.receiver for e in self.donations}
-        given = {receiver: (self.given(receiver), stored[receiver]) for receiver in receivers}
-        return InferenceMark(self.geometry, self.signature, given_places(self.block, given))
-
-    @property
-    def storage_chunks(self) -> int:
-        """How many it has written."""
-        return len(self.written)
-
-    @property
-    def name(self) -> str:
-        """Of its file, below the group's folder."""
-        return f"{self.box}%{self.mark.text}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,53 +52,6 @@ class Trial:
     """Peak memory of the process: interpreter, libraries, network."""
     streams: int
     """Patches at a time."""
-
-
-def pack(donation: Donation, payload: bytes, channels: int, fingerprint: str) -> tuple[bytes, str]:
-    """A donation as a file, and its checksum: magic, header length, header (JSON), payload.
-
-    The header has the payload's checksum, so the header's is that of the whole file.
-
-    Args:
-        donation: what it is.
-        payload: its sums, compressed.
-        channels: of the sums.
-        fingerprint: of the spec.
-    """
-    header = {"payload": _hash(payload), **_header(donation, channels, fingerprint)}
-    text = json.dumps(header, sort_keys=True).encode()
-    return b"".join([_MAGIC, struct.pack("<I", len(text)), text, payload]), _hash(text)
-
-
-def unpack(data: bytes, donation: Donation, channels: int, fingerprint: str, checksum: str) -> bytes:
-    """The payload of a donation file; ``DataError`` unless it is intact and exactly the donation that is expected."""
-    try:
-        if data[:8] != _MAGIC:
-            raise ValueError("it does not begin as a donation (truncated, corrupt or foreign)")
-        (length,) = struct.unpack_from("<I", data, 8)
-        text, payload = data[12 : 12 + length], data[12 + length :]
-        header = json.loads(text)
-        if header["payload"] != _hash(payload):
-            raise ValueError("the checksum of its content does not match (truncated or corrupt)")
-        for name, value in _header(donation, channels, fingerprint).items():
-            if header[name] != value:
-                raise ValueError(f"its {name} is {header[name]}, expected {value} (a foreign donation)")
-        if _hash(text) != checksum:
-            raise ValueError("its checksum does not match the block's receipt (an older or foreign donation)")
-    except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise DataError(f"donation {donation.key} can't be used: {error}") from error
-    return payload
-
-
-def _header(donation: Donation, channels: int, fingerprint: str) -> dict[str, Any]:
-    return {
-        "donor": list(donation.donor),
-        "receiver": list(donation.receiver),
-        "key": donation.key,
-        "fingerprint": fingerprint,
-        "format": "split float32 zstandard",
-        "shape": [channels, *donation.box.shape],
-    }
 
 
 class Exchange:
@@ -202,7 +68,7 @@ class Exchange:
         """Store a donation, given its compressed sums, or None if all are zero; its entry for the receipt."""
         if payload is None:
             return DonationEntry(donation.key, donation.receiver, None, 0)
-        data, checksum = pack(donation, payload, self.spec.output.channels, self.fingerprint)
+        data, checksum = donations.pack(donation, payload, self.spec.output.channels, self.fingerprint)
         put_file(self.path, self._donation(donation.key), data)
         return DonationEntry(donation.key, donation.receiver, checksum, len(data))
 
@@ -223,7 +89,7 @@ class Exchange:
             if content is None:
                 raise MissingInputError(f"donation {key} is missing in {self.path}. {self.remedy(donation.donor)}")
             try:
-                found[key] = unpack(content, donation, self.spec.output.channels, self.fingerprint, checksum)
+                found[key] = donations.unpack(content, donation, self.spec.output.channels, self.fingerprint, checksum)
             except DataError as error:
                 raise DataError(f"{error}. {self.remedy(donation.donor)}") from error
         return found
@@ -258,21 +124,17 @@ class Exchange:
 
     def delete_donations(self, keys: Iterable[str]) -> None:
         """Delete donations; those that aren't there are passed over."""
-        with storage_errors(f"deleting donations in {self.path}"):
-            self._files.delete([self._donation(key) for key in keys])
+        self.delete_files([self._donation(key) for key in keys])
 
     def keep_donations(self, donor: Vector, entries: Iterable[DonationEntry]) -> None:
         """Delete what a block has left earlier and that is not among its donations now."""
         kept = {entry.key for entry in entries if entry.checksum is not None}
         there = self._names_of(donor, f"donations/{_group_name(group_of(donor))}")
-        with storage_errors(f"deleting donations in {self.path}"):
-            self._files.delete([name for name in there if name.rpartition("/")[2] not in kept])
+        self.delete_files([name for name in there if name.rpartition("/")[2] not in kept])
 
     def put_receipt(self, receipt: Receipt) -> None:
         """Store a receipt: the block's stage is complete from here on."""
-        content = json.dumps(asdict(receipt))
-        text = json.dumps({"checksum": _hash(content.encode()), "receipt": json.loads(content)}, indent=1)
-        put_file(self.path, f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}", text.encode())
+        put_file(self.path, f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}", receipt.pack())
 
     def receipt(self, stage: Stage, block: Vector) -> Receipt | None:
         """The receipt of a block's stage; None if there is none that is intact and of this fingerprint, or if two disagree."""
@@ -319,16 +181,16 @@ class Exchange:
     def put_signature(self, receipt: Receipt, signature: str) -> None:
         """Note in a receipt what storage says now of the same input."""
         self.put_receipt(replace(receipt, signature=signature))
-        self._delete_receipts([f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"])
+        self.delete_files([f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"])
 
     def retract(self, stage: Stage, block: Vector) -> None:
         """Delete a block's receipts, before anything that they vouch for is changed."""
-        self._delete_receipts(self._names_of(block, _receipts(stage, group_of(block))))
+        self.delete_files(self._names_of(block, _receipts(stage, group_of(block))))
 
     def delete_receipts(self) -> int:
         """Delete all receipts, blends first, and return how many there were."""
         names = [name for stage in reversed(STAGES) for name in self._list(f"receipts/{stage}/")]
-        self._delete_receipts(names)
+        self.delete_files(names)
         return len(names)
 
     def groups(self) -> Iterator[Vector]:
@@ -373,9 +235,9 @@ class Exchange:
             answers = self._files.get(names) if names else []
         for answer in answers:
             name, content = answer["path"], answer["content"]
-            receipt = self._parse(content)
+            receipt = receipts.unpack(content, self.fingerprint)
             if receipt is None and content is not None:
-                yield name, self._why_not(content)
+                yield name, receipts.why_not(content, self.fingerprint)
             elif receipt is not None:
                 proper = f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"
                 yield name, receipt if name == proper else f"its content is that of {proper}"
@@ -403,19 +265,12 @@ class Exchange:
 
     def delete_files(self, names: Iterable[str]) -> None:
         """Delete stored files, by name."""
-        self._delete_receipts(list(names))
+        with storage_errors(f"deleting files in {self.path}"):
+            self._files.delete(list(names))
 
     def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
         for group, names in self._list_groups(folder, groups):
             yield from (f"{folder}/{_group_name(group)}/{name}" for name in names)
-
-    def _why_not(self, content: bytes) -> str:
-        """What is wrong with a receipt that can't be parsed."""
-        with suppress(ValueError, KeyError, TypeError):
-            fingerprint = json.loads(content)["receipt"]["fingerprint"]
-            if fingerprint != self.fingerprint:
-                return f"it is of another fingerprint, {fingerprint}"
-        return "it is not intact"
 
     def _donation(self, key: str) -> str:
         return f"donations/{_group_name(group_of(self._donor(key)))}/{key}"
@@ -440,10 +295,6 @@ class Exchange:
         """Files of a block in a group's folder, also those from before the ROI grew, when the block ended elsewhere."""
         x = self.spec.grid.block(block).box.start[2]
         return [name for name in self._list(f"{folder}/{x}-") if self.owner(name) == block]
-
-    def _delete_receipts(self, names: list[str]) -> None:
-        with storage_errors(f"deleting receipts in {self.path}"):
-            self._files.delete(names)
 
     def _list_groups(self, folder: str, groups: Iterable[Vector]) -> Iterator[tuple[Vector, list[str]]]:
         """Names of the files in some groups of a folder, without their path."""
@@ -470,24 +321,8 @@ class Exchange:
         with storage_errors(f"reading receipts in {self.path}"):
             answers = self._files.get(names) if names else []
         for answer in answers:
-            receipt = self._parse(answer["content"])
+            receipt = receipts.unpack(answer["content"], self.fingerprint)
             yield receipt if receipt and answer["path"].endswith(f"/{receipt.name}") else None
-
-    def _parse(self, content: bytes | None) -> Receipt | None:
-        if content is None:
-            return None
-        try:
-            record = json.loads(content)
-            fields = record["receipt"]
-            if _hash(json.dumps(fields).encode()) != record["checksum"]:
-                return None
-            if fields["fingerprint"] != self.fingerprint:
-                return None
-            entries = tuple(DonationEntry(**{**e, "receiver": vector(e["receiver"])}) for e in fields["donations"])
-            lists = {"block": vector(fields["block"]), "changes": tuple(fields["changes"]), "donations": entries}
-            return Receipt(**{**fields, **lists})
-        except (ValueError, KeyError, TypeError):
-            return None
 
 
 def group_of(block: Vector) -> Vector:
@@ -502,7 +337,3 @@ def _group_name(group: Vector) -> str:
 
 def _receipts(stage: Stage, group: Vector) -> str:
     return f"receipts/{stage}/{_group_name(group)}"
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]  # processors have instructions for it

@@ -94,6 +94,11 @@ class Box:
             rest = Box(vector(start), rest.stop)
         return [piece for piece in pieces if piece]
 
+    @property
+    def corners(self) -> list[Vector]:
+        """Start and stop, as specs and JSON have them."""
+        return [self.start, self.stop]
+
     def slices(self, origin: Vector) -> tuple[slice, slice, slice]:
         """Index of this box in an array whose first voxel is at ``origin``."""
         z, y, x = (slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True))

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from functools import cached_property
 
 from chunkflow_core.digests import short_digest
-from chunkflow_core.exchange import Exchange, Receipt
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.inference import ChunkInference
 from chunkflow_core.mask import Mask
+from chunkflow_core.receipts import Receipt
 from chunkflow_core.signatures import LayerSignatures
 from chunkflow_core.volumes import InputLayer
 

@@ -46,9 +46,11 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
         SpecError, MissingInputError, DataError, StorageError: what a block would fail of later.
     """
     spec, exchange = workspace.spec, workspace.exchange
-    roi, bounds = spec.grid.roi, workspace.input.scale.bounds
+    roi, bounds = spec.grid.roi, workspace.input.bounds
     if roi not in bounds:
-        raise SpecError(f"roi: {roi} reaches past the input layer {spec.input.path}, which has {bounds}")
+        raise SpecError(
+            f"roi: {roi} reaches past the input layer {spec.input.path}, of which there is {bounds} to be read"
+        )
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
     layer = check_output(spec, may_grow=True) if layer_exists(spec.output.path) else None
     history = History(spec)
@@ -60,6 +62,13 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
     else:
         _take(spec, exchange, layer, history, other, run)
     return trial
+
+
+def make_output(spec: VolumeSpec, run: str = "") -> None:
+    """Make the output layer, this spec's own; stages write to no other."""
+    create_output(spec)
+    History(spec).add("new", run)
+    log.info("output %s made: %s", spec.output.path, spec.grid.roi)
 
 
 def _try_model(workspace: Workspace) -> Trial:
@@ -101,9 +110,7 @@ def _make(spec: VolumeSpec, exchange: Exchange, run: str) -> None:
     discarded = exchange.delete_receipts()
     if discarded:
         log.info("the output layer is gone: %d receipts of an earlier one are discarded", discarded)
-    create_output(spec)
-    History(spec).add("new", run)
-    log.info("output %s made: %s", spec.output.path, spec.grid.roi)
+    make_output(spec, run)
 
 
 def _take(spec: VolumeSpec, exchange: Exchange, layer: LayerScale, history: History, other: Other, run: str) -> None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from chunkflow_core.blending import NUMERICS_VERSION
+from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.geometry import Box
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import put_file, storage_errors
@@ -34,6 +35,7 @@ _DECIDES_NOTHING = (
     "schedule",
     "notify",
     "input.prefetch",
+    "input.bounds",
     "output.compression",
     "model.device",
     "model.streams",
@@ -50,6 +52,8 @@ class History:
         with storage_errors(f"reading the provenance of {spec.output.path}"):
             content = layer_files(spec.output.path).get("provenance")
         self._content = _parse(content)
+        self.readable = content is None or _is_json(content)
+        """Whether it is what somebody has written, not a part of it."""
         steps = self._content["processing"]
         ours = [step for step in steps if isinstance(step.get("method"), dict) and step["method"].get("task") == _TASK]
         self.by: str = str(ours[-1].get("by", "")) if ours else ""
@@ -70,7 +74,7 @@ class History:
 
     def is_of(self, roi: Box) -> bool:
         """Whether the last step was made for this ROI."""
-        return self.last.get("roi") == _corners(roi)
+        return self.last.get("roi") == [list(corner) for corner in roi.corners]
 
     def add(self, mode: Mode, run: str) -> None:
         """Append a step of this spec and store it. ``run`` is the name of the run that does it."""
@@ -101,16 +105,34 @@ class History:
             "time": now(),
             "fingerprint": spec.fingerprint,
             "fingerprints": [*others, spec.fingerprint],
-            "roi": _corners(spec.grid.roi),
+            "roi": [list(corner) for corner in spec.grid.roi.corners],
             "numerics": NUMERICS_VERSION,
             "digests": digests(spec),
             "spec": spec_record(spec),
         }
 
 
-def last_fingerprint(spec: VolumeSpec) -> str | None:
-    """Fingerprint of the spec that has claimed the output layer last; None if the layer does not say."""
-    return History(spec).fingerprint
+def check_claim(spec: VolumeSpec) -> None:
+    """Make sure that an output layer is a spec's own to write to. Reads one small file.
+
+    Raises:
+        SpecError: this spec is not the one that has claimed the output layer last.
+        StorageError: the file is not JSON; other programs write it too, and not all in one step.
+    """
+    history = History(spec)
+    if history.fingerprint == spec.fingerprint:
+        return
+    if not history.readable:
+        raise StorageError(f"the provenance of {spec.output.path} can't be read: it is being written, or damaged")
+    if history.fingerprint is None:
+        raise SpecError(
+            f"output.path: {spec.output.path} does not say whose it is; run `chunkflow-core prepare SPEC` first"
+        )
+    raise SpecError(
+        f"output.path: {spec.output.path} is claimed for fingerprint {history.fingerprint} (since {history.last.get('time', '?')}, by "
+        f"{history.by or '?'}), this spec is of {spec.fingerprint}: another one has taken it over, or this one was changed since. "
+        "`chunkflow-core prepare SPEC`, or a new run in Airflow, tells what differs and what can be done about it"
+    )
 
 
 def digests(spec: VolumeSpec) -> dict[str, str]:
@@ -143,6 +165,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse(text: bytes | None) -> dict[str, Any]:
     """A provenance that CloudVolume takes, with all that can be read of this one."""
     try:
@@ -156,10 +186,6 @@ def _parse(text: bytes | None) -> dict[str, Any]:
         for key, kind in kinds.items()
     }
     return {"description": "", **known, **lists}
-
-
-def _corners(box: Box) -> list[list[int]]:
-    return [list(box.start), list(box.stop)]
 
 
 def _facts(step: dict[str, Any]) -> dict[str, str]:

@@ -132,8 +132,10 @@ class InputSpec(_Section):
 
     path: StoragePath
     mip: int = Field(0, ge=0)
+    bounds: Corners | None = None
+    """What of the layer is looked at; None for all. A run in Airflow sets it, so that a layer may grow meanwhile."""
     padding: Literal["reflect", "edge", "constant"] = "reflect"
-    """How patches are filled where they reach past the input layer (numpy's modes; ``constant`` is 0)."""
+    """How patches are filled where they reach past the bounds (numpy's modes; ``constant`` is 0)."""
     fill_missing: bool = False
     """Whether storage chunks that aren't there are read as zeros; otherwise they are an error."""
     prefetch: int = Field(1, ge=1)
@@ -353,22 +355,34 @@ class VolumeSpec(_Section):
         return read_scale(self.input.path, self.input.mip)
 
     @cached_property
+    def input_bounds(self) -> Box:
+        """Where voxels are read; patches that reach past are padded. ``SpecError`` if the layer does not have them."""
+        bounds, layer = self.input.bounds, self.input_scale.bounds
+        if bounds is None:
+            return layer
+        if Box(*bounds) not in layer:
+            raise SpecError(
+                f"input.bounds: {Box(*bounds)} reach past the layer {self.input.path}, which has {layer}; give a part of it"
+            )
+        return Box(*bounds)
+
+    @cached_property
     def grid(self) -> BlockGrid:
         """The lattice and its blocks. Reads the input layer's bounds if the spec has no ``roi``."""
-        roi = Box(*self.roi) if self.roi else self.input_scale.bounds
+        roi = Box(*self.roi) if self.roi else self.input_bounds
         return BlockGrid(roi, self.output_size, self.patch_overlap, self.block_size, self.storage_chunk)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that decides the output's numbers, and of where they go: names the folder in the exchange.
 
-        The ROI's end is left out, so that a growing volume keeps its finished blocks: what of it matters is in each
-        block's own digest (``block_digest``).
+        The ROI's end and the input's bounds are left out, so that a growing volume keeps its finished blocks: what of them
+        matters is in each block's own digest (``block_digest``).
         """
         model = self.model.model_dump(exclude={"path", "weights", "device", "streams"})
         facts = {
             "numerics": NUMERICS_VERSION,
-            "input": self.input.model_dump(exclude={"prefetch"}),
+            "input": self.input.model_dump(exclude={"prefetch", "bounds"}),
             "skip": self.skip.model_dump(),
             "output": self.output.model_dump(exclude={"compression"}),
             "origin": self.grid.roi.start,
@@ -383,7 +397,7 @@ class VolumeSpec(_Section):
     def block_digest(self, index: Vector) -> str:
         """Hash of what decides a block's numbers: the fingerprint, its geometry, and where its input is padded.
 
-        The ends of the ROI and of the input layer count only where the block's patches reach them: a block far from them
+        The ends of the ROI and of the input count only where the block's patches reach them: a block far from them
         stays valid when the volume grows.
         """
         texts = (texts[i] for texts, i in zip(self._axis_digests, index, strict=True))
@@ -392,7 +406,7 @@ class VolumeSpec(_Section):
     @cached_property
     def _axis_digests(self) -> list[list[str]]:
         """For each axis and each block along it, what of it decides numbers, as text."""
-        grid, bounds = self.grid, self.input_scale.bounds
+        grid, bounds = self.grid, self.input_bounds
         digests = []
         for a, blocks in enumerate(grid.axis_blocks):
             halo, low, high = self.halo[a], bounds.start[a], bounds.stop[a]

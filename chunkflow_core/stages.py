@@ -25,12 +25,14 @@ from chunkflow_core.digests import short_digest
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
-from chunkflow_core.exchange import DonationEntry, Exchange, Receipt
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference import ChunkInference, Sums
 from chunkflow_core.inputs import Inputs
 from chunkflow_core.lattice import Block, Donation, Piece
 from chunkflow_core.mask import Mask, MaskWindow
+from chunkflow_core.provenance import check_claim
+from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.record import Record
 from chunkflow_core.slab import convert
 from chunkflow_core.spec import VolumeSpec
@@ -74,6 +76,11 @@ class Workspace:
     def output(self) -> OutputLayer:
         """The layer to write."""
         return OutputLayer(self.spec)
+
+    def check_claim(self) -> None:
+        """``SpecError`` if the output layer is not this spec's to write to, as when another model has claimed it during a run."""
+        _ = self.output  # a layer that is missing altogether is told as such
+        check_claim(self.spec)
 
     @cached_property
     def exchange(self) -> Exchange:
@@ -137,6 +144,7 @@ def inference_and_donate(
         patch_done: called after each patch.
 
     Raises:
+        SpecError: another spec has claimed the output layer.
         MissingInputError, DataError, StorageError: see their exit codes.
     """
     spec, exchange = workspace.spec, workspace.exchange
@@ -149,6 +157,7 @@ def inference_and_donate(
             good = not check_input or workspace.inputs.unchanged(done)
         if good:
             return StageResult(done, up_to_date=True)
+    workspace.check_claim()  # and again later, since a block can take hours
     started, record, content = perf_counter(), Record(), Content()
     signature = workspace.inputs.signature(index)  # before anything is read: what changes meanwhile is noticed later
     mask = workspace.frame_mask(block)
@@ -157,6 +166,8 @@ def inference_and_donate(
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         for piece, sums in workspace.inference.block(block, record, patch_done, content):
             leaving.wait(record)  # so that no more than one piece is in memory
+            if piece.core:
+                workspace.check_claim()
             leaving.start(workspace, record, piece, sums, pool)
             log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
         leaving.wait(record)
@@ -179,6 +190,9 @@ def inference_and_donate(
         changes=_changes(done, run, leaving.written),
         facts=_facts(record, started, voxels=block.box.voxels, engine=engine),
     )
+    workspace.check_claim()
+    if spec.input.fill_missing:
+        workspace.input.check_unchanged()  # what was missing may just have got another name
     exchange.put_receipt(receipt)
     return StageResult(receipt, up_to_date=False)
 
@@ -223,6 +237,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     Nothing is written before every donation has been fetched and verified. Arguments as ``inference_and_donate``.
 
     Raises:
+        SpecError: another spec has claimed the output layer.
         MissingInputError: a donor has no receipt, or a donation isn't there.
         DataError: a donation is not what its donor wrote.
         StorageError: see its exit code.
@@ -245,6 +260,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     record.count("bytes read", sum(map(len, payloads.values())))
     donations = [donation for donation, _ in wanted if donation.key in payloads]
     values, written = Grid(*spec.output.range), dict[str, str]()
+    workspace.check_claim()
     exchange.retract("blend", index)
     for piece in spec.grid.pieces(block):
         boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
@@ -265,6 +281,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
         changes=_changes(done, run, written),
         facts=_facts(record, started, voxels=sum(box.voxels for box in block.frame)),
     )
+    workspace.check_claim()
     exchange.put_receipt(receipt)
     return StageResult(receipt, up_to_date=False)
 

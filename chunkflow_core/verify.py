@@ -9,14 +9,13 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 
 from chunkflow_core.audit import StoredAudit
-from chunkflow_core.errors import SpecError
 from chunkflow_core.findings import Audit, Finding, Kind
 from chunkflow_core.findings import advice as advice
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.marks import Stage
 from chunkflow_core.progress import progress
-from chunkflow_core.provenance import History, last_fingerprint
+from chunkflow_core.provenance import History, check_claim
 from chunkflow_core.seams import check_window, gives_wrong_sums, windows
 from chunkflow_core.stages import Workspace
 
@@ -74,15 +73,10 @@ def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed
     what was undone stays undone. Nothing else may be at work on the volume. Arguments as ``verify``.
 
     Raises:
-        SpecError: another spec has claimed the output since; what is wrong for this one may be right for that.
+        SpecError: not this spec has claimed the output last; what is wrong for this one may be right for another.
     """
     spec, exchange = workspace.spec, workspace.exchange
-    last = last_fingerprint(spec)
-    if last not in (None, spec.fingerprint):
-        raise SpecError(
-            f"output.path: {spec.output.path} is of another spec now, of fingerprint {last}. `chunkflow-core prepare SPEC` "
-            "tells what differs from that one, and what can be done about it"
-        )
+    check_claim(spec)
     number = len(spec.grid.blocks_touching(spec.grid.roi if box is None else box))
     with progress("repair: audit", number + seams, "steps") as step_done:
         audit = verify(workspace, box=box, seams=seams, deep=True, seed=seed, step_done=step_done)

@@ -18,7 +18,7 @@ from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
 from chunkflow_core.digests import short_digest
-from chunkflow_core.errors import DataError, SpecError
+from chunkflow_core.errors import DataError, MissingInputError, SpecError, StorageError
 from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.object_stores import located, open_files
@@ -33,12 +33,13 @@ _CACHE = "public, max-age=3600"
 
 
 class InputLayer:
-    """The layer to read; voxels outside it are padded."""
+    """The layer to read; voxels outside ``bounds`` are padded."""
 
     def __init__(self, spec: VolumeSpec) -> None:
         """Open the layer; ``MissingInputError`` if it isn't there."""
-        self.path, self.padding = spec.input.path, spec.input.padding
+        self.path, self.padding, self._mip = spec.input.path, spec.input.padding, spec.input.mip
         self.scale: LayerScale = spec.input_scale
+        self.bounds = spec.input_bounds
         with storage_errors(f"opening {self.path}"):
             self._volume = open_volume(self.path, self.scale, spec.input.mip, fill_missing=spec.input.fill_missing)
         kind = np.dtype(self.scale.dtype).kind
@@ -46,37 +47,50 @@ class InputLayer:
             raise DataError(f"{self.path}: dtype {self.scale.dtype} is not a number type")
 
     def read(self, box: Box) -> NDArray[Any]:
-        """Voxels of ``box``, ``(channels, z, y, x)``, in the layer's dtype; padded outside the layer's bounds.
+        """Voxels of ``box``, ``(channels, z, y, x)``, in the layer's dtype; padded outside ``bounds``.
 
         Raises:
             MissingInputError: a storage chunk isn't there and ``fill_missing`` is off.
-            StorageError: the storage does not answer.
+            StorageError: the storage does not answer, or the layer has grown since it was opened.
         """
         maps = self._sources(box)
         source = _hull(maps)
         advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
-        with storage_errors(f"reading {self.path} at {source}", missing=advice):
-            data = read_box(self._volume, source, self.scale.bounds)
+        try:
+            with storage_errors(f"reading {self.path} at {source}", missing=advice):
+                data = read_box(self._volume, source, self.scale.bounds)
+        except MissingInputError:
+            self.check_unchanged()
+            raise
         for a, indices in enumerate(maps):
             if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
                 data = np.take(data, indices - source.start[a], axis=a + 1)
-        if self.padding == "constant" and box not in self.scale.bounds:
-            inside = (box & self.scale.bounds).slices(box.start)
+        if self.padding == "constant" and box not in self.bounds:
+            inside = (box & self.bounds).slices(box.start)
             padded = np.zeros_like(data)
             padded[(slice(None), *inside)] = data[(slice(None), *inside)]
             return padded
         return data
 
+    def check_unchanged(self) -> None:
+        """``StorageError`` if the layer's bounds are not those at opening: storage chunks at its end may have other names."""
+        now = read_scale(self.path, self._mip)
+        if now != self.scale:
+            raise StorageError(
+                f"{self.path} has changed since it was opened: it had {self.scale.bounds}, now {now.bounds}. A retry reads it "
+                "as it is now"
+            )
+
     def source(self, box: Box) -> Box:
-        """The voxels inside the layer from which ``box`` is filled."""
+        """The voxels inside ``bounds`` from which ``box`` is filled."""
         return _hull(self._sources(box))
 
     def _sources(self, box: Box) -> list[NDArray[np.int64]]:
         return [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
 
     def _source(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
-        """For each position of a range, the position inside the layer whose voxel it gets."""
-        low, high = self.scale.bounds.start[axis], self.scale.bounds.stop[axis]
+        """For each position of a range, the position inside ``bounds`` whose voxel it gets."""
+        low, high = self.bounds.start[axis], self.bounds.stop[axis]
         positions = np.arange(start, stop) - low
         if self.padding == "reflect":
             period = max(1, 2 * (high - low - 1))
@@ -237,12 +251,18 @@ def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
     grows = bounds.start == roi.start and bounds in roi
     if bounds != roi and not (may_grow and grows):
         start, stop = list(bounds.start), list(bounds.stop)
-        advice = (
-            "The volume has grown: `prepare` extends the layer"
-            if grows
-            else "A layer can grow at its high ends, but neither shrink nor move: set "
-            f"roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
-        )
+        if grows:
+            advice = "The volume has grown: `prepare` extends the layer"
+        elif bounds.start == roi.start and roi in bounds:
+            advice = (
+                "A layer does not shrink. In Airflow, a later run has extended it: start a new run instead of clearing tasks of "
+                f"an old one. Else set roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
+            )
+        else:
+            advice = (
+                "A layer can grow at its high ends, but neither shrink nor move: set "
+                f"roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
+            )
         raise SpecError(
             f"output.path: the layer at {spec.output.path} has bounds {bounds}, the spec says {roi}. {advice}"
         )

@@ -17,6 +17,12 @@ from chunkflow_core.__main__ import main
 Outcome = subprocess.CompletedProcess[str]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start an Airflow come first: they take minutes, and in several processes the others fill the gaps."""
+    long = {item.path for item in items if item.get_closest_marker("airflow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def random_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A layer of 20 × 48 × 40 random voxels, uint8; shared by all tests, not to be changed."""

@@ -121,6 +121,7 @@ def _from_archive(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
         raise SpecError(f"model.weights: only for networks in a .py file; {path} has its weights inside")
     if path.suffix == ".pt2":
         return Model(torch.export.load(path).module().to(device))
+    torch.jit.set_fusion_strategy([])  # or GPUs run later patches otherwise than the first ones
     return Model(torch.jit.load(str(path), map_location=device).eval())  # type: ignore[no-untyped-call]
 
 

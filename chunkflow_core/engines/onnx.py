@@ -61,17 +61,35 @@ def load(spec: VolumeSpec) -> ONNX:
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors; they are raised too
     try:
-        session = runtime.InferenceSession(str(path), options, providers=providers)
+        # without ONNX Runtime's own fallback, which tries again with other settings and says nothing
+        session = runtime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:
         if is_of_the_machine(error):
             raise
         raise SpecError(f"model.path: {path} can't be loaded by ONNX Runtime: {told(error, spec)}") from error
+    _check_provider(spec, session.get_providers()[0])
     return ONNX(spec, session, runtime.__version__)
 
 
+def _check_provider(spec: VolumeSpec, got: str) -> None:
+    """Refuse what the session has begun to run the network with, if the spec asks for something else."""
+    missing = (
+        "could not be started: a library of NVIDIA's is missing or of another version. ONNX Runtime's log says which"
+    )
+    if spec.model.device == "cuda" and got == _CPU:
+        raise SpecError(f"model.device: cuda, but ONNX Runtime's GPU provider {missing}")
+    if spec.model.precision != "float32" and got != _TENSORRT:
+        raise SpecError(f"model.precision: {spec.model.precision}: it takes TensorRT, which {missing}")
+
+
 def _providers(spec: VolumeSpec, available: list[str]) -> list[Provider]:
-    """What runs the network's layers, the fastest first."""
-    gpu = [name for name in (_TENSORRT, _CUDA) if name in available]
+    """What may run the network's layers, in the order of preference.
+
+    TensorRT chooses among its kernels by the time that they take, and in float32 also rounds to TensorFloat-32: it is for
+    precisions that nothing else here has.
+    """
+    wanted = (_CUDA, _TENSORRT) if spec.model.precision == "float32" else (_TENSORRT, _CUDA)
+    gpu = [name for name in wanted if name in available]
     count = _gpus() if gpu and spec.model.device != "cpu" else 0
     if spec.model.device == "cuda" and not count:
         raise SpecError(

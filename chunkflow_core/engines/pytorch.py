@@ -15,6 +15,7 @@ from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.networks import Model, load_model
 from chunkflow_core.engines.outputs import cropped, failed, select
 from chunkflow_core.errors import SpecError
+from chunkflow_core.heap import keep_large_arrays
 from chunkflow_core.spec import VolumeSpec
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,8 +47,8 @@ class PyTorch(Engine):
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         batch = torch.from_numpy(patches)
-        if self._device.type == "cuda":
-            return _to_numpy(self.forward(batch.to(self._device)))
+        if self.device is not None:
+            return _to_numpy(self.forward(batch.to(self.device)))
         outputs = [self.forward(batch[i : i + 1]) for i in range(len(batch))]
         return _to_numpy(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
@@ -127,7 +128,11 @@ def load(spec: VolumeSpec) -> PyTorch:
     """The engine for a spec; errors as ``load_engine``."""
     _make_deterministic(spec.model.threads)
     device = _device(spec.model.device)
-    return PyTorch(spec, device, load_model(spec, device))
+    if device.type == "cpu":
+        keep_large_arrays()
+    model = load_model(spec, device)
+    _make_deterministic(spec.model.threads)  # again, as model files may say otherwise, for their training
+    return PyTorch(spec, device, model)
 
 
 def _make_deterministic(threads: int) -> None:
@@ -136,6 +141,8 @@ def _make_deterministic(threads: int) -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as that writes all twice
     torch.backends.cudnn.benchmark = False
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # newer than the next ones, and may overrule them
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

@@ -34,7 +34,7 @@ OPTIONS = {
     "run": [*REQUEST, "--workers", "--seams", "--overwrite", "--accept-mixture", "--repair"],
     "plan": [*REQUEST, "--json", "--run"],
     "repair": ["SPEC", "--set", "--bbox", "--seams", "--json", "--run"],
-    "prepare": ["SPEC", "--set", "--overwrite", "--accept-mixture", "--once", "--run"],
+    "prepare": ["SPEC", "--set", "--overwrite", "--accept-mixture", "--once", "--run", "--json"],
     "compile": ["SPEC", "--set", "--tolerance", "--patches", "--engines"],
     "verify": ["SPEC", "--set", "--bbox", "--seams", "--deep", "--begun", "--run", "--json"],
     "cleanup": ["SPEC", "--set"],

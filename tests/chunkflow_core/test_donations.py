@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from volume import files_below, output_of, write_volume
 
+from chunkflow_core import donations
 from chunkflow_core.__main__ import main
 from chunkflow_core.codec import compress, decompress
-from chunkflow_core.exchange import Exchange, pack
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.inference_and_donate import main as infer
 from chunkflow_core.lattice import Donation
 from chunkflow_core.receive_and_blend import main as blend
@@ -64,7 +65,7 @@ def of_another_fingerprint(spec: VolumeSpec) -> None:
     """Intact, of the right box, but of another model or geometry."""
     donation, file = one_donation(spec)
     sums = compress(np.ones((2, *donation.box.shape), np.float32))
-    file.write_bytes(pack(donation, sums, 2, "0123456789abcdef")[0])
+    file.write_bytes(donations.pack(donation, sums, 2, "0123456789abcdef")[0])
 
 
 def of_another_box(spec: VolumeSpec) -> None:

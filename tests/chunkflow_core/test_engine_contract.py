@@ -741,10 +741,10 @@ def test_network_that_looks_at_memory_or_changes_its_input(
 
 def test_forward_takes_and_gives_tensors(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
     engine = load(make_spec(model=python_file(tmp_path, engine="pytorch"), output=output))
-    given = engine.forward(torch.from_numpy(patches(1)))
+    given = engine.forward(torch.from_numpy(patches(1)).to(engine.device or "cpu"))
     assert given.is_contiguous()
     assert given.dtype == torch.float32
-    np.testing.assert_array_equal(given.numpy(), engine(patches(1)))
+    np.testing.assert_array_equal(given.cpu().numpy(), engine(patches(1)))
 
 
 def test_a_patch_inferencer_is_called_from_one_thread(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:

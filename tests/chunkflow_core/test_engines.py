@@ -17,6 +17,7 @@ from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, SpecError
 from chunkflow_core.inference_and_donate import main as infer
+from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import load_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # models of this form are around
@@ -656,6 +657,28 @@ def test_weights_beside_a_compiled_model_are_not_ignored(
     check_refused(make_spec(model=model, output=output), SpecError, "model.weights", "has its weights inside")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'torch.backends.fp32_precision = "tf32"',
+        'torch.set_float32_matmul_precision("medium")',
+        "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cudnn.benchmark = True",
+        "torch.use_deterministic_algorithms(False)",
+    ],
+)
+def test_settings_of_a_model_file_decide_no_number(
+    make_spec: MakeSpec, tmp_path: Path, output: dict[str, Any], setting: str
+) -> None:
+    """Published model files set these for all of PyTorch, to train faster."""
+    write(tmp_path, f"{NET}\n{setting}\nInstantiatedModel = Net()\n")
+    load(make_spec(model=pytorch(weights=...), output=output))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    assert not torch.backends.cudnn.benchmark
+    assert torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(make_spec: MakeSpec, tmp_path: Path, output: dict[str, Any]) -> None:
     path = make_spec(model=bare_state(tmp_path, trained()) | {"device": "cuda"}, output=output)
@@ -679,9 +702,8 @@ def test_values_outside_the_declared_range_end_the_stage_without_a_receipt(
     make_spec: MakeSpec, tmp_path: Path, chunkflow: Command, capsys: pytest.CaptureFixture[str], body: str, what: str
 ) -> None:
     write(tmp_path, model_of(body))
-    good = make_spec(model={"engine": "identity"})
-    assert chunkflow("prepare", good).returncode == 0
     path = make_spec(model=pytorch(weights=..., batch_size=2))
+    make_output(load_spec(path))
     assert infer([str(path), "--block", "1", "0", "1"]) == 65
     printed = capsys.readouterr().err
     assert "Traceback" not in printed

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.geometry import Box
+from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.volumes import NewLayer, create_output
+from chunkflow_core.volumes import NewLayer
 
 _numbers = itertools.count()
 
@@ -252,7 +253,7 @@ def run_case(
             Box((0, 0, 0), mask.shape), mask[None]
         )
     spec = spec_of(case, place)
-    create_output(spec)
+    make_output(spec)
     workspace = Workspace(spec)
     if engine is not None:
         workspace.__dict__["engine"] = engine

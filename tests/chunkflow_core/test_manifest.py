@@ -16,9 +16,9 @@ import pytest
 from cloudvolume import CloudVolume
 
 from chunkflow_core import manifest, provenance
-from chunkflow_core.exchange import Receipt
 from chunkflow_core.marks import STAGES
 from chunkflow_core.prepare import Other, prepare
+from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
 

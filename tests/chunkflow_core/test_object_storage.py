@@ -264,6 +264,7 @@ def test_a_layer_that_grows(use: Callable[[str], Store], tmp_path: Path, kind: s
 def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None:
     """One for each object that is read, written or deleted, one for each layer's ``info``, and few listings.
 
+    The output's provenance is read at first, before each piece that is written, and before the receipt.
     Listings are of the block's receipts (to find, and to retract them), of its donations, and of the input's storage chunks.
     """
     store = use(kind)
@@ -279,7 +280,8 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     assert result is not None
     given = sum(entry.checksum is not None for entry in result.donations)
     counts = store.proxy.counts()
-    reads = {"GET info": 2, "GET receipts": 1, "GET chunk": 8}
+    pieces = sum(bool(piece.core) for piece in spec.grid.pieces(spec.grid.block((0, 0, 0))))
+    reads = {"GET info": 2, "GET provenance": 2 + pieces, "GET receipts": 1, "GET chunk": 8}
     reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 2}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
@@ -293,7 +295,7 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     assert blended is not None
     received = sum(len(spec.grid.donations(donor, last)) for donor in spec.grid.donors(last))
     counts = store.proxy.counts()
-    reads = {"GET info": 2, "GET receipts": 8, "GET donations": received, "GET list receipts": 10}
+    reads = {"GET info": 2, "GET provenance": 2, "GET receipts": 8, "GET donations": received, "GET list receipts": 10}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
     assert written == blended.storage_chunks + 1

@@ -20,7 +20,7 @@ from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.prepare import Other, prepare
 from chunkflow_core.provenance import History
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
 from chunkflow_core.volumes import NewLayer, OutputLayer, check_output, extend_output
 
 MakeSpec = Callable[..., Path]
@@ -332,6 +332,58 @@ def test_grown_volume_is_what_a_fresh_run_would_write(
     assert main(["verify", str(path), "--seams", "4"]) == 0
 
 
+@pytest.mark.parametrize("padding", ["reflect", "edge", "constant"])
+def test_input_that_grows_while_a_run_is_at_work(tmp_path: Path, padding: str, chunkflow: Callable[..., Any]) -> None:
+    """What ``prepare`` says, given to all that follows, makes the run that of the volume as it was; the next does the rest."""
+    before, after = (14, 28, 26), (15, 40, 40)
+    paths = [write_spec(tmp_path / name, shape, 2) for name, shape in (("it", before), ("was", before), ("is", after))]
+    path, *others = paths
+    of_padding = f"input.padding={padding}"
+    for other in others:
+        run(other, of_padding)
+    found = json.loads(chunkflow("prepare", path, "--json", "--set", of_padding).stdout)
+    settings = [of_padding, f"roi={found['roi']}", f"input.bounds={found['input_bounds']}"]
+    (first, *rest) = load_spec(path, settings).grid.indices()
+    inference_and_donate(Workspace(load_spec(path, settings)), first)
+
+    grow_input(tmp_path / "it/input", after)
+
+    for stage, blocks in ((inference_and_donate, rest), (receive_and_blend, [first, *rest])):
+        for block in blocks:
+            stage(Workspace(load_spec(path, settings)), block)
+    assert files_below(tmp_path / "it/output/4_4_40") == files_below(tmp_path / "was/output/4_4_40")
+    run(path, *settings)
+    assert files_below(tmp_path / "it/output/4_4_40") == files_below(tmp_path / "was/output/4_4_40")
+    run(path, of_padding)
+    assert files_below(tmp_path / "it/output/4_4_40") == files_below(tmp_path / "is/output/4_4_40")
+
+
+@pytest.mark.parametrize("fill_missing", [False, True])
+def test_storage_chunks_at_the_old_end_get_other_names_while_a_block_reads(tmp_path: Path, fill_missing: bool) -> None:
+    """z 40–44 is a file of its own until the layer grows; whoever has opened the layer before must not believe that it is gone."""
+    path = write_spec(tmp_path / "it", (44, 24, 24), 2)
+    spec = prepared(path, f"input.fill_missing={json.dumps(fill_missing)}")
+    workspace, settings = Workspace(spec), [f"{key}={[[0, 0, 0], [44, 24, 24]]}" for key in ("roi", "input.bounds")]
+    assert workspace.input.bounds.stop == (44, 24, 24)
+    grow_input(tmp_path / "it/input", (60, 24, 24))
+    for file in (tmp_path / "it/input").glob("*/*_40-44*"):
+        file.unlink()
+
+    with pytest.raises(StorageError, match=r"it had z 0–44 .*, now z 0–60 .*\. A retry reads it as it is now"):
+        inference_and_donate(workspace, (3, 0, 0))
+
+    assert workspace.exchange.receipts("infer") == {}
+    again = load_spec(path, [*settings, f"input.fill_missing={json.dumps(fill_missing)}"])
+    assert inference_and_donate(Workspace(again), (3, 0, 0)).receipt is not None
+
+
+def test_bounds_that_the_input_does_not_have(make_spec: MakeSpec, chunkflow: Callable[..., Any]) -> None:
+    outcome = chunkflow("prepare", make_spec(), "--set", "input.bounds=[[0, 0, 0], [20, 48, 41]]")
+    assert outcome.returncode == 78
+    assert "input.bounds: z 0–20 y 0–48 x 0–41 reach past the layer" in outcome.stderr
+    assert "which has z 0–20 y 0–48 x 0–40; give a part of it" in outcome.stderr
+
+
 def test_only_what_was_cut_short_is_deleted(make_spec: MakeSpec, tmp_path: Path) -> None:
     """Storage chunks of 6 × 12 × 12: the ends at z 20 and x 40 cut them short, that at y 48 does not."""
     path = make_spec(roi=[[0, 0, 0], [14, 48, 40]])
@@ -428,5 +480,58 @@ def test_tasks_write_only_to_a_layer_of_their_own_size(make_spec: MakeSpec) -> N
         OutputLayer(load_spec(path, grown))
     prepared(path, *grown)
     OutputLayer(load_spec(path, grown))
-    with pytest.raises(SpecError, match="neither shrink nor move"):
+    with pytest.raises(SpecError, match="a later run has extended it: start a new run instead of clearing tasks"):
         OutputLayer(load_spec(path))
+
+
+class TestClaimDuringARun:
+    """An output that another model has claimed since is not written to: the two would replace each other's blocks for good."""
+
+    def test_stages_of_the_earlier_spec_refuse(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+        path = make_spec(exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"})
+        run(path)
+        first = load_spec(path)
+        second = prepared(path, *OTHER, other="overwrite")
+        before, receipts = files_below(tmp_path / "output"), Workspace(first).exchange.receipts("infer").keys()
+
+        for stage in (inference_and_donate, receive_and_blend):
+            with pytest.raises(SpecError, match=rf"is claimed for fingerprint {second.fingerprint} \(since 20"):
+                stage(Workspace(first), (1, 1, 1), force=True)
+
+        assert files_below(tmp_path / "output") == before
+        assert Workspace(first).exchange.receipts("infer").keys() == receipts
+
+    def test_a_block_at_work_writes_no_more(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+        path = make_spec()
+        workspace = Workspace(prepared(path))
+
+        with pytest.raises(SpecError, match="is claimed for fingerprint"):
+            inference_and_donate(
+                workspace, (0, 0, 0), patch_done=lambda: prepared(path, *OTHER, other="overwrite") and None
+            )
+
+        assert workspace.exchange.receipts("infer") == {}
+        assert not (tmp_path / "output" / "4_4_40").exists()
+
+    def test_provenance_that_another_program_is_just_writing(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+        path = make_spec()
+        spec = prepared(path)
+        file = tmp_path / "output" / "provenance"
+        whole = file.read_bytes()
+        for part in (b"", whole[:100]):
+            file.write_bytes(part)
+            with pytest.raises(StorageError, match="it is being written, or damaged"):
+                inference_and_donate(Workspace(spec), (0, 0, 0))
+        file.write_bytes(whole)
+        inference_and_donate(Workspace(spec), (0, 0, 0))
+
+    def test_an_output_that_nobody_has_prepared(
+        self, make_spec: MakeSpec, tmp_path: Path, chunkflow: Callable[..., Any]
+    ) -> None:
+        path = make_spec()
+        prepared(path)
+        (tmp_path / "output" / "provenance").unlink()
+        with pytest.raises(SpecError, match="does not say whose it is; run `chunkflow-core prepare SPEC` first"):
+            inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))
+        assert chunkflow("prepare", path).returncode == 0
+        inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))

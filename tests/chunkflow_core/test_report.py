@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 from volume import SHAPE
 
-from chunkflow_core.exchange import Exchange, Receipt
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.marks import STAGES
+from chunkflow_core.receipts import Receipt
 from chunkflow_core.report import Task, duration, metric, report_of, tasks_of
 from chunkflow_core.report_picture import BLEND, FORWARD, INFER, draw
 from chunkflow_core.spec import load_spec

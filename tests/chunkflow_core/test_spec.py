@@ -224,6 +224,7 @@ def test_input_mip_changes_the_fingerprint(make_spec: MakeSpec, tmp_path: Path, 
         "output.compression=none",
         "model.device=cpu",
         "roi=[[0, 0, 0], [12, 48, 40]]",  # the end: a growing volume keeps its finished blocks
+        "input.bounds=[[0, 0, 0], [20, 48, 39]]",  # likewise
         "output.range=[0, 1]",  # the default in other digits
     ],
 )
@@ -329,6 +330,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "exchange onto the output, spelled otherwise": (
         {"output": {"path": "precomputed://file:///d//o"}, "exchange": {"path": "file:///d/./o"}},
         ["output.path", "exchange.path too"],
+    ),
+    "bounds of no depth": (
+        {"input": {"path": "file:///em", "bounds": [[4, 0, 0], [4, 48, 40]]}},
+        ["input.bounds", "[[4, 0, 0], [4, 48, 40]]", "start < stop"],
     ),
     "roi of no depth": ({"roi": [[4, 0, 0], [4, 48, 40]]}, ["roi", "[[4, 0, 0], [4, 48, 40]]", "start < stop"]),
     "roi reversed": ({"roi": [[0, 40, 0], [20, 4, 40]]}, ["roi", "start < stop"]),

@@ -194,7 +194,7 @@ def test_another_spec_has_written_since(volume: Volume, capsys: pytest.CaptureFi
     assert "`chunkflow-core run SPEC` tells what differs" in told
     assert "repair" not in told
     before = volume.contents()
-    with pytest.raises(SpecError, match="is of another spec now"):
+    with pytest.raises(SpecError, match="is claimed for fingerprint"):
         repair(Workspace(volume.spec))
     assert volume.contents() == before
 

@@ -1,0 +1,117 @@
+"""Receipts: what a stage of a block says when it is complete, and that as a file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from chunkflow_core.digests import checksum, short_digest
+from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.marks import BlendingMark, InferenceMark, Mark, Stage, consumed_digest, given_places
+
+
+@dataclass(frozen=True, slots=True)
+class DonationEntry:
+    """What a receipt says of one donation."""
+
+    key: str
+    receiver: Vector
+    checksum: str | None
+    """Of the stored file; None if all sums are zero, then nothing is stored."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that one stage of one block is complete."""
+
+    stage: Stage
+    block: Vector
+    box: str
+    """Range of the block, xyz."""
+    fingerprint: str
+    geometry: str
+    """``VolumeSpec.block_digest`` of the block."""
+    run: str
+    """The run that made it."""
+    patches: int = 0
+    """Run, not skipped."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Patches that were not run, by reason."""
+    donations: tuple[DonationEntry, ...] = ()
+    consumed: dict[str, str] = field(default_factory=dict)
+    """For blend: range of each donor → digest of what it gave, in the order of ``BlockGrid.donors``."""
+    signature: str = ""
+    """For infer: what storage said of the input's storage chunks before they were read; empty if it could not."""
+    content: str = ""
+    """For infer: digest of all input that decided a number: voxels as read, with padding and halo, and the mask."""
+    mask: str = ""
+    """For infer: digest of the mask over the block's frame; empty if there is none."""
+    written: dict[str, str] = field(default_factory=dict)
+    """Names of the storage chunks written → digests of their voxels."""
+    changes: tuple[str, ...] = ()
+    """The latest runs in which that became other than what the receipt before said (or there was none), the last first."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Timings in seconds, host, versions: for people, never decisive."""
+
+    def given(self, receiver: Vector, mask: str | None = None) -> str:
+        """Digest of all that this block donated to one receiver.
+
+        Its own blending also applies the mask: ``mask`` if it is other than the one that inference has read.
+        """
+        entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
+        own = (self.mask if mask is None else mask) if receiver == self.block else ""
+        return short_digest(json.dumps([self.geometry, own, entries]).encode())
+
+    @property
+    def mark(self) -> Mark:
+        """What its name says."""
+        if self.stage == "blend":
+            return BlendingMark(self.geometry, consumed_digest(self.consumed.values()))
+        stored = Counter(e.receiver for e in self.donations if e.checksum is not None)
+        receivers = {e.receiver for e in self.donations}
+        given = {receiver: (self.given(receiver), stored[receiver]) for receiver in receivers}
+        return InferenceMark(self.geometry, self.signature, given_places(self.block, given))
+
+    @property
+    def storage_chunks(self) -> int:
+        """How many it has written."""
+        return len(self.written)
+
+    @property
+    def name(self) -> str:
+        """Of its file, below the group's folder."""
+        return f"{self.box}%{self.mark.text}.json"
+
+    def pack(self) -> bytes:
+        """The receipt as a file (JSON), with a checksum."""
+        fields = asdict(self)
+        return json.dumps({"checksum": checksum(json.dumps(fields).encode()), "receipt": fields}, indent=1).encode()
+
+
+def unpack(content: bytes | None, fingerprint: str) -> Receipt | None:
+    """The receipt in a file; None if there is none, or none that is intact and of this fingerprint."""
+    if content is None:
+        return None
+    try:
+        record = json.loads(content)
+        fields = record["receipt"]
+        if checksum(json.dumps(fields).encode()) != record["checksum"] or fields["fingerprint"] != fingerprint:
+            return None
+        entries = tuple(DonationEntry(**{**e, "receiver": vector(e["receiver"])}) for e in fields["donations"])
+        lists = {"block": vector(fields["block"]), "changes": tuple(fields["changes"]), "donations": entries}
+        return Receipt(**{**fields, **lists})
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def why_not(content: bytes, fingerprint: str) -> str:
+    """What is wrong with a file that :func:`unpack` doesn't take."""
+    with suppress(ValueError, KeyError, TypeError):
+        its = json.loads(content)["receipt"]["fingerprint"]
+        if its != fingerprint:
+            return f"it is of another fingerprint, {its}"
+    return "it is not intact"
