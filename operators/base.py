@@ -16,6 +16,7 @@ from airflow.sdk import Asset, BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
 
 from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec, load_spec
 from operators.form import OTHER_MODEL, check_request, requested_box
 from operators.outcomes import Outcome, Retry
@@ -26,6 +27,9 @@ FAILURE = "failure"
 _EVENT_KEYS = ("run", "fingerprint", "output", "bounding_box", "changed_blocks", "manifest", "picture")
 """What of the report goes with the output's Asset."""
 
+
+PREPARE = "prepare"
+"""Task id of the preparation, whose XCom tells what the run looks at."""
 
 SELECT = "select_blocks"
 """Task id of the selection, whose XCom tells why blocks are due."""
@@ -79,6 +83,11 @@ class Command(BaseOperator):
     def before(self, context: Context) -> None:
         """Refuse what must not start, by an ``AirflowException``."""
 
+    def command_line(self, spec: str, context: Context) -> list[str]:
+        """The whole command, with the ``spec`` by the name that it has where the command runs."""
+        settings = [word for setting in settings_of(context) for word in ("--set", setting)]
+        return [*self.words_for(context), spec, *settings, *self.arguments_for(context)]
+
     def words_for(self, context: Context) -> tuple[str, ...]:
         """What comes before the spec on the command line: module and subcommand."""
         return self.command
@@ -99,6 +108,10 @@ class Command(BaseOperator):
         """The parsed spec."""
         return load_spec(self.spec)
 
+    def grid(self, context: Context) -> BlockGrid:
+        """The blocks of this run."""
+        return load_spec(self.spec, settings_of(context)).grid
+
 
 class BlockCommand(Command):
     """A stage of one block."""
@@ -110,6 +123,10 @@ class BlockCommand(Command):
         """Arguments: index of the ``block``, zyx, and those of :class:`Command`."""
         super().__init__(max_active_tis_per_dag=1, **options)  # never the same block in two runs at once
         self.block = block
+
+    def before(self, context: Context) -> None:
+        if settings_of(context) and self.block not in self.grid(context):
+            raise AirflowSkipException("the volume has grown since this run began; the next one does this block")
 
     def arguments_for(self, context: Context) -> list[str]:
         return ["--block", *map(str, self.block), "--run", str(context["run_id"])]
@@ -136,7 +153,12 @@ class Preparation(Command):
         _refuse_company(context)
 
     def arguments_for(self, context: Context) -> list[str]:
-        return ["--once", "--run", str(context["run_id"]), *OTHER_MODEL[context["params"]["other_model"]]]
+        return ["--once", "--run", str(context["run_id"]), "--json", *OTHER_MODEL[context["params"]["other_model"]]]
+
+    def result(self, output: str, context: Context) -> None:
+        """Have all other tasks of the run look at the same part of a volume that may be growing."""
+        found = json_of(output)
+        self.give(context, {"roi": found["roi"], "input.bounds": found["input_bounds"]})
 
 
 class Inference(BlockCommand):
@@ -178,13 +200,13 @@ class Selection(Command):
         params = context["params"]
         options = [] if params["only_repair"] else ["force", "check_input"]
         wanted = [f"--{name.replace('_', '-')}" for name in options if params[name]]
-        return [*requested_box(params, self.volume.grid), "--run", str(context["run_id"]), "--json", *wanted]
+        return [*requested_box(params, self.grid(context)), "--run", str(context["run_id"]), "--json", *wanted]
 
     def result(self, output: str, context: Context) -> None:
         """Skip the tasks of all blocks that are not due; and if none is, those that would only look at them."""
         due = json_of(output)
         infer, blend = ({vector(index) for index in due[stage]} for stage in ("infer", "blend"))
-        grid = self.volume.grid
+        grid = self.grid(context)
         skipped = [infer_task_id(index) for index in grid.indices() if index not in infer]
         skipped += [blend_task_id(i) for i in grid.indices() if grid.donors(i) and i not in blend]
         # What earlier runs have changed but not told, since a block or the audit failed, is audited and told now.
@@ -204,7 +226,7 @@ class Verification(Command):
     def arguments_for(self, context: Context) -> list[str]:
         params = context["params"]
         begun = ["--begun"] if params["only_repair"] else []  # it is not for a repair to complete the volume
-        return [*requested_box(params, self.volume.grid), "--run", str(context["run_id"]), *begun]
+        return [*requested_box(params, self.grid(context)), "--run", str(context["run_id"]), *begun]
 
 
 class Publication(Command):
@@ -227,6 +249,15 @@ class Publication(Command):
         self.give(context, report)
         if not report["changed_blocks"]:
             raise AirflowSkipException("nothing has changed, so nobody is told")
+
+
+def settings_of(context: Context) -> list[str]:
+    """What the preparation has found for the whole run, as settings of the spec; none before it has.
+
+    A volume without a ``roi`` of its own grows with its input, and Airflow builds the DAG anew while a run is at work.
+    """
+    found = context["ti"].xcom_pull(task_ids=PREPARE) or {}
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
 
 
 def json_of(output: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from chunkflow_core.errors import SpecError
 from chunkflow_core.geometry import Vector
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.spec import VolumeSpec
-from operators.base import SELECT, blend_task_id, infer_task_id
+from operators.base import PREPARE, SELECT, blend_task_id, infer_task_id
 from operators.ending import SummaryOperator, notifier_of
 from operators.form import form_of
 from operators.schedules import asset_of, schedule_of, wrong_cron
@@ -52,7 +52,7 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         SpecError: the volume has too many blocks for one DAG, or its schedule or its notifier is none.
     """
     blocks = prod(spec.grid.shape)
-    if blocks > MAX_BLOCKS:
+    if blocks > MAX_BLOCKS and only_task is None:  # tasks of a run that has begun go on though the volume has grown
         raise SpecError(
             f"{file}: block_size: {spec.block_size} makes {blocks} blocks, expected at most {MAX_BLOCKS} in a DAG; "
             "give larger blocks (memory does not grow with their depth) or a smaller roi"
@@ -139,7 +139,7 @@ class _Tasks:
     def _makers(self) -> dict[str, Callable[[], BaseOperator]]:
         first, last, of = 4 * MAX_BLOCKS, 5 * MAX_BLOCKS, self.operators
         return {
-            "prepare": lambda: of.PrepareOperator(task_id="prepare", spec=self.file, priority_weight=first),
+            PREPARE: lambda: of.PrepareOperator(task_id=PREPARE, spec=self.file, priority_weight=first),
             SELECT: lambda: of.SelectBlocksOperator(task_id=SELECT, spec=self.file, priority_weight=first),
             "verify": lambda: of.VerifyOperator(
                 task_id="verify", spec=self.file, trigger_rule="none_failed", priority_weight=last

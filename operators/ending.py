@@ -16,7 +16,7 @@ from chunkflow_core.geometry import Vector, vector
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.schedule_spec import NotifySpec
 from chunkflow_core.spec import load_spec
-from operators.base import FAILURE, SELECT
+from operators.base import FAILURE, SELECT, settings_of
 
 _SILENT = "said nothing: its process died, or it was marked as failed; its log may tell more"
 
@@ -35,7 +35,7 @@ class SummaryOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Tell, notify, and return the report; ``AirflowFailException`` if anything has failed."""
         ti: Any = context["ti"]
-        spec = load_spec(self.spec)
+        spec = load_spec(self.spec, settings_of(context))
         tasks = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id])[ti.run_id]
         states = {task: str(state) for task, state in tasks.items() if task != ti.task_id}
         reasons = {task: self._reason(ti, task) for task, state in states.items() if state == "failed"}
@@ -79,11 +79,12 @@ def what_failed(grid: BlockGrid, states: Mapping[str, str], reasons: Mapping[str
         states: Airflow's states by task id, the summary's own left out.
         reasons: why tasks have failed, by task id.
     """
-    failures = [Failure(*place, reason) for task, reason in reasons.items() if (place := _place(task))]
+    places = {task: _place(task, grid) for task in (*states, *reasons)}
+    failures = [Failure(*place, reason) for task, reason in reasons.items() if (place := places[task])]
     failures.sort(key=lambda failure: (failure.stage != "infer", failure.block))
-    waiting = {place for task, state in states.items() if state == "upstream_failed" and (place := _place(task))}
+    waiting = {place for task, state in states.items() if state == "upstream_failed" and (place := places[task])}
     told = lines(grid, failures, waiting) if failures else []
-    told += [f"{task}: {' '.join(reason.split())}" for task, reason in sorted(reasons.items()) if not _place(task)]
+    told += [f"{task}: {' '.join(reason.split())}" for task, reason in sorted(reasons.items()) if not places[task]]
     kept = sorted(task for task, state in states.items() if state == "upstream_failed")
     return told or ([f"could not run: {', '.join(kept[:5])}"] if kept else [])
 
@@ -119,7 +120,8 @@ def notifier_of(notify: NotifySpec, file: Path) -> BaseNotifier:
         raise SpecError(f"{file}: notify.arguments: {notify.notifier} refuses them: {error}") from error
 
 
-def _place(task: str) -> tuple[Any, Vector] | None:
-    """Stage and block of a task; None for those of no block."""
+def _place(task: str, grid: BlockGrid) -> tuple[Any, Vector] | None:
+    """Stage and block of a task; None for those of no block, or of one that Airflow has added since the run began."""
     stage, dot, name = task.partition(".")
-    return (stage, vector(map(int, name.split("_")))) if dot else None
+    block = vector(map(int, name.split("_"))) if dot else None
+    return (stage, block) if block is not None and block in grid else None

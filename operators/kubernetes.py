@@ -197,9 +197,7 @@ class PodOperator(base.Command, KubernetesPodOperator):
                     "--log",
                     self._log_url(context, name),
                     "--",
-                    *self.words_for(context),
-                    "env:CHUNKFLOW_SPEC",
-                    *self.arguments_for(context),
+                    *self.command_line("env:CHUNKFLOW_SPEC", context),
                 ],
                 environment=to_environment(self.volume),
             )

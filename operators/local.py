@@ -91,7 +91,7 @@ class LocalOperator(base.Command):
         """Run the command; ``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
         with base.telling(context):
             self.before(context)
-            code, output, message = self.runner.run([*self.words_for(context), self.spec, *self.arguments_for(context)])
+            code, output, message = self.runner.run(self.command_line(self.spec, context))
             if code:
                 base.raise_for(classify(code, message, inputs_may_come=self.inputs_may_come))
             self.result(output, context)

@@ -129,9 +129,9 @@ def end(
 
     ``find`` is asked again and again, so that processes which appear meanwhile don't get away; those that were found
     before are followed even when they lost the parent by which they were found. SIGTERM goes to what ``ask()`` finds,
-    for those that end their children themselves; to all by default. A process that adopts orphans gives ``keep``, for
-    :func:`reap`; others must not, because it would take exit statuses that somebody else waits for. ``tell`` gets a
-    line about what has to be killed. Whether nothing is left at the end.
+    for those that end their children themselves; to all by default, to none with ``list``. A process that adopts orphans
+    gives ``keep``, for :func:`reap`; others must not, because it would take exit statuses that somebody else waits for.
+    ``tell`` gets a line about what has to be killed. Whether nothing is left at the end.
     """
     known: dict[int, psutil.Process] = {}
 

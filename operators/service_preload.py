@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def preload() -> None:
-    """Import the operators of all kinds of runners that the volumes have; the Kubernetes client alone takes seconds."""
+    """Import what tasks of all kinds of runners that the volumes have use: the clients of Kubernetes and storage take seconds."""
     from airflow.sdk.configuration import conf
 
     from operators.specs import clusters
 
-    kinds = ["local"]
+    modules = ["operators.local"]
     if clusters(Path(conf.get("core", "dags_folder")) / "volumes"):
-        kinds.append("kubernetes")
-    for kind in kinds:
-        import_module(f"operators.{kind}")
+        modules += ["operators.kubernetes", "chunkflow_core.object_stores"]
+    for module in modules:
+        import_module(module)

@@ -37,7 +37,7 @@ _CFG_HEADER = """\
 """
 
 _LOCAL_SETTINGS = '''\
-"""Written by chunkflow-airflow at each start. No process of the service outlives the one that forked it."""
+"""Written by chunkflow-airflow at each start; what it calls says what for."""
 
 import os
 import sys
@@ -50,6 +50,10 @@ if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
         from operators.service_preload import preload
 
         preload()
+    if "api-server" in sys.argv:
+        from operators.service_api import wait_in_threads
+
+        wait_in_threads()
 
 __all__ = []
 '''
@@ -68,6 +72,18 @@ _FOREIGN = (
 )
 
 Settings = dict[str, dict[str, str]]
+
+API_PATIENCE = {
+    "execution_api_retries": "70",
+    "execution_api_retry_wait_min": "2",
+    "execution_api_retry_wait_max": "4",
+}
+"""Section ``workers``: each request of a task waits 2 to 4½ minutes for an API server that refuses connections, instead of failing.
+
+That is longer than the supervisor leaves one that hangs, and shorter than ``task_instance_heartbeat_timeout``, after which
+the scheduler takes the task for dead. Airflow's own settings (5 attempts) wait 4 to 15 s, less than a start takes on a busy
+machine.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +212,8 @@ def tuning_settings(parallelism: int | None) -> Settings:
         "database": {"load_default_connections": "False"},
         "logging": {"colored_console_log": "False"},
         "api": {"instance_name": "chunkflow"},
-        # Tasks wait half a minute for an API server that is busy or being restarted, instead of failing.
-        "workers": {
-            "execution_api_retries": "10",
-            "execution_api_retry_wait_max": "10",
+        "workers": API_PATIENCE
+        | {
             "execution_api_timeout": "60",
             # A worker often notices the end of a task only at the next heartbeat. Short tasks wait for that most of their
             # time at the default of 5 s; some eight heartbeats a second from all workers cost little.

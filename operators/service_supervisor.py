@@ -336,7 +336,8 @@ class Supervisor:
             children = psutil.Process().children()
             return [process for child in children if child.pid not in pids for process in processes.tree(child)]
 
-        processes.end(adopted, _REST_GRACE, keep=self._pids())
+        # The kernel is about to kill them too. Asked to end instead, tasks would take it for a cancellation and delete their pods.
+        processes.end(adopted, 0, ask=list, keep=self._pids())
 
     def _probe(self) -> None:
         now = time.monotonic()

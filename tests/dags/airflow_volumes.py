@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dags
 from operators.service import Client
 
 RUN_LIMIT = 300.0
@@ -20,6 +23,8 @@ class Volumes:
 
     client: Client
     folder: Path
+    dags: Path
+    """The tests' own copy of the DAG files."""
 
     def trigger(self, name: str, **conf: Any) -> str:
         """Start a run; its id."""
@@ -55,9 +60,19 @@ class Volumes:
         found = self.client.pages("assets", "assets", uri_pattern=uri)
         return [asset for asset in found if asset["uri"] == uri]
 
-    def known(self, *names: str, limit: float = 90) -> None:
+    def known(self, *names: str) -> None:
         """Wait until Airflow has these DAGs."""
-        until(lambda: set(names) <= {dag["dag_id"] for dag in self.client.pages("dags", "dags")}, limit)
+        self.parsed(lambda: set(names) <= {dag["dag_id"] for dag in self.client.pages("dags", "dags")})
+
+    def parsed(self, condition: Callable[[], Any], limit: float = 90) -> None:
+        """Wait for what a new spec brings about. Airflow reads files that have changed at once, others only now and then."""
+        end = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < end, "waited in vain"
+            for file in self.dags.glob("*.py"):
+                file.touch()
+            with suppress(TimeoutError):
+                until(condition, 4)
 
     def clear(self, name: str, run: str, tasks: list[str]) -> None:
         """Clear tasks and what comes after them, as the UI does."""
@@ -71,9 +86,17 @@ def until(condition: Callable[[], Any], seconds: float) -> Any:
     """Wait for a condition; its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
+        if time.monotonic() > end:
+            raise TimeoutError("waited in vain")
+        time.sleep(0.4)
     return value
+
+
+def copy_dags(folder: Path) -> Path:
+    """Copy the DAG files of the project into a folder; theirs."""
+    copy = folder / "dags"
+    shutil.copytree(Path(dags.__file__).parent, copy, ignore=shutil.ignore_patterns("volumes", "__pycache__"))
+    return copy
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import tifffile
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, files, until
+from airflow_volumes import RUN_LIMIT, Volumes, copy_dags, files, until
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
@@ -93,8 +93,9 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
     write_spec(folder, "endless", folder / "noise", output=output, model=model, **small)
     (folder / "volumes" / "broken.yaml").write_text("name: broken\ninput: {path: nowhere}\n")
     environment = {"CHUNKFLOW_VOLUMES": str(folder / "volumes")}
-    with start(folder / "home", environment=environment, with_parent=True) as service, Client(service) as client:
-        volumes = Volumes(client, folder)
+    dags, home = copy_dags(folder), folder / "home"
+    with start(home, dags=dags, environment=environment, with_parent=True) as service, Client(service) as client:
+        volumes = Volumes(client, folder, dags)
         volumes.known("endless")
         yield volumes
 

@@ -322,6 +322,9 @@ def test_what_failed_is_told(make_spec: Callable[..., Path]) -> None:
         grid, {"prepare": "failed"} | states | {"infer.0_1_0": "upstream_failed"}, {"prepare": "no\nGPU"}
     ) == ["prepare: no GPU"]
     assert what_failed(grid, {"verify": "upstream_failed"}, {}) == ["could not run: verify"]
+    added = {"infer.0_9_0": "failed", "blend.0_9_0": "upstream_failed"}  # by Airflow, as the volume has grown since
+    reasons = {"infer.0_1_0": "wrong data (exit code 65): NaN", "infer.0_9_0": "died"}
+    assert what_failed(grid, states | added, reasons) == [*told, "infer.0_9_0: died"]
 
 
 def test_figures_are_told_in_a_line() -> None:

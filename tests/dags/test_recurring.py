@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from datetime import datetime
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, files, until
+from airflow_volumes import RUN_LIMIT, Volumes, copy_dags, files, until
+from cloudvolume import CloudVolume
+from numpy.typing import NDArray
 
-import dags
 from chunkflow_core.__main__ import main
 from chunkflow_core.geometry import Box
 from chunkflow_core.volumes import NewLayer
@@ -91,13 +91,11 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
     folder = tmp_path_factory.mktemp("recurring")
     noise = np.random.default_rng(0).integers(1, 255, (1, *SHAPE), dtype=np.uint8)
     noise[0, 0, 59, 0] = 255
-    for name in ("noise", "clocked-input"):
-        layer = NewLayer(f"file://{folder}/{name}", SHAPE, dtype="uint8", resolution=(40, 4, 4), chunk=(12, 20, 20))
-        layer.write(Box((0, 0, 0), SHAPE), noise)
+    for name in ("noise", "clocked-input", "growing-input"):
+        write_layer(folder / name, noise)
     frail = FRAIL.replace("FLAG", repr(str(folder / "flag"))).replace("HOLD", repr(str(folder / "hold")))
     (folder / "frail.py").write_text(frail)
-    own = folder / "dags"
-    shutil.copytree(Path(dags.__file__).parent, own, ignore=shutil.ignore_patterns("volumes", "__pycache__"))
+    own = copy_dags(folder)
     layer_address, heard = f"file://{folder}/frail/output", str(folder / "heard")
     (own / "listener.py").write_text(LISTENER.replace("LAYER", layer_address).replace("HEARD", heard))
     modules = folder / "modules"
@@ -108,14 +106,17 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
     environment = {
         "CHUNKFLOW_VOLUMES": str(folder / "volumes"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(modules), os.environ.get("PYTHONPATH")))),
-        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "2",
-        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "4",
     }
     home = folder / "home"
     with start(home, dags=own, environment=environment, with_parent=True) as service, Client(service) as client:
-        volumes = Volumes(client, folder)
+        volumes = Volumes(client, folder, own)
         volumes.known("frail", "listener")
         yield volumes
+
+
+def write_layer(path: Path, data: NDArray[np.uint8]) -> None:
+    layer = NewLayer(f"file://{path}", data.shape[1:], dtype="uint8", resolution=(40, 4, 4), chunk=(12, 20, 20))
+    layer.write(Box((0, 0, 0), data.shape[1:]), data)
 
 
 def write_spec(folder: Path, name: str, **changes: Any) -> Path:
@@ -158,10 +159,11 @@ def first_run(volumes: Volumes) -> str:
     return str(min(volumes.runs("frail"), key=lambda run: run["queued_at"])["dag_run_id"])
 
 
-def one_machine(volumes: Volumes, place: str) -> dict[str, bytes]:
+def one_machine(volumes: Volumes, place: str, *settings: str, name: str = "frail") -> dict[str, bytes]:
     """What the same spec gives without Airflow."""
-    spec, output = volumes.folder / "volumes" / "frail.yaml", volumes.folder / place / "output"
-    assert main(["run", str(spec), "--set", f"output.path=file://{output}"]) == 0
+    spec, output = volumes.folder / "volumes" / f"{name}.yaml", volumes.folder / place / "output"
+    words = [word for setting in (f"output.path=file://{output}", *settings) for word in ("--set", setting)]
+    assert main(["run", str(spec), *words]) == 0
     return files(output)
 
 
@@ -284,6 +286,36 @@ class TestOneVolume:
         return list(volumes.client.pages("assets/events", "asset_events", source_dag_id="frail"))
 
 
+def test_a_volume_grows_while_a_run_is_at_work(volumes: Volumes) -> None:
+    """The run ends as it began, on the volume as it was; the next one does what has come and what borders on it."""
+    (volumes.folder / "hold").touch()
+    write_spec(volumes.folder, "growing", input={"path": f"file://{volumes.folder}/growing-input"})
+    volumes.known("growing")
+    run = volumes.trigger("growing")
+    until(lambda: states(volumes, run, name="growing")["infer.0_4_0"] == "running", RUN_LIMIT)
+
+    old = np.asarray(CloudVolume(f"file://{volumes.folder}/growing-input", progress=False)[:, :, :]).T
+    new = np.random.default_rng(1).integers(1, 255, (1, 12, 20, 20), dtype=np.uint8)
+    write_layer(volumes.folder / "growing-input", np.concatenate([old, new], axis=2))
+
+    volumes.parsed(lambda: "infer.0_6_0" in task_ids(volumes, "growing"))
+    (volumes.folder / "hold").unlink()
+    assert volumes.wait("growing", run) == "success"
+    ended = states(volumes, run, name="growing")
+    assert {ended.get(f"infer.0_{y}_0", "skipped") for y in (5, 6)} == {"skipped"}
+    assert {ended[f"blend.0_{y}_0"] for y in range(1, 5)} == {"success"}
+    was = [f"{key}=[[0, 0, 0], {list(SHAPE)}]" for key in ("roi", "input.bounds")]
+    assert files(volumes.folder / "growing" / "output") == one_machine(volumes, "was", *was, name="growing")
+
+    run = volumes.trigger("growing")
+    assert volumes.wait("growing", run) == "success"
+    done = {task for task, state in states(volumes, run, name="growing").items() if state == "success" and "." in task}
+    # block 3 and those before it neither read nor own anything past y 50
+    assert done >= {f"{stage}.0_{y}_0" for stage in ("infer", "blend") for y in (5, 6)}
+    assert not done & {f"infer.0_{y}_0" for y in range(3)}
+    assert files(volumes.folder / "growing" / "output") == one_machine(volumes, "is", name="growing")
+
+
 def test_clock_and_asset_start_runs_and_never_two_at_once(volumes: Volumes) -> None:
     """A tick and an update of the input fall due while a run is at work; a notifier that fails changes nothing."""
     layer = f"file://{volumes.folder}/clocked-input"
@@ -295,6 +327,7 @@ def test_clock_and_asset_start_runs_and_never_two_at_once(volumes: Volumes) -> N
         schedule={"cron": "* * * * *", "timezone": "Europe/Zurich", "asset": "input"},
         notify={"notifier": "recorder.Broken", "arguments": {"path": "", "line": ""}, "on": ["success"]},
     )
+    volumes.known("clocked")
     first = until(lambda: [run for run in runs(volumes) if run["state"] == "running"], 90)[0]
     with pytest.raises(ApiError, match="backfill"):
         dates = {"from_date": "2026-01-01T00:00:00Z", "to_date": "2026-01-01T00:02:00Z"}
@@ -321,12 +354,12 @@ def test_clock_and_asset_start_runs_and_never_two_at_once(volumes: Volumes) -> N
     assert "nobody was notified: recorder.Broken: RuntimeError: out of order" in log
 
 
+def task_ids(volumes: Volumes, name: str) -> set[str]:
+    return {task["task_id"] for task in volumes.client.get(f"dags/{name}/tasks")["tasks"]}
+
+
 def runs(volumes: Volumes) -> list[dict[str, Any]]:
-    return volumes.runs("clocked") if "clocked" in dag_ids(volumes) else []
-
-
-def dag_ids(volumes: Volumes) -> set[str]:
-    return {dag["dag_id"] for dag in volumes.client.pages("dags", "dags")}
+    return volumes.runs("clocked")
 
 
 def seconds(date: str) -> float:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from operators.service_settings import API_PATIENCE
+
 from .conftest import AIRFLOW_VALUES, ROOT, Render
 from .test_security import pod_specs, pod_weaknesses
 
@@ -30,6 +32,10 @@ def test_settings_are_settings_of_airflow(values: dict[str, Any]) -> None:
     given = {(section, key) for section, keys in values["config"].items() for key in keys}
     assert len(given) > 5
     assert given - known == set()
+
+
+def test_tasks_wait_for_an_api_server_as_long_as_on_one_machine(values: dict[str, Any]) -> None:
+    assert {key: str(value) for key, value in values["config"]["workers"].items()} == API_PATIENCE
 
 
 def airflow_settings() -> set[tuple[str, str]]:

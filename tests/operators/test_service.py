@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from operators.processes import is_alive, wait_until
 from operators.service import AlreadyRunning, ApiError, Client, Service, ServiceError, find, main, start
 from operators.service_settings import SUPERVISED, Home
 from operators.service_state import State
+from operators.service_supervisor import _UNHEALTHY_LIMIT
 
 pytestmark = [
     pytest.mark.airflow,
@@ -250,6 +252,18 @@ def test_client_reads_all_pages(client: Client) -> None:
     assert client.patch("dags/wide", {"is_paused": True})["is_paused"] is True
 
 
+def test_many_change_something_at_once(client: Client) -> None:
+    """SQLite takes one writer at a time, and each change also writes an entry of Airflow's log."""
+
+    def add(number: int) -> None:
+        client.post("variables", {"key": f"variable_{number}", "value": "any"})
+
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(add, range(128)))
+    assert client.get("variables")["total_entries"] == 128
+    assert client.get("eventLogs", event="post_variable")["total_entries"] == 128
+
+
 def test_airflow_command_sees_the_service(running: Service, home: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")}
     command = [sys.executable, "-m", "airflow", "dags", "list", "--output", "json"]
@@ -274,6 +288,19 @@ def test_second_one_in_the_same_home(
     with pytest.raises(AlreadyRunning, match=running.url):
         start(home, dags=dags)
     assert find(home) == running
+
+
+def test_tasks_wait_longer_for_an_api_server_than_the_service_takes_to_replace_it(running: Service) -> None:
+    code = (
+        "import json; from airflow.sdk.api import client as c; from airflow.sdk.execution_time import supervisor as s; "
+        "print(json.dumps([c.API_RETRIES, c.API_RETRY_WAIT_MIN, c.API_RETRY_WAIT_MAX, s.HEARTBEAT_TIMEOUT]))"
+    )
+    environment = os.environ | {"AIRFLOW_HOME": str(running.home)}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    attempts, shortest, longest, heartbeat_timeout = json.loads(printed.stdout.splitlines()[-1])
+    assert (attempts - 1) * shortest > _UNHEALTHY_LIMIT
+    # A task that is silent for longer is taken for dead.
+    assert (attempts - 1) * longest < heartbeat_timeout
 
 
 def test_task_outlives_a_killed_api_server(client: Client, home: Path, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""A real Airflow and a cluster, as tests see them: on the double, or a real one."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from airflow_volumes import Volumes, copy_dags, until
+from clusters import TestCluster, the_double, the_real_one
+from double import Node
+from numpy.typing import NDArray
+from volume import SHAPE
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.spec import load_spec
+from chunkflow_core.stages import Workspace
+from chunkflow_core.volumes import NewLayer
+from operators.service import Client, start
+
+ONE_BLOCK: Vector = (12, 24, 24)
+"""A part of the input that is one block."""
+
+
+class Metrics(threading.Thread):
+    """A StatsD server: keeps what Airflow sends."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind(("127.0.0.1", 0))
+        self.names: set[str] = set()
+
+    def run(self) -> None:
+        while packet := self.socket.recv(65536):
+            self.names |= {line.partition(":")[0] for line in packet.decode().splitlines()}
+
+
+@dataclass(frozen=True)
+class World:
+    """Airflow and a cluster."""
+
+    volumes: Volumes
+    cluster: TestCluster
+    right: NDArray[Any]
+    """What every volume's output has to be."""
+    metrics: Metrics
+
+    def add(
+        self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
+    ) -> None:
+        """Add a volume and wait until Airflow has it; ``shape`` takes only a part of the input."""
+        section = self.cluster.runner_section(moods or {}, f"{self.cluster.storage}/{name}/moods", **runner)
+        write_spec(self.volumes.folder, self.cluster.storage, name, section, shape)
+        self.volumes.known(name)
+
+    def check_output(self, name: str) -> None:
+        """The volume's output is bit for bit the right one, and no pod is left."""
+        spec = load_spec(self.volumes.folder / f"{name}.yaml")
+        np.testing.assert_array_equal(Workspace(spec).output.read(spec.grid.roi), self.right)
+        self.check_no_pod_left(name)
+
+    def pods_of(self, name: str, task: str) -> list[str]:
+        """Names of all pods that a task ever had; only the double knows."""
+        stage, _, block = task.partition(".")
+        wanted = {"chunkflow/volume": name, "chunkflow/stage": stage, "chunkflow/block": block}
+        assert self.cluster.double
+        return [pod.name for pod in self.cluster.double.created if wanted.items() <= pod.labels.items()]
+
+    def check_no_pod_left(self, name: str) -> None:
+        """Pods are gone, or at least on their way."""
+        until(lambda: not self.cluster.pods(name), 60)
+
+
+def write_spec(folder: Path, storage: str, name: str, runner: dict[str, Any], shape: Vector = SHAPE) -> Path:
+    spec = {
+        "name": name,
+        "input": {"path": f"{storage}/input"},
+        "output": {"path": f"{storage}/{name}/output", "channels": 2, "dtype": "float32", "chunk_size": [4, 8, 8]},
+        "exchange": {"path": f"{storage}/{name}/exchange"},
+        "roi": [[0, 0, 0], list(shape)],
+        "patch_size": [8, 16, 16],
+        "patch_overlap": [2, 4, 4],
+        "block_size": [12, 24, 24],
+        "model": {"engine": "identity"},
+        "runner": runner,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+@contextmanager
+def start_world(folder: Path, kind: str) -> Iterator[World]:
+    """Start Airflow and a cluster, ``double`` or ``real``; all files are below ``folder``."""
+    specs = folder / "specs"
+    specs.mkdir()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(
+            the_double(folder, nodes=[Node(f"node-{n}") for n in range(20)]) if kind == "double" else the_real_one()
+        )
+        data = np.random.default_rng(1).integers(0, 256, (1, *SHAPE), dtype=np.uint8)
+        layer = NewLayer(f"{cluster.storage}/input", SHAPE, dtype="uint8", resolution=(40, 4, 4), chunk=(8, 16, 16))
+        layer.write(Box((0, 0, 0), SHAPE), data)
+        local = write_spec(folder, cluster.storage, "local", {"kind": "local"})
+        assert main(["run", str(local)]) == 0
+        right = Workspace(load_spec(local)).output.read(load_spec(local).grid.roi)
+        # The scheduler imports Kubernetes' client at its start only if there is a volume for it; else each task does.
+        write_spec(specs, cluster.storage, "first", cluster.runner_section({}, f"{cluster.storage}/first/moods"))
+        metrics = Metrics()
+        metrics.start()
+        environment = cluster.environment | {
+            "AIRFLOW__METRICS__STATSD_ON": "True",
+            "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
+            "AIRFLOW__METRICS__STATSD_PORT": str(metrics.socket.getsockname()[1]),
+            "CHUNKFLOW_VOLUMES": str(specs),
+            # A task whose process was killed is noticed in seconds, not in five minutes.
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
+        }
+        dags = copy_dags(folder)
+        service = stack.enter_context(start(folder / "home", dags=dags, environment=environment, with_parent=True))
+        client = stack.enter_context(Client(service))
+        yield World(Volumes(client, specs, dags), cluster, right, metrics)
