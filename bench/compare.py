@@ -276,15 +276,15 @@ class Ours(Row):
     @cached_property
     def workspaces(self) -> dict[str, Any]:
         """Of each layer; they share the engine."""
+        from chunkflow_core.prepare import make_output
         from chunkflow_core.stages import Workspace
-        from chunkflow_core.volumes import create_output
 
         if self.model["engine"] == "onnx":
             self.model = {"engine": "onnx", "path": export_onnx(self.bench)}
         found: dict[str, Any] = {}
         for layer in ("warm", "volume"):
             spec = self.bench.spec(layer, self.name, self.model)
-            create_output(spec)
+            make_output(spec)
             found[layer] = Workspace(spec)
         found["warm"].__dict__["engine"] = found["volume"].engine
         return found
@@ -315,8 +315,9 @@ class Ours(Row):
         workspace.__dict__["engine"] = self.engine
         data, output = self.data, np.empty((CHANNELS, *self.bench.volume), np.uint8)
 
-        def write(box: Box, part: Array) -> None:
+        def write(box: Box, part: Array) -> dict[str, str]:
             output[(slice(None), *box.slices((0, 0, 0)))] = part
+            return {}
 
         workspace.input.read = lambda box: data[None][(slice(None), *box.slices((0, 0, 0)))]
         workspace.output.write = write
@@ -340,11 +341,11 @@ class Ours(Row):
         """
         import torch
 
+        from chunkflow_core.prepare import make_output
         from chunkflow_core.stages import Workspace
-        from chunkflow_core.volumes import create_output
 
         spec = self.bench.spec("check", self.name, self.model, dtype="float32")
-        create_output(spec)
+        make_output(spec)
         workspace = Workspace(spec)
         workspace.__dict__["engine"] = self.engine
         self._run(workspace)

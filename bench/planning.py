@@ -23,8 +23,9 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from chunkflow_core.exchange import DonationEntry, Exchange, Receipt
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer

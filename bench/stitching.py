@@ -20,37 +20,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+from volumes import UNET_FILES, spec_content, write_random
 
-from chunkflow_core.geometry import Box, Vector, indices
+from chunkflow_core.geometry import Vector, indices, vector
+from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
-from chunkflow_core.volumes import NewLayer, create_output
 
-UNET = Path(__file__).resolve().parents[1] / "examples" / "unet"
 PATCH: Vector = (16, 128, 128)
 OVERLAP: Vector = (4, 32, 32)
 
 
 def make_volume(folder: Path, shape: Vector, channels: int, model: dict[str, object]) -> VolumeSpec:
     """Write random input and return a spec of one block, which has lower neighbours, so that it donates all it can."""
-    data = np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
-    layer = NewLayer(f"file://{folder}/input", shape, dtype="uint8", resolution=(50, 4, 4), chunk=(16, 128, 128))
-    layer.write(Box((0, 0, 0), shape), data)
+    write_random(folder, shape)
     stride = [p - o for p, o in zip(PATCH, OVERLAP, strict=True)]
-    block = [(n - o) // s // 2 * s for n, o, s in zip(shape, OVERLAP, stride, strict=True)]
-    return parse_spec(
-        {
-            "name": "bench",
-            "input": {"path": f"file://{folder}/input"},
-            "output": {"path": f"file://{folder}/output", "channels": channels},
-            "exchange": {"path": f"file://{folder}/exchange"},
-            "patch_size": list(PATCH),
-            "patch_overlap": list(OVERLAP),
-            "block_size": block,
-            "model": model,
-        }
-    )
+    block = vector((n - o) // s // 2 * s for n, o, s in zip(shape, OVERLAP, stride, strict=True))
+    return parse_spec(spec_content(folder, patch=PATCH, overlap=OVERLAP, block=block, model=model, channels=channels))
 
 
 def forward_alone(workspace: Workspace, block: Vector) -> float:
@@ -79,7 +65,7 @@ def measure(shape: Vector, channels: int, model: dict[str, object], rounds: int)
     folder = Path(tempfile.mkdtemp(prefix="stitching-"))
     try:
         spec = make_volume(folder, shape, channels, model)
-        create_output(spec)
+        make_output(spec)
         workspace, block = Workspace(spec), (1, 1, 1)
         forward_alone(workspace, block)
         pairs = [(whole_block(workspace, block), forward_alone(workspace, block)) for _ in range(rounds)]
@@ -103,11 +89,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=("pytorch", "openvino"), default="pytorch", help="default: pytorch")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
-    unet = {
-        "engine": options.engine,
-        "path": str(UNET / "model.py"),
-        "weights": str(UNET / "model.pt"),
-    }
+    unet = {"engine": options.engine, **UNET_FILES}
     results = {
         "unet": measure((52, 608, 608), 1, unet, options.rounds),
         "identity": measure((100, 1184, 1184), 3, {"engine": "identity"}, options.rounds),

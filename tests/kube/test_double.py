@@ -669,10 +669,13 @@ with Cluster(Path({str(tmp_path)!r}) / "kubeconfig", images=["i:1"]) as cluster:
 
 def test_callers_in_many_threads(cluster: Cluster) -> None:
     problems: list[BaseException] = []
+    # Made one by one: the client's reading of a kubeconfig is not for threads (certificates in temporary files that others find
+    # before they are written).
+    apis = [api_of(cluster) for _ in range(8)]
 
     def work(number: int) -> None:
         try:
-            mine = api_of(cluster)
+            mine = apis[number]
             create(mine, f"pod-{number}", ["sh", "-c", "echo one; sleep 0.1; echo two"])
             cluster.wait(f"pod-{number}", "Running")
             text = log_of(mine, f"pod-{number}", follow=True)
@@ -680,7 +683,7 @@ def test_callers_in_many_threads(cluster: Cluster) -> None:
         except BaseException as error:
             problems.append(error)
 
-    threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
+    threads = [threading.Thread(target=work, args=[number]) for number in range(len(apis))]
     for thread in threads:
         thread.start()
     for thread in threads:
