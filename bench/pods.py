@@ -88,7 +88,10 @@ def measure(folder: Path, pods: int, seconds: float, poll: float) -> dict[str, o
             "CHUNKFLOW_VOLUMES": str(folder / "specs"),
             "AIRFLOW__TRIGGERER__CAPACITY": str(2 * pods),
         }
-        with start(folder / "home", environment=environment, with_parent=True) as service, Client(service) as client:
+        with (
+            start(folder / "home", environment=environment, with_parent=True, durable=False) as service,
+            Client(service) as client,
+        ):
             return watch(cluster, client, folder / "home", pods, poll)
 
 

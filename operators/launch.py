@@ -1,6 +1,6 @@
 """Run a command that ends when the process that started it ends, however that one ends (SIGKILL included).
 
-    python -m operators.launch [--signal TERM|KILL] [--parent PID] -- COMMAND ARG...
+    python -m operators.launch [--signal TERM|KILL|QUIT] [--parent PID] -- COMMAND ARG...
 
 asks the kernel for a signal at the parent's death (``prctl(PR_SET_PDEATHSIG)``), then becomes COMMAND. This is what
 ``subprocess``'s ``preexec_fn`` is often used for, without running Python between fork and exec of a threaded process.
@@ -100,7 +100,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Run COMMAND so that it ends when the process that started it ends, however that one ends.",
     )
     parser.add_argument(
-        "--signal", choices=("TERM", "KILL"), default="TERM", help="what COMMAND gets then (default: %(default)s)"
+        "--signal",
+        choices=("TERM", "KILL", "QUIT"),
+        default="TERM",
+        help="what COMMAND gets then (default: %(default)s)",
     )
     parser.add_argument(
         "--parent",

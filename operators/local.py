@@ -12,26 +12,71 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
-from typing import IO
+from pathlib import Path
 
 from airflow.sdk import Context
 from airflow.sdk.configuration import conf
 
 from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
-from operators import base
+from operators import base, warm
 from operators.outcomes import classify, last_word
+from operators.warm import Child
 
 _GRACE = 10.0
 """Seconds between asking a process to end and killing it."""
 
 
+class ColdChild:
+    """A command as a process that starts from nothing. It ends when this process does, even by SIGKILL."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]) -> None:
+        """Start ``python -m`` with the arguments; ``streams``: its standard input, output and error."""
+        guard = [sys.executable, "-m", "operators.launch", "--signal", "KILL", "--parent", str(os.getpid())]
+        stdin, stdout, stderr = streams
+        self._process = subprocess.Popen(
+            [*guard, "--", sys.executable, "-m", *arguments],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            env=dict(environment),
+        )
+
+    def wait(self, timeout: float | None = None) -> int:
+        """See ``warm.Child``."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+
+    def terminate(self) -> None:
+        """See ``warm.Child``."""
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """See ``warm.Child``."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
+
 class LocalRunner:
     """One command at a time, its output in the task's log, its process tree gone when the task is."""
 
-    def __init__(self, log: logging.Logger, environment: Mapping[str, str] | None = None) -> None:
-        """Log to ``log``; ``environment`` is added to this process's."""
-        self._log, self._environment = log, dict(environment or {})
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(
+        self, log: logging.Logger, environment: Mapping[str, str] | None = None, imports: Sequence[str] = ()
+    ) -> None:
+        """Log to ``log``.
+
+        Args:
+            log: where the command's output goes.
+            environment: added to this process's.
+            imports: modules that the command takes long to import, for a parent that keeps them (``operators.warm``).
+        """
+        self._log, self._environment, self._imports = log, dict(environment or {}), list(imports)
+        self._child: Child | None = None
 
     def run(self, arguments: Sequence[str]) -> tuple[int, str, str]:
         """Run ``python -m`` with the arguments.
@@ -41,47 +86,44 @@ class LocalRunner:
         Returns:
             Exit code, standard output, and the command's last word (its error message if it gave one).
         """
-        command = [sys.executable, "-m", *arguments]
         self._log.info("running: %s", " ".join(["python", "-m", *arguments]))
-        guarded = [sys.executable, "-m", "operators.launch", "--signal", "KILL", "--parent", str(os.getpid())]
-        self._process = subprocess.Popen(
-            [*guarded, "--", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            env=os.environ | self._environment | {"PYTHONUNBUFFERED": "1"},
-        )
-        assert self._process.stdout is not None and self._process.stderr is not None
+        environment = os.environ | self._environment | {"PYTHONUNBUFFERED": "1"}
+        with Path(os.devnull).open("rb") as nothing:
+            (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+            try:
+                streams = [nothing.fileno(), out_end, err_end]
+                self._child = warm.start(arguments, environment, streams, self._imports) or ColdChild(
+                    arguments, environment, streams
+                )
+            finally:
+                os.close(out_end)
+                os.close(err_end)
         tail: deque[str] = deque(maxlen=40)
         stdout: list[str] = []
-        errors = threading.Thread(target=self._stream, args=(self._process.stderr, tail, None), daemon=True)
+        errors = threading.Thread(target=self._stream, args=(err, tail, None), daemon=True)
         errors.start()
-        self._stream(self._process.stdout, tail, stdout)
+        self._stream(out, tail, stdout)
         errors.join()
-        code = self._process.wait()
-        return code, "".join(stdout), last_word(list(tail)) or "no output"
+        return self._child.wait(), "".join(stdout), last_word(list(tail)) or "no output"
 
     def kill(self) -> None:
         """End the running command and everything it started."""
-        if self._process is None or self._process.poll() is not None:
+        if self._child is None:
             return
-        group = self._process.pid
-        os.killpg(group, signal.SIGTERM)
+        self._child.terminate()
         try:
-            self._process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            os.killpg(group, signal.SIGKILL)
-            self._process.wait()
+            self._child.wait(_GRACE)
+        except TimeoutError:
+            self._child.kill()
+            self._child.wait()
 
-    def _stream(self, pipe: IO[str], tail: deque[str], kept: list[str] | None) -> None:
-        for line in pipe:
-            if kept is not None:
-                kept.append(line)
-            tail.append(line.rstrip())
-            self._log.info("%s", line.rstrip())
+    def _stream(self, pipe: int, tail: deque[str], kept: list[str] | None) -> None:
+        with open(pipe, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if kept is not None:
+                    kept.append(line)
+                tail.append(line.rstrip())
+                self._log.info("%s", line.rstrip())
 
 
 class LocalOperator(base.Command):
@@ -103,7 +145,13 @@ class LocalOperator(base.Command):
     @cached_property
     def runner(self) -> LocalRunner:
         """What runs the command."""
-        return LocalRunner(self.log, self.environment)  # type: ignore[arg-type]
+        return LocalRunner(self.log, self.environment, self.imports)  # type: ignore[arg-type]
+
+    @property
+    def imports(self) -> list[str]:
+        """What the command takes long to import. Engines that start threads when they are imported are not among it."""
+        engines = ["chunkflow_core.engines.pytorch"] if self.volume.model.engine == "pytorch" else []
+        return ["chunkflow_core.warm_up", *(engines if self.runs_model else [])]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A private Airflow on this machine: scheduler, DAG processor, triggerer and API server with its UI.
+"""A private Airflow on this machine: database, scheduler, DAG processor, triggerer and API server with its UI.
 
     chunkflow-airflow up | down | status
 
@@ -30,18 +30,19 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, UsageError
-from operators import processes
+from operators import processes, warm
 from operators.processes import Identity
 from operators.service_client import ApiError, Client
-from operators.service_health import COMPONENTS, Health, heartbeat, is_healthy, probe
-from operators.service_settings import HOST, SUPERVISED, Home, prepare_home
+from operators.service_database import Database, free_of
+from operators.service_health import COMPONENTS, DATABASE, WARM_PARENT, Health, heartbeat, is_healthy, probe
+from operators.service_settings import HOST, SUPERVISED, Home, own_database, prepare_home, warm_parent_name
 from operators.service_state import AlreadyRunning, ServiceError, State, lock
 from operators.service_supervisor import Options, log_tail, open_log, read_password, ready_line, run
 
 __all__ = ["AlreadyRunning", "ApiError", "Client", "Service", "ServiceError", "find", "main", "start"]
 
 # All in seconds.
-DEFAULT_TIMEOUT = 120.0
+DEFAULT_TIMEOUT = 300.0
 _STOP_TIMEOUT = 40.0
 _POLL = 0.1
 
@@ -98,6 +99,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     with_parent: bool = False,
+    durable: bool = True,
 ) -> Service:
     """Start a service in the background and return when it is healthy.
 
@@ -108,13 +110,15 @@ def start(
     :param environment: variables for the components and tasks, in addition to those of this process.
     :param timeout: seconds in which it must become healthy.
     :param with_parent: end it when this process ends, however that happens.
+    :param durable: whether its database survives a power cut; tests are faster without.
 
     Raises :class:`AlreadyRunning` if one runs in this home, :class:`ServiceError` with the end of the log if it doesn't
     become healthy, ``UsageError`` and ``MissingInputError`` (``chunkflow_core.errors``) for wrong arguments.
     """
     watched = os.getpid() if with_parent else None
-    options = _check(home, dags, port, parallelism, timeout, watched)
-    return _start_detached(options, {**os.environ, **(environment or {})})
+    whole = {**os.environ, **(environment or {})}
+    options = _check(home, dags, port, parallelism, timeout, watched, durable, whole)
+    return _start_detached(options, whole)
 
 
 def _service(home: Path, state: State) -> Service:
@@ -128,7 +132,14 @@ def _service(home: Path, state: State) -> Service:
 
 
 def _check(
-    home: Path, dags: Path | None, port: int, parallelism: int | None, timeout: float, watched: int | None
+    home: Path,
+    dags: Path | None,
+    port: int,
+    parallelism: int | None,
+    timeout: float,
+    watched: int | None,
+    durable: bool,
+    environment: Mapping[str, str],
 ) -> Options:
     """Find the user's mistakes before anything is started."""
     if parallelism is not None and parallelism < 1:
@@ -147,7 +158,11 @@ def _check(
         prepare_home(prepared)
     except OSError as error:
         raise UsageError(f"{home} can't be the service's home ({error}); choose another one with --home") from None
-    return Options(prepared, folder, port, parallelism, timeout, watched_process)
+    database = None
+    if own_database(environment):
+        free_of(prepared)
+        database = Database(prepared, 0, durable)
+    return Options(prepared, folder, port, database, parallelism, timeout, watched_process)
 
 
 def _dags_folder(given: Path | None) -> Path:
@@ -183,9 +198,14 @@ def _choose_port(home: Home, port: int) -> int:
         last = [int(home.last_port.read_text())]
     except (OSError, ValueError):
         last = []
-    for candidate in (*last, *random.sample(_PORTS, _PORT_TRIES)):
-        if _is_free(candidate):
-            home.last_port.write_text(str(candidate))
+    chosen = _free_port(*last)
+    home.last_port.write_text(str(chosen))
+    return chosen
+
+
+def _free_port(*preferred: int, but: int = 0) -> int:
+    for candidate in (*preferred, *random.sample(_PORTS, _PORT_TRIES)):
+        if candidate != but and _is_free(candidate):
             return candidate
     raise ServiceError("no free port found; name one with --port")
 
@@ -199,6 +219,7 @@ def _already_running(home: Home) -> AlreadyRunning:
 def _clean(home: Home) -> None:
     """Remove what a service left that was killed with all that watches over it. Only for whoever holds the lock."""
     processes.end(lambda: processes.with_variable(SUPERVISED, str(home.path)), grace=1.0)
+    processes.end(Database(home, 0).processes, grace=1.0)
     home.state.unlink(missing_ok=True)
 
 
@@ -207,7 +228,9 @@ def _run_here(options: Options) -> int:
     if lock(options.home) is None:
         raise _already_running(options.home)
     _clean(options.home)
-    return run(replace(options, port=_choose_port(options.home, options.port)))
+    port = _choose_port(options.home, options.port)
+    database = options.database and replace(options.database, port=_free_port(but=port))
+    return run(replace(options, port=port, database=database))
 
 
 def _foreground_command(options: Options) -> list[str]:
@@ -217,6 +240,8 @@ def _foreground_command(options: Options) -> list[str]:
         command.append(f"--parallelism={options.parallelism}")
     if options.watched is not None:
         command.append(f"--with-parent={options.watched.pid}")
+    if options.database is not None and not options.database.durable:
+        command.append("--no-fsync")
     return command
 
 
@@ -296,7 +321,10 @@ def _report(home: Home) -> dict[str, Any] | None:
     if state is None:
         return None
     health = probe(state.port)
-    components = {name: _component_report(name, state, health) for name in COMPONENTS}
+    others = [name for name in (DATABASE, WARM_PARENT) if name in state.components]
+    components = {name: _component_report(name, state, health) for name in (*others, *COMPONENTS)}
+    if WARM_PARENT in components:
+        components[WARM_PARENT]["healthy"] = warm.answers(warm_parent_name(home) or "")
     return {
         "healthy": state.phase == "ready" and all(report["healthy"] for report in components.values()),
         "phase": state.phase,
@@ -344,6 +372,8 @@ def _up(arguments: argparse.Namespace) -> int:
         arguments.parallelism,
         arguments.timeout,
         arguments.with_parent,
+        not arguments.no_fsync,
+        os.environ,
     )
     if not arguments.detach:
         return _run_here(options)
@@ -404,7 +434,7 @@ def _parser() -> argparse.ArgumentParser:
         help="start it, and keep it running until Ctrl-C or SIGTERM",
         description="Start a private Airflow on this machine, listening on 127.0.0.1 only. It runs until Ctrl-C, SIGTERM "
         "or SIGHUP; --detach leaves it in the background until `chunkflow-airflow down`. The environment is passed on to "
-        "the tasks. Exit codes: 0 it ran and was stopped (with --detach: it runs), 1 it failed, 64 wrong usage, 66 no "
+        "the tasks. It brings a PostgreSQL of its own; AIRFLOW__DATABASE__SQL_ALCHEMY_CONN names another one. Exit codes: 0 it ran and was stopped (with --detach: it runs), 1 it failed, 64 wrong usage, 66 no "
         "DAGs folder, 75 one runs in this home already.",
     )
     up.add_argument(
@@ -437,6 +467,11 @@ def _parser() -> argparse.ArgumentParser:
         const=os.getppid(),
         metavar="PID",
         help="stop when this process ends, however it ends (default: the process that runs this command)",
+    )
+    up.add_argument(
+        "--no-fsync",
+        action="store_true",
+        help="faster, for tests: a power cut may damage the service's own database, the history of runs",
     )
     up.set_defaults(function=_up)
     down = commands.add_parser(

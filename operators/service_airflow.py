@@ -8,14 +8,6 @@ from typing import Any
 from airflow.config_templates.airflow_local_settings import DEFAULT_LOGGING_CONFIG
 from airflow.utils.log.file_task_handler import FileTaskHandler
 
-# SQLite waits 5 s for a lock by default; a component that gives up then takes itself down. One dict for each engine,
-# because Airflow adds an option to the first.
-CONNECT_ARGS: dict[str, Any] = {"timeout": 60}
-"""What each synchronous connection to the database is opened with (timeout in seconds)."""
-
-CONNECT_ARGS_ASYNC: dict[str, Any] = {"timeout": 60}
-"""What each asynchronous connection to the database is opened with (timeout in seconds)."""
-
 
 class LocalTaskLogs(FileTaskHandler):
     """Task logs are read from the files of this machine only.

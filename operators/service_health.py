@@ -12,8 +12,10 @@ from operators.service_settings import HOST
 Health = dict[str, Any]
 
 API_SERVER = "api-server"
+DATABASE = "database"
+WARM_PARENT = "warm-parent"
 COMPONENTS = (API_SERVER, "scheduler", "dag-processor", "triggerer")
-"""The components by the name of their ``airflow`` sub-command."""
+"""Airflow's components by the name of their ``airflow`` sub-command."""
 
 EXECUTION_HEALTH_PATH = "/execution/health"
 """Answers when the part of the API that serves tasks does."""
@@ -63,7 +65,7 @@ def is_healthy(component: str, health: Health | None, started: float) -> bool:
     """
     if health is None:
         return False
-    if component == API_SERVER:
+    if component in (API_SERVER, DATABASE):
         return (health.get("metadatabase") or {}).get("status") == "healthy"
     status = (health.get(component.replace("-", "_")) or {}).get("status")
     latest = heartbeat(component, health)

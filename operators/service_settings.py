@@ -1,15 +1,16 @@
 """The home of a single-machine Airflow: its files, its secrets, its settings.
 
 All settings are written to ``airflow.cfg``, so that ``AIRFLOW_HOME=<home> airflow dags list`` sees what the service
-sees. They come in two kinds. The *private* ones make the service what it is (where it listens, its database, its keys):
-``AIRFLOW__…`` variables of the environment, which may be meant for another Airflow, don't touch them. The others are
-*tuning*, and such variables override them, as in any Airflow.
+sees. They come in two kinds. The *private* ones make the service what it is (where it listens, its keys): ``AIRFLOW__…``
+variables of the environment, which may be meant for another Airflow, don't touch them. The others are *tuning*, and such
+variables override them, as in any Airflow; so does ``AIRFLOW__DATABASE__SQL_ALCHEMY_CONN``, for a database of one's own.
 """
 
 from __future__ import annotations
 
 import configparser
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -20,8 +21,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from operators import warm
+
 HOST = "127.0.0.1"
 USERNAME = "admin"
+DATABASE_USER = "airflow"
 
 SUPERVISED = "CHUNKFLOW_AIRFLOW_SUPERVISED"
 """Environment variable of everything that a service runs: its home."""
@@ -50,10 +54,6 @@ if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
         from operators.service_preload import preload
 
         preload()
-    if "api-server" in sys.argv:
-        from operators.service_api import wait_in_threads
-
-        wait_in_threads()
 
 __all__ = []
 '''
@@ -67,9 +67,10 @@ _FOREIGN = (
     ("core", "multi_team"),
     ("core", "simple_auth_manager_all_admins"),
     ("dag_processor", "dag_bundle_config_list"),
-    ("database", "sql_alchemy_conn_async"),
     ("logging", "remote_logging"),
 )
+
+_CONNECTION = ("database", "sql_alchemy_conn")
 
 Settings = dict[str, dict[str, str]]
 
@@ -109,8 +110,8 @@ class Home:
 
     @property
     def database(self) -> Path:
-        """Airflow's SQLite database."""
-        return self.path / "airflow.db"
+        """The data folder of Airflow's PostgreSQL."""
+        return self.path / "postgres"
 
     @property
     def keys(self) -> Path:
@@ -119,7 +120,7 @@ class Home:
 
     @property
     def migrated(self) -> Path:
-        """The Airflow version that the database was last migrated to."""
+        """The Airflow version that the database was last migrated to, and which database that was."""
         return self.path / "migrated"
 
     @property
@@ -145,23 +146,54 @@ def prepare_home(home: Home) -> None:
     home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in ("logs", "config"):
         (home.path / folder).mkdir(exist_ok=True)
-    if not home.keys.exists():
-        # Fernet wants 32 bytes in base64; HS512, which signs Airflow's tokens, at least 64 bytes.
-        fernet = urlsafe_b64encode(secrets.token_bytes(32)).decode()
-        keys = {"fernet": fernet, "jwt": secrets.token_hex(64), "api": secrets.token_hex(32)}
-        write_private(home.keys, json.dumps(keys, indent=2) + "\n")
+    # Fernet wants 32 bytes in base64; HS512, which signs Airflow's tokens, at least 64 bytes.
+    fernet = urlsafe_b64encode(secrets.token_bytes(32)).decode()
+    new = {
+        "fernet": fernet,
+        "jwt": secrets.token_hex(64),
+        "api": secrets.token_hex(32),
+        "database": secrets.token_hex(32),
+    }
+    keys = read_keys(home) if home.keys.exists() else {}
+    if new.keys() - keys.keys():
+        write_private(home.keys, json.dumps(new | keys, indent=2) + "\n")
     if not home.passwords.exists():
         write_private(home.passwords, json.dumps({USERNAME: secrets.token_urlsafe(16)}) + "\n")
-    # SQLite gives its side files the mode of the database file.
-    home.database.touch(mode=_PRIVATE_MODE)
-    for path in (home.keys, home.passwords, home.database):
+    for path in (home.keys, home.passwords):
         path.chmod(_PRIVATE_MODE)
 
 
-def private_settings(home: Home, dags: Path, port: int, parallelism: int | None) -> Settings:
-    """The settings that the environment can't change; ``parallelism`` is one of them if it is given."""
+def read_keys(home: Home) -> dict[str, str]:
+    """The keys that were made once for this home: ``fernet``, ``jwt``, ``api``, ``database``."""
+    keys: dict[str, str] = json.loads(home.keys.read_text())
+    return keys
+
+
+def own_database(environment: Mapping[str, str]) -> bool:
+    """Whether the service is to bring its own database: the environment names no other one."""
+    return not _variables([_CONNECTION]) & environment.keys()
+
+
+def private_settings(
+    home: Home,
+    dags: Path,
+    port: int,
+    database_port: int | None,
+    parallelism: int | None,
+    environment: Mapping[str, str],
+) -> Settings:
+    """The settings that only the service decides.
+
+    Args:
+        home: where the keys are.
+        dags: the folder with the DAG files.
+        port: the API server's.
+        database_port: that of the service's own database; ``None`` if ``environment`` names another one.
+        parallelism: ``None`` leaves it to the environment.
+        environment: what the service was started with.
+    """
     url = f"http://{HOST}:{port}"
-    keys = json.loads(home.keys.read_text())
+    keys = read_keys(home)
     core = {
         "auth_manager": "airflow.api_fastapi.auth.managers.simple.simple_auth_manager.SimpleAuthManager",
         "dags_folder": str(dags),
@@ -175,19 +207,27 @@ def private_settings(home: Home, dags: Path, port: int, parallelism: int | None)
         core["parallelism"] = str(parallelism)
     return {
         "core": core,
-        "database": {
-            "sql_alchemy_conn": f"sqlite:///{home.database}",
-            "sql_alchemy_connect_args": "operators.service_airflow.CONNECT_ARGS",
-            "sql_alchemy_connect_args_async": "operators.service_airflow.CONNECT_ARGS_ASYNC",
-            # A full pool would be waited for on the API server's event loop, which deadlocks it.
-            "sql_alchemy_max_overflow": "-1",
-        },
+        "database": _given(environment) if database_port is None else _connections(keys["database"], database_port),
         "logging": {
             "base_log_folder": str(home.path / "logs"),
             "logging_config_class": "operators.service_airflow.LOGGING_CONFIG",
         },
         "api": {"base_url": url, "host": HOST, "port": str(port), "secret_key": keys["api"], "workers": "1"},
         "api_auth": {"jwt_secret": keys["jwt"]},
+    }
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    section, key = _CONNECTION
+    value = environment.get(f"AIRFLOW__{section}__{key}".upper())
+    return {} if value is None else {key: value}  # else it comes from a command or a backend of secrets
+
+
+def _connections(password: str, port: int) -> dict[str, str]:
+    address = f"{DATABASE_USER}:{password}@{HOST}:{port}/postgres"
+    return {
+        "sql_alchemy_conn": f"postgresql+psycopg2://{address}",
+        "sql_alchemy_conn_async": f"postgresql+asyncpg://{address}",
     }
 
 
@@ -209,7 +249,11 @@ def tuning_settings(parallelism: int | None) -> Settings:
         core["mp_start_method"] = "fork"
     return {
         "core": core,
-        "database": {"load_default_connections": "False"},
+        "database": {
+            "load_default_connections": "False",
+            # A full pool would be waited for on the API server's event loop, which what would free it needs.
+            "sql_alchemy_max_overflow": "-1",
+        },
         "logging": {"colored_console_log": "False"},
         "api": {"instance_name": "chunkflow"},
         "workers": API_PATIENCE
@@ -252,6 +296,13 @@ def _variables(keys: Iterable[tuple[str, str]]) -> set[str]:
     return {name + suffix for name in names for suffix in ("", "_CMD", "_SECRET")}
 
 
+def warm_parent_name(home: Home) -> str | None:
+    """Name of the parent from which tasks start warm (``operators.warm``), one a home; ``None`` where that is not possible."""
+    if sys.platform != "linux":
+        return None
+    return f"chunkflow/{os.geteuid()}/{hashlib.sha256(str(home.path).encode()).hexdigest()[:32]}"
+
+
 def component_environment(home: Home, private: Settings, environment: Mapping[str, str]) -> dict[str, str]:
     """What the components run with: ``environment`` less what would make them another Airflow."""
     locked = _variables([*_FOREIGN, *((section, key) for section, values in private.items() for key in values)])
@@ -264,11 +315,18 @@ def component_environment(home: Home, private: Settings, environment: Mapping[st
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "PYTHONUNBUFFERED": "1",
+        **({} if (warm_parent := warm_parent_name(home)) is None else {warm.VARIABLE: warm_parent}),
     }
 
 
-def is_migrated(home: Home, version: str) -> bool:
-    """Whether the database was migrated to this version of Airflow."""
+def database_mark(environment: Mapping[str, str], version: str) -> str:
+    """What a database that is migrated to a version of Airflow is known by, without its secrets."""
+    given = "".join(f"{name}={environment.get(name, '')}\n" for name in sorted(_variables([_CONNECTION])))
+    return f"{version} {'own' if own_database(environment) else hashlib.sha256(given.encode()).hexdigest()}"
+
+
+def is_migrated(home: Home, mark: str) -> bool:
+    """Whether the database that this mark is of was migrated."""
     with contextlib.suppress(OSError):
-        return home.database.stat().st_size > 0 and home.migrated.read_text() == version
+        return home.migrated.read_text() == mark
     return False

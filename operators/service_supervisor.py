@@ -1,7 +1,9 @@
 """The processes of a single-machine Airflow, kept running, and ended without a remainder.
 
-    guard ── supervisor ─┬─ api-server
-                         ├─ scheduler ── LocalExecutor workers ── tasks ── what they run
+    guard ── supervisor ─┬─ database ── its connections
+                         ├─ api-server
+                         ├─ scheduler ── LocalExecutor workers ── tasks
+                         ├─ warm parent ── what the tasks run
                          ├─ dag-processor ── file processors
                          └─ triggerer ── trigger runner
 
@@ -30,17 +32,30 @@ from types import FrameType
 
 import psutil
 
-from operators import launch, processes
+from operators import launch, processes, warm
 from operators.processes import Identity
-from operators.service_health import API_SERVER, COMPONENTS, EXECUTION_HEALTH_PATH, Health, answers, is_healthy, probe
+from operators.service_database import Database
+from operators.service_health import (
+    API_SERVER,
+    COMPONENTS,
+    DATABASE,
+    EXECUTION_HEALTH_PATH,
+    WARM_PARENT,
+    Health,
+    answers,
+    is_healthy,
+    probe,
+)
 from operators.service_settings import (
     HOST,
     USERNAME,
     Home,
     component_environment,
+    database_mark,
     is_migrated,
     private_settings,
     tuning_settings,
+    warm_parent_name,
     write_settings,
 )
 from operators.service_state import ServiceError, State
@@ -56,6 +71,7 @@ _FIRST_BACKOFF = 0.5
 # Tasks get this long to clean up (on_kill) and to report how they ended; the API server to finish its requests.
 _TASK_GRACE = 10.0
 _API_GRACE = 1.0
+_DATABASE_GRACE = 10.0
 _REST_GRACE = 1.0
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,6 +90,8 @@ class Options:
     home: Home
     dags: Path
     port: int
+    database: Database | None
+    """The service's own database, if it is to have one."""
     parallelism: int | None
     """How many tasks run at once; twice the number of cores if not given."""
     timeout: float
@@ -120,10 +138,11 @@ def _parent(process: psutil.Process) -> int | None:
 
 @dataclass(slots=True)
 class Component:
-    """One ``airflow`` command, which may be started many times."""
+    """One command, which may be started many times."""
 
     name: str
-    arguments: Sequence[str]
+    command: Callable[[], Sequence[str]]
+    """The command line as a child of this process, asked for at each start."""
     environment: Mapping[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
@@ -144,7 +163,7 @@ class Component:
         try:
             self._offset = os.fstat(log).st_size
             self.process = subprocess.Popen(
-                launch.command([sys.executable, "-P", "-m", "airflow", *self.arguments]),
+                self.command(),
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -213,10 +232,19 @@ class Supervisor:
     def __init__(self, options: Options, guard: int) -> None:
         self._options = options
         self._home = options.home
-        private = private_settings(options.home, options.dags, options.port, options.parallelism)
+        self._database, self._warm_parent = options.database, warm_parent_name(options.home)
+        database_port = None if self._database is None else self._database.port
+        private = private_settings(
+            options.home, options.dags, options.port, database_port, options.parallelism, os.environ
+        )
         write_settings(options.home, private, tuning_settings(options.parallelism))
         self._environment = component_environment(options.home, private, os.environ)
-        self._components = [self._component(name, [name, *_ARGUMENTS.get(name, ())]) for name in COMPONENTS]
+        self._components = [self._airflow(name, [name, *_ARGUMENTS.get(name, ())]) for name in COMPONENTS]
+        if self._database is not None:
+            self._components.insert(0, self._component(DATABASE, self._start_database))
+        if (name := self._warm_parent) is not None:
+            command = [sys.executable, "-P", "-m", "operators.warm", name]
+            self._components.append(self._component(WARM_PARENT, lambda: launch.command(command)))
         self._deadline = time.monotonic() + options.timeout
         self._next_probe = 0.0
         self._serves_tasks = False
@@ -231,8 +259,16 @@ class Supervisor:
             password_file=str(options.home.passwords),
         )
 
-    def _component(self, name: str, arguments: Sequence[str]) -> Component:
-        return Component(name, arguments, self._environment, self._home.log(name))
+    def _component(self, name: str, command: Callable[[], Sequence[str]]) -> Component:
+        return Component(name, command, self._environment, self._home.log(name))
+
+    def _airflow(self, name: str, arguments: Sequence[str]) -> Component:
+        return self._component(name, lambda: launch.command([sys.executable, "-P", "-m", "airflow", *arguments]))
+
+    def _start_database(self) -> Sequence[str]:
+        assert self._database is not None
+        self._database.prepare()
+        return self._database.command()
 
     def stop(self) -> None:
         """Have :meth:`run` end soon. May be called from a signal handler."""
@@ -242,10 +278,12 @@ class Supervisor:
         """Run the service until it is told to stop. Raises :class:`ServiceError` if it can't be started or kept up."""
         try:
             self._write_state()
+            self._wait_until_ready(*(component for component in self._components if component.name == DATABASE))
             self._migrate()
-            self._wait_until_ready()
+            self._wait_until_ready(*self._components)
+            self._tell_ready()
             while not self._stop:
-                self._look_after_all()
+                self._look_after_all(self._components)
                 time.sleep(_TICK)
         finally:
             self._end()
@@ -261,10 +299,10 @@ class Supervisor:
 
     def _migrate(self) -> None:
         """Bring the database to the installed Airflow's schema, unless it was before."""
-        airflow_version = version("apache-airflow-core")
-        if is_migrated(self._home, airflow_version):
+        mark = database_mark(os.environ, version("apache-airflow-core"))
+        if self._stop or is_migrated(self._home, mark):
             return
-        migration = self._component("migrate", ["db", "migrate"])
+        migration = self._airflow("migrate", ["db", "migrate"])
         migration.start()
         while (code := migration.ended()) is None:
             if self._stop:
@@ -272,20 +310,25 @@ class Supervisor:
             self._check_time(migration)
             time.sleep(_TICK)
         if code:
-            raise ServiceError(f"the database {self._home.database} can't be set up:\n{migration.tail()}")
-        self._home.migrated.write_text(airflow_version)
+            raise ServiceError(f"Airflow's database can't be set up:\n{migration.tail()}")
+        self._home.migrated.write_text(mark)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, *components: Component) -> None:
+        """Start these components and wait until they are healthy, or this one is told to stop."""
         while not self._stop:
-            self._look_after_all()
-            waiting = [component for component in self._components if not self._is_ready(component)]
+            self._look_after_all(components)
+            waiting = [component for component in components if not self._is_ready(component)]
             if not waiting:
-                self._write_state("ready")
-                with contextlib.suppress(OSError):
-                    print(ready_line(self._state), flush=True)
                 return
             self._check_time(*waiting)
             time.sleep(_TICK)
+
+    def _tell_ready(self) -> None:
+        if self._stop:
+            return
+        self._write_state("ready")
+        with contextlib.suppress(OSError):
+            print(ready_line(self._state), flush=True)
 
     def _check_time(self, *waiting: Component) -> None:
         if time.monotonic() > self._deadline:
@@ -298,9 +341,9 @@ class Supervisor:
     def _is_ready(self, component: Component) -> bool:
         return component.healthy and (self._serves_tasks or component.name != API_SERVER)
 
-    def _look_after_all(self) -> None:
+    def _look_after_all(self, components: Sequence[Component]) -> None:
         running = [component.process for component in self._components]
-        for component in self._components:
+        for component in components:
             self._look_after(component)
         self._probe()
         processes.reap(self._pids())
@@ -326,9 +369,13 @@ class Supervisor:
             component.start()
 
     def _may_start(self, component: Component) -> bool:
-        """The scheduler waits for the API server: without it, tasks left from the last time would fail at once."""
-        api_healthy = any(other.healthy for other in self._components if other.name == API_SERVER)
-        return component.name != "scheduler" or api_healthy or self._state.phase == "ready"
+        """All wait for the database, and the scheduler for the API server: else tasks left from the last time would fail at once."""
+        healthy = {other.name: other.healthy for other in self._components}
+        if component.name == DATABASE:
+            return True
+        if not healthy.get(DATABASE, True):
+            return False
+        return component.name != "scheduler" or healthy[API_SERVER] or self._state.phase == "ready"
 
     def _end_adopted(self) -> None:
         def adopted() -> list[psutil.Process]:
@@ -357,8 +404,14 @@ class Supervisor:
     def _judge(self, component: Component, health: Health | None) -> None:
         """Restart a component that runs, but has shown no sign of life for long."""
         now = time.monotonic()
-        component.healthy = is_healthy(component.name, health, component.started)
-        unknown = health is None and component.name != API_SERVER
+        unknown = False
+        if component.name == DATABASE and self._database is not None:
+            component.healthy = self._database.answers()
+        elif component.name == WARM_PARENT and self._warm_parent is not None:
+            component.healthy = warm.answers(self._warm_parent)
+        else:
+            component.healthy = is_healthy(component.name, health, component.started)
+            unknown = health is None and component.name != API_SERVER
         if component.healthy or unknown:
             component.unhealthy_since = now
         elif now - component.unhealthy_since > _UNHEALTHY_LIMIT:
@@ -366,14 +419,18 @@ class Supervisor:
             processes.end(component.tree, _API_GRACE, component.terminable, self._pids())
 
     def _end(self) -> None:
-        """End everything; tasks before the API server, so that they can report how they ended."""
+        """End everything; tasks before the API server, so that they can report how they ended, the database last."""
         with contextlib.suppress(OSError):
             self._write_state("stopping")
-        tasks = [component for component in self._components if component.name != API_SERVER]
+        tasks = [component for component in self._components if component.name not in (API_SERVER, DATABASE)]
         processes.end(partial(_trees, tasks), _TASK_GRACE, partial(_terminable, tasks), self._pids(), note)
         # When it has closed its connections, the server only spends seconds on taking its interpreter apart.
         server = [component for component in self._components if component.name == API_SERVER]
         processes.end(partial(_trees, server), _API_GRACE, keep=self._pids())
+        database = [component for component in self._components if component.name == DATABASE]
+        # By SIGTERM it would wait for whoever else is connected; SIGINT ends those.
+        processes.send(_terminable(database), signal.SIGINT)
+        processes.end(partial(_trees, database), _DATABASE_GRACE, list, self._pids(), note)
         if not processes.end_children(_REST_GRACE):
             left = psutil.Process().children(recursive=True)
             note(f"some processes can't be ended: {', '.join(map(processes.describe, left))}")

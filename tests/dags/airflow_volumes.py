@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import shutil
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psycopg2
 
 import dags
 from operators.service import Client
@@ -90,6 +93,16 @@ def until(condition: Callable[[], Any], seconds: float) -> Any:
             raise TimeoutError("waited in vain")
         time.sleep(0.4)
     return value
+
+
+def change_database(home: Path, statement: str, *values: Any) -> None:
+    """Change something behind Airflow's back: a statement of SQL on the database of the service in this home."""
+    settings = configparser.ConfigParser()
+    settings.read(home / "airflow.cfg")
+    connection = psycopg2.connect(settings["database"]["sql_alchemy_conn"].replace("+psycopg2", ""))
+    with connection, connection.cursor() as cursor:
+        cursor.execute(statement, values)
+    connection.close()
 
 
 def copy_dags(folder: Path) -> Path:

@@ -126,6 +126,8 @@ def start_world(folder: Path, kind: str) -> Iterator[World]:
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
         }
         dags = copy_dags(folder)
-        service = stack.enter_context(start(folder / "home", dags=dags, environment=environment, with_parent=True))
+        service = stack.enter_context(
+            start(folder / "home", dags=dags, environment=environment, with_parent=True, durable=False)
+        )
         client = stack.enter_context(Client(service))
         yield World(Volumes(client, specs, dags), cluster, right, metrics)

@@ -94,7 +94,10 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
     (folder / "volumes" / "broken.yaml").write_text("name: broken\ninput: {path: nowhere}\n")
     environment = {"CHUNKFLOW_VOLUMES": str(folder / "volumes")}
     dags, home = copy_dags(folder), folder / "home"
-    with start(home, dags=dags, environment=environment, with_parent=True) as service, Client(service) as client:
+    with (
+        start(home, dags=dags, environment=environment, with_parent=True, durable=False) as service,
+        Client(service) as client,
+    ):
         volumes = Volumes(client, folder, dags)
         volumes.known("endless")
         yield volumes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import sqlite3
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, copy_dags, files, until
+from airflow_volumes import RUN_LIMIT, Volumes, change_database, copy_dags, files, until
 from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
@@ -108,7 +107,10 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(modules), os.environ.get("PYTHONPATH")))),
     }
     home = folder / "home"
-    with start(home, dags=own, environment=environment, with_parent=True) as service, Client(service) as client:
+    with (
+        start(home, dags=own, environment=environment, with_parent=True, durable=False) as service,
+        Client(service) as client,
+    ):
         volumes = Volumes(client, folder, own)
         volumes.known("frail", "listener")
         yield volumes
@@ -177,8 +179,7 @@ class TestOneVolume:
         run = volumes.trigger("frail")
         until(lambda: states(volumes, run)["infer.0_4_0"] == "running", RUN_LIMIT)
         second = volumes.trigger("frail")
-        with sqlite3.connect(volumes.folder / "home" / "airflow.db", timeout=60) as database:
-            database.execute("UPDATE dag_run SET state = 'running' WHERE run_id = ?", (second,))
+        change_database(volumes.folder / "home", "UPDATE dag_run SET state = 'running' WHERE run_id = %s", second)
 
         assert volumes.wait("frail", second) == "failed"
 
