@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from chunkflow_core.disk_files import delete_partials
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.layer_info import layer_path
 from chunkflow_core.planner import Done
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.state import ExchangeReceipts
-from chunkflow_core.storage import delete_partials
-from chunkflow_core.volumes import layer_path
+from chunkflow_core.storage import is_on_disk
 
 _HOUR, _DAY = 3600.0, 86400.0
 
@@ -30,7 +31,8 @@ def cleanup(spec: VolumeSpec, *, now: float | None = None) -> int:
     now = time.time() if now is None else now
     exchange = Exchange(spec)
     for path in (exchange.path, layer_path(spec.output.path)):
-        delete_partials(path, older_than=_HOUR)
+        if is_on_disk(path):
+            delete_partials(path, older_than=_HOUR)
     policy = spec.exchange.donations
     if policy == "keep":
         return 0

@@ -25,14 +25,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from chunkflow_core import donations, receipts
+from chunkflow_core.disk_files import PARTIAL
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.geometry import Box, Vector, ceil_to, indices, vector
 from chunkflow_core.lattice import Donation
 from chunkflow_core.marks import STAGES, Mark, Stage, merged, parse_mark
-from chunkflow_core.object_stores import open_files
 from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import PARTIAL, put_file, storage_errors
+from chunkflow_core.storage import open_files, put_file, storage_errors
 
 _TRIAL = "trial.json"
 _HARMED = "repair.json"
@@ -81,7 +81,7 @@ class Exchange:
         """
         entries = {d.key: (d, e.checksum) for d, e in wanted if e.checksum is not None}
         with storage_errors(f"fetching donations from {self.path}"):
-            answers = self._files.get([self._donation(key) for key in entries], raise_errors=True)
+            answers = self._files.get([self._donation(key) for key in entries])
         found: dict[str, bytes] = {}
         for answer in answers:
             key, content = answer["path"].rpartition("/")[2], answer["content"]
@@ -244,15 +244,11 @@ class Exchange:
 
     def stored_donations(self, groups: Iterable[Vector]) -> dict[str, int]:
         """All files among the donations of some groups, by name: their sizes in bytes."""
-        if self.path.startswith("file://"):  # whose sizes CloudFiles 6.4 can't list
-            names = list(self._stored("donations", groups))
-            with storage_errors(f"looking for donations in {self.path}"):
-                return {name: size for name, size in self._files.size(names).items() if size is not None}
         sizes: dict[str, int] = {}
         for group in groups:
             with storage_errors(f"listing donations in {self.path}"):
                 sizes.update(self._files.list(prefix=f"donations/{_group_name(group)}/", size=True))
-        return sizes
+        return {name: size for name, size in sizes.items() if not name.endswith(PARTIAL)}
 
     def owner(self, name: str) -> Vector | None:
         """The block to which a stored file belongs, by its name; None if the volume has no such block."""
@@ -308,7 +304,7 @@ class Exchange:
                 yield group, [name[len(prefix) :] for name in names]
 
     def _folders(self, folder: str) -> Iterator[str]:
-        with storage_errors(f"listing {self.path}/{folder}"), suppress(FileNotFoundError):
+        with storage_errors(f"listing {self.path}/{folder}"):
             for name in self._files.list(prefix=f"{folder}/", flat=True):
                 yield name.rstrip("/").rpartition("/")[2]
 

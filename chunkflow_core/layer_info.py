@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,23 @@ class LayerScale:
     info: dict[str, Any] = field(compare=False, repr=False)
     """The whole layer's, so that whoever opens it need not read it again."""
 
+    def storage_chunks(self, box: Box) -> Iterator[Box]:
+        """The storage chunks that touch a box inside the layer, whole."""
+        ranges = [
+            [
+                (p, min(p + c, self.bounds.stop[a]))
+                for p in range(box.start[a] - (box.start[a] - self.bounds.start[a]) % c, box.stop[a], c)
+            ]
+            for a, c in enumerate(self.chunk)
+        ]
+        for z, y, x in product(*ranges):
+            yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+
+
+def layer_path(path: str) -> str:
+    """Where the files of a layer are."""
+    return path.removeprefix("precomputed://").rstrip("/")
+
 
 def read_info(path: str) -> dict[str, Any]:
     """The layer's ``info``.
@@ -41,9 +60,8 @@ def read_info(path: str) -> dict[str, Any]:
         if path.startswith("file://"):
             text: bytes | None = (Path(path.removeprefix("file://")).expanduser() / "info").read_bytes()
         else:
-            # a second of imports that a DAG of file:// layers need not pay
-            from chunkflow_core.object_stores import open_files
-            from chunkflow_core.storage import storage_errors
+            # imports that a DAG of file:// layers need not pay
+            from chunkflow_core.storage import open_files, storage_errors
 
             with storage_errors(f"{path}: cannot read the layer's info"):
                 text = open_files(path).get("info")

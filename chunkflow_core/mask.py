@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import SpecError
 from chunkflow_core.geometry import Box, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
+from chunkflow_core.layer_reader import open_layer
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import open_volume, read_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Mask:
         mask_sizes = _voxel_size("skip.mask.path", self.path, self.scale)
         self._ratios = [size / mask_size for size, mask_size in zip(sizes, mask_sizes, strict=True)]
         with storage_errors(f"opening {self.path}"):
-            self._volume = open_volume(self.path, self.scale, mask.mip, fill_missing=mask.fill_missing)
+            self._reader = open_layer(self.path, self.scale, mask.mip, fill_missing=mask.fill_missing)
 
     def window(self, box: Box) -> MaskWindow:
         """Read the mask where it covers ``box``, in input voxels.
@@ -123,7 +123,7 @@ class Mask:
             region = Box(vector(int(p[0]) for p in wanted), vector(int(p[-1]) + 1 for p in wanted))
             advice = "If missing chunks of this layer mean zeros, set skip.mask.fill_missing: true"
             with storage_errors(f"reading the mask {self.path} at {region}", missing=advice):
-                data = read_box(self._volume, region, self.scale.bounds)[0] != 0
+                data = self._reader.read(region)[0] != 0
             present[part] = data[np.ix_(*(p - start for p, start in zip(wanted, region.start, strict=True)))]
 
     def _mask_voxels(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:

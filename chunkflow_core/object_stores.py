@@ -101,8 +101,6 @@ def explained(error: Exception) -> str:
         )
     if kind is MissingInputError:
         return f"{text}. There is no such bucket; buckets have to be made beforehand"
-    if type(error).__module__ == "builtins":  # of this machine's disks
-        return text
     return (
         f"{text}. It was tried again for {patience():.0f} s ({PATIENCE_VARIABLE}). See whether the storage is reachable from "
         "here and not over its limits, then run again: what is done is kept"

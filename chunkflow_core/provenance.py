@@ -17,9 +17,10 @@ from typing import Any, Literal
 from chunkflow_core.blending import NUMERICS_VERSION
 from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.geometry import Box
+from chunkflow_core.layer_info import layer_path
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import put_file, storage_errors
-from chunkflow_core.volumes import layer_files, layer_path
+from chunkflow_core.volumes import layer_files
 
 Mode = Literal["new", "overwrite", "mixture", "extend", "whole"]
 """Why there is a step: the layer was made, or did not say whose it is; another spec's blocks are to be replaced, or joined; the

@@ -1,26 +1,58 @@
-"""What all files in storage have in common: they are replaced in one step, and there is one way of saying what went wrong."""
+"""What all files in storage have in common: where they are, that they are replaced in one step, and how trouble is told.
+
+The clients of object stores take a second to import: what is on a disk does without.
+"""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from time import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
-from cloudfiles.exceptions import CompressionError, DecompressionError
-from cloudfiles.interfaces import FileInterface
-
-from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError
-from chunkflow_core.object_stores import explained, meaning, open_files
+from chunkflow_core.compression import CorruptFileError
+from chunkflow_core.disk_files import DiskFiles, local_path, replace_file
+from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, StorageError
 
 _JSON = (".json", "info", "provenance")
 """How names of such files end."""
 
-PARTIAL = ".partial"
-"""How names of files end that are being written to a local disk."""
+_CORRUPT = {"CompressionError", "DecompressionError", "DecodingError", "DeflateError", "ZstdError"}
+"""Errors of CloudFiles, CloudVolume and what they use, by name, as importing them takes a second."""
 
-_EXTENSIONS = {FileInterface.get_extension(compression) for compression in (None, "gzip", "br", "zstd")}
+
+class Files(Protocol):
+    """The files below an address: ``CloudFiles``, or ``DiskFiles`` where what the methods do is told."""
+
+    def get(self, names: Any, *, raw: bool = False) -> Any:
+        """Read a file, or several."""
+
+    def list(self, prefix: str = "", flat: bool = False, size: bool = False) -> Iterator[Any]:
+        """Names that begin with ``prefix``."""
+
+    def delete(self, names: str | Iterable[str]) -> Any:
+        """Delete files."""
+
+    def size(self, names: Iterable[str]) -> dict[str, int | None]:
+        """Sizes of files."""
+
+
+class MissingChunkError(Exception):
+    """There is no file of a storage chunk."""
+
+
+def open_files(path: str) -> Files:
+    """The files below an address; nothing is read yet."""
+    if is_on_disk(path):
+        return DiskFiles(path)
+    from chunkflow_core.object_stores import open_files as open_remote
+
+    files: Files = open_remote(path)
+    return files
+
+
+def is_on_disk(path: str) -> bool:
+    """Whether an address is that of a folder on a disk of this machine."""
+    return path.startswith("file://")
 
 
 @contextmanager
@@ -34,15 +66,18 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
     except ChunkflowError:
         raise
     except Exception as error:
-        kind_name = type(error).__name__  # cloudvolume takes a second to import, and Airflow's side does without it
-        if kind_name == "EmptyVolumeException":
+        kind_name, text = type(error).__name__, " ".join(str(error).split())
+        if isinstance(error, MissingChunkError) or kind_name == "EmptyVolumeException":  # of CloudVolume
             raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
-        if kind_name in ("DecodingError", "DeflateError", "ZstdError") or isinstance(
-            error, CompressionError | DecompressionError
-        ):
+        if isinstance(error, CorruptFileError) or kind_name in _CORRUPT:
             raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
-        if kind := meaning(error):
-            raise kind(f"{doing}: {explained(error)}") from error
+        if type(error).__module__ != "builtins":
+            from chunkflow_core.object_stores import explained, meaning
+
+            if kind := meaning(error):
+                raise kind(f"{doing}: {explained(error)}") from error
+        elif isinstance(error, OSError):  # of this machine's disks, or of a connection
+            raise StorageError(f"{doing}: {kind_name}: {text}") from error
         raise
 
 
@@ -60,40 +95,16 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
         StorageError: the storage does not answer, or is full.
     """
     with storage_errors(f"writing {path}/{name}"):
-        if path.startswith("file://"):
-            _replace(_local(path) / name, FileInterface.get_extension(compression), content)
-        else:
-            open_files(path).put(
-                name,
-                content,
-                content_type="application/json" if name.endswith(_JSON) else "application/octet-stream",
-                compress=compression,
-                cache_control=cache,
-                raw=True,
-            )
+        if is_on_disk(path):
+            replace_file(local_path(path) / name, content, compression)
+            return
+        from chunkflow_core.object_stores import open_files as open_remote
 
-
-def delete_partials(path: str, older_than: float) -> None:
-    """Delete what writers that were killed have left behind below a folder on a local disk; ``older_than`` in seconds."""
-    if path.startswith("file://"):
-        for file in _local(path).rglob(f".*{PARTIAL}"):
-            with suppress(FileNotFoundError):
-                if time() - file.stat().st_mtime > older_than:
-                    file.unlink()
-
-
-def _replace(target: Path, extension: str, content: bytes) -> None:
-    """Write a file, and remove those of the same name in other compressions, which a reader might find first."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(f"{target}{extension}")
-    finally:
-        partial.unlink(missing_ok=True)
-    for other in _EXTENSIONS - {extension}:
-        Path(f"{target}{other}").unlink(missing_ok=True)
-
-
-def _local(path: str) -> Path:
-    return Path(path.removeprefix("file://")).expanduser()
+        open_remote(path).put(
+            name,
+            content,
+            content_type="application/json" if name.endswith(_JSON) else "application/octet-stream",
+            compress=compression,
+            cache_control=cache,
+            raw=True,
+        )

@@ -1,32 +1,25 @@
-"""CloudVolume layers behind z, y, x: open, create, read with padding, write aligned.
-
-Arrays are ``(channels, z, y, x)``. CloudVolume's are ``(x, y, z, channels)`` in Fortran order, so a transposition is enough
-and nothing is copied.
-"""
+"""Precomputed layers behind z, y, x: open, create, read with padding, write aligned. Arrays are ``(channels, z, y, x)``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from cloudfiles import CloudFiles
-from cloudfiles.compression import compress, decompress
-from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
+from chunkflow_core.compression import CorruptFileError, compress, decompress
 from chunkflow_core.digests import short_digest
+from chunkflow_core.disk_files import PARTIAL
 from chunkflow_core.errors import DataError, MissingInputError, SpecError, StorageError
 from chunkflow_core.geometry import Box, Vector, vector
-from chunkflow_core.layer_info import LayerScale, read_scale
-from chunkflow_core.object_stores import located, open_files
+from chunkflow_core.layer_info import LayerScale, layer_path, read_scale
+from chunkflow_core.layer_reader import LayerReader, cloudvolume_slices, open_layer, open_volume
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import PARTIAL, put_file, storage_errors
-
-_LEVELS = {"gzip": 1, "br": 5, "zstd": 1}
-"""Of compression: what more effort gains is less than it costs."""
+from chunkflow_core.storage import Files, open_files, put_file, storage_errors
 
 _CACHE = "public, max-age=3600"
 """What HTTP caches may do with storage chunks: those of a layer that is made anew are seen an hour later at the latest."""
@@ -41,7 +34,7 @@ class InputLayer:
         self.scale: LayerScale = spec.input_scale
         self.bounds = spec.input_bounds
         with storage_errors(f"opening {self.path}"):
-            self._volume = open_volume(self.path, self.scale, spec.input.mip, fill_missing=spec.input.fill_missing)
+            self._reader = open_layer(self.path, self.scale, spec.input.mip, fill_missing=spec.input.fill_missing)
         kind = np.dtype(self.scale.dtype).kind
         if kind not in "uif":
             raise DataError(f"{self.path}: dtype {self.scale.dtype} is not a number type")
@@ -58,7 +51,7 @@ class InputLayer:
         advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
         try:
             with storage_errors(f"reading {self.path} at {source}", missing=advice):
-                data = read_box(self._volume, source, self.scale.bounds)
+                data = self._reader.read(source)
         except MissingInputError:
             self.check_unchanged()
             raise
@@ -107,8 +100,12 @@ class OutputLayer:
         self.path, self.channels = spec.output.path, spec.output.channels
         self.scale = check_output(spec)
         self._compression = None if spec.output.compression == "none" else spec.output.compression
+        self._key: str = self.scale.info["scales"][0]["key"]
+
+    @cached_property
+    def _reader(self) -> LayerReader:
         with storage_errors(f"opening {self.path}"):
-            self._volume = open_volume(self.path, self.scale)
+            return open_layer(self.path, self.scale)
 
     def write(self, box: Box, data: NDArray[Any]) -> dict[str, str]:
         """Write ``data``, ``(channels, z, y, x)`` in the layer's dtype, to a box of whole storage chunks.
@@ -125,12 +122,10 @@ class OutputLayer:
             voxels = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
             digests[chunk.key] = short_digest(voxels)
             if layer_path(self.path).startswith("mem://"):  # where CloudVolume keeps arrays, not files
-                self._volume[_xyz(chunk)] = np.ascontiguousarray(image).T
+                open_volume(self.path, self.scale)[cloudvolume_slices(chunk)] = np.ascontiguousarray(image).T
                 continue
-            content = voxels
-            if self._compression:
-                content = compress(voxels, self._compression, compress_level=_LEVELS[self._compression])
-            name = f"{self._volume.key}/{chunk.key}"
+            content = compress(voxels, self._compression)
+            name = f"{self._key}/{chunk.key}"
             put_file(layer_path(self.path), name, content, compression=self._compression, cache=_CACHE)
         return digests
 
@@ -138,12 +133,12 @@ class OutputLayer:
         """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
         advice = "Its block is not done: `plan` shows what is due, `run` does it"
         with storage_errors(f"reading {self.path} at {box}", missing=advice):
-            return read_box(self._volume, box, self.scale.bounds)
+            return self._reader.read(box)
 
     def stored_chunks(self) -> set[str]:
         """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``."""
         with storage_errors(f"listing {self.path}"):
-            names = layer_files(self.path).list(prefix=f"{self._volume.key}/")
+            names = layer_files(self.path).list(prefix=f"{self._key}/")
         return {name.rpartition("/")[2] for name in names if not name.endswith(PARTIAL)}
 
     def chunk_named(self, name: str) -> Box | None:
@@ -164,18 +159,18 @@ class OutputLayer:
         if layer_path(self.path).startswith("mem://"):
             return short_digest(self.read(Box.from_key(name)).tobytes())
         with storage_errors(f"reading {name} of {self.path}"):
-            (answer,) = layer_files(self.path).get([f"{self._volume.key}/{name}"], raw=True)
+            (answer,) = layer_files(self.path).get([f"{self._key}/{name}"], raw=True)
         if answer["content"] is None:
             return None
         try:
-            return short_digest(decompress(answer["content"], answer["compress"], name))
-        except Exception as error:  # each compression has its own
-            raise DataError(f"it can't be decompressed: {error}") from error
+            return short_digest(decompress(answer["content"], answer["compress"]))
+        except CorruptFileError as error:
+            raise DataError(str(error)) from error
 
     def delete_chunks(self, names: Iterable[str]) -> None:
         """Delete storage chunks, or whatever else lies among them."""
         with storage_errors(f"deleting storage chunks of {self.path}"):
-            layer_files(self.path).delete([f"{self._volume.key}/{name}" for name in names])
+            layer_files(self.path).delete([f"{self._key}/{name}" for name in names])
 
     def rows(self, box: Box) -> Iterator[Box]:
         """A box of whole storage chunks, cut into rows of them along x, so that they can be written at the same time."""
@@ -186,18 +181,7 @@ class OutputLayer:
 
     def expected_chunks(self, box: Box) -> Iterator[Box]:
         """The storage chunks of a box that is made of whole ones."""
-        origin, bounds = self.scale.bounds.start, self.scale.bounds
-        ranges = [
-            [
-                (p, min(p + c, bounds.stop[a]))
-                for p in range(box.start[a] - (box.start[a] - origin[a]) % c, box.stop[a], c)
-            ]
-            for a, c in enumerate(self.scale.chunk)
-        ]
-        for z in ranges[0]:
-            for y in ranges[1]:
-                for x in ranges[2]:
-                    yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+        return self.scale.storage_chunks(box)
 
 
 def _hull(maps: list[NDArray[np.int64]]) -> Box:
@@ -321,6 +305,10 @@ class NewLayer:
         provenance: dict[str, Any] | None = None,
     ) -> None:
         """Write ``info`` and ``provenance``. Sizes in voxels, ``resolution`` in nm, all zyx."""
+        from cloudvolume import CloudVolume
+
+        from chunkflow_core.object_stores import located
+
         info = CloudVolume.create_new_info(
             num_channels=channels,
             layer_type="image",
@@ -342,41 +330,9 @@ class NewLayer:
     def write(self, box: Box, data: NDArray[Any]) -> None:
         """Write ``data``, ``(channels, z, y, x)``, to a box of whole storage chunks."""
         with storage_errors(f"writing {self.path} at {box}"):
-            self._volume[_xyz(box)] = np.ascontiguousarray(data).T
+            self._volume[cloudvolume_slices(box)] = np.ascontiguousarray(data).T
 
 
-def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> CloudVolume:
-    """The layer, without a request: ``info`` has been read for its scale, and nobody asks for its provenance here."""
-    return CloudVolume(
-        **located(path),
-        mip=mip,
-        info=scale.info,
-        provenance={},
-        fill_missing=fill_missing,
-        bounded=True,
-        non_aligned_writes=False,
-        progress=False,
-    )
-
-
-def read_box(volume: CloudVolume, box: Box, bounds: Box) -> NDArray[Any]:
-    """Voxels of a box inside a layer's bounds, ``(channels, z, y, x)``."""
-    # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of the storage chunk.
-    larger = (box.grown((1, 1, 1), (1, 1, 1)) & bounds) if box.voxels == 1 else box
-    data: NDArray[Any] = np.asarray(volume[_xyz(larger)]).T
-    return data[(slice(None), *box.slices(larger.start))]
-
-
-def _xyz(box: Box) -> tuple[slice, slice, slice]:
-    z, y, x = box.slices((0, 0, 0))
-    return x, y, z
-
-
-def layer_files(path: str) -> CloudFiles:
+def layer_files(path: str) -> Files:
     """The files of a layer, for what CloudVolume has no call for."""
     return open_files(layer_path(path))
-
-
-def layer_path(path: str) -> str:
-    """Where the files of a layer are."""
-    return path.removeprefix("precomputed://").rstrip("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -126,19 +127,24 @@ class PyTorch(Engine):
 
 def load(spec: VolumeSpec) -> PyTorch:
     """The engine for a spec; errors as ``load_engine``."""
-    _make_deterministic(spec.model.threads)
+    _make_deterministic(spec)
     device = _device(spec.model.device)
     if device.type == "cpu":
         keep_large_arrays()
     model = load_model(spec, device)
-    _make_deterministic(spec.model.threads)  # again, as model files may say otherwise, for their training
+    _make_deterministic(spec)  # again, as model files may say otherwise, for their training
     return PyTorch(spec, device, model)
 
 
-def _make_deterministic(threads: int) -> None:
+def _make_deterministic(spec: VolumeSpec) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(spec.model.threads)
+    # use_deterministic_algorithms would also import the compiler, at half the cost of PyTorch itself; the variable is
+    # for models that import it later
+    torch.set_deterministic_debug_mode("error")
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if spec.model.compile or "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as that writes all twice
     torch.backends.cudnn.benchmark = False
     torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # newer than the next ones, and may overrule them

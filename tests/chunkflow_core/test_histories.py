@@ -16,12 +16,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from cloudfiles.scheduler import schedule_jobs
 from histories import BrokenModel, Case, Fault, Index, Killed, Model, World, failing, no_fault, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chunkflow_core import stages
+from chunkflow_core import disk_files, stages
 from chunkflow_core.cleanup import cleanup
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.geometry import Box, vector
@@ -265,11 +264,6 @@ class Inline:
         return future
 
 
-def one_by_one(*functions: Any, **options: Any) -> Any:
-    """As CloudFiles' own, without threads."""
-    return schedule_jobs(*functions, **options | {"concurrency": 0})
-
-
 @lru_cache
 def cuts() -> list[tuple[int, int, int, int]]:
     """Ways to cut an axis: patch, overlap, block, storage chunk. The simple ones first."""
@@ -347,7 +341,7 @@ def play(case: Case, events: list[Event], *, real_threads: bool = False) -> None
         patch.setattr(stages, "time", lambda: history.days * DAY)
         if not real_threads:
             patch.setattr(stages, "ThreadPoolExecutor", Inline)
-            patch.setattr("cloudfiles.cloudfiles.schedule_jobs", one_by_one)
+            patch.setattr(disk_files, "ThreadPoolExecutor", Inline)
         for event in [*events, Run()]:
             history.let(event)
 
@@ -364,7 +358,7 @@ def test_every_crash_point(before: list[Event], tmp_path: Path, monkeypatch: pyt
     folder, kept = tmp_path / "volume", tmp_path / "kept"
     start = History(case, folder)
     monkeypatch.setattr(stages, "time", lambda: start.days * DAY)
-    monkeypatch.setattr("cloudfiles.cloudfiles.schedule_jobs", one_by_one)
+    monkeypatch.setattr(disk_files, "ThreadPoolExecutor", Inline)
     for event in before:
         start.let(event)
     shutil.copytree(folder, kept)

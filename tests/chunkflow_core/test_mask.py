@@ -268,16 +268,16 @@ def test_the_layer_is_read_by_storage_chunks_and_only_where_it_decides(
 
     def planes_read(z: float) -> list[tuple[int, int]]:
         mask = Mask(make_spec(tmp_path, (z, 4, 4), {"path": address}))
-        kind = type(mask._volume)
-        original = kind.__getitem__
+        kind = type(mask._reader)
+        original = kind.read
 
-        def getitem(volume: Any, index: tuple[slice, ...]) -> Any:
-            read.append((index[2].start, index[2].stop))
-            return original(volume, index)
+        def read_box(reader: Any, box: Box) -> Any:
+            read.append((box.start[0], box.stop[0]))
+            return original(reader, box)
 
         read.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(kind, "__getitem__", getitem)
+            patch.setattr(kind, "read", read_box)
             mask.window(Box((0, 0, 0), (12, 16, 16)))
         return read
 

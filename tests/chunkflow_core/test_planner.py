@@ -20,12 +20,12 @@ from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference_and_donate import main as infer_command
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.layer_info import read_scale
+from chunkflow_core.layer_reader import open_volume
 from chunkflow_core.local import Schedule
 from chunkflow_core.marks import InferenceMark, given_places, parse_mark, receiver_at, slot
 from chunkflow_core.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.volumes import open_volume
 
 ALL = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
 

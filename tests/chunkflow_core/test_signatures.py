@@ -20,7 +20,7 @@ import pytest
 from cloudfiles.interfaces import reset_connection_pools
 from object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
 
-from chunkflow_core import chunk_stores
+from chunkflow_core import chunk_servers
 from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.layer_info import LayerScale, read_scale
@@ -244,7 +244,7 @@ def use(servers: dict[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", servers["gs"].url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setattr(chunk_stores, "_PAGE", 10)
+        monkeypatch.setattr(chunk_servers, "_PAGE", 10)
         reset_connection_pools()
         path = f"gs://{BUCKET}" if kind == "gs" else f"s3://{proxy.url}/{BUCKET}"
         path = f"{path}/{tmp_path.name}/layer"
@@ -283,7 +283,7 @@ def test_requests_to_a_bucket(use: Use, kind: str, monkeypatch: pytest.MonkeyPat
     mixed = digests(path, [chunk(0, 0, 0), column[1], Box.around([chunk(0, 0, 3), chunk(2, 3, 3)])])
     assert asked(proxy) == (1 + pages, 1)
 
-    monkeypatch.setattr(chunk_stores, "_PAGE", 1)  # then each is asked for
+    monkeypatch.setattr(chunk_servers, "_PAGE", 1)  # then each is asked for
     assert digests(path, [ALL, *CHUNKS]) == whole
     assert asked(proxy) == (0, len(CHUNKS))
     assert one == whole[1:8] and mixed[0] == whole[1]
@@ -498,7 +498,7 @@ def test_a_web_server_that_cannot_tell(folder: Path, mode: str) -> None:
 
 def test_objects_without_a_tag_of_their_own() -> None:
     first, second = (datetime(2026, 1, 1, 0, 0, second, 400000, tzinfo=UTC) for second in (0, 1))
-    signature = chunk_stores.s3_signature
+    signature = chunk_servers.s3_signature
     assert signature('"1-"', 5, first) != signature('"1-"', 5, second)
     assert signature('"1-"', 5, first) == signature('"1-"', 5, first.replace(microsecond=0))  # a HEAD has whole seconds
     assert signature('"ab-2"', 5, first) == signature("ab-2", 5, second)

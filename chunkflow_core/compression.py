@@ -1,0 +1,62 @@
+"""Files of precomputed layers, compressed as CloudVolume does it; importing CloudFiles for that would take a second."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+from typing import Final
+
+import brotli
+import deflate
+import zstandard
+
+EXTENSIONS: Final[dict[str, str | None]] = {
+    "": None,
+    ".gz": "gzip",
+    ".br": "br",
+    ".zstd": "zstd",
+    ".xz": "xz",
+    ".bz2": "bzip2",
+}
+"""How names of compressed files end on a disk: by extension, how the file is compressed."""
+
+_GZIP_LEVEL, _BROTLI_QUALITY, _ZSTANDARD_LEVEL = 1, 5, 1
+"""What more effort gains is less than it costs."""
+
+
+class CorruptFileError(Exception):
+    """A stored file is not what it should be."""
+
+
+def compress(content: bytes, method: str | None) -> bytes:
+    """Compress a file by ``gzip``, ``br`` or ``zstd``; None leaves it as it is."""
+    if method is None:
+        return content
+    if method == "gzip":
+        return bytes(deflate.gzip_compress(content, _GZIP_LEVEL))
+    if method == "br":
+        return bytes(brotli.compress(content, quality=_BROTLI_QUALITY))
+    if method == "zstd":
+        return bytes(zstandard.ZstdCompressor(level=_ZSTANDARD_LEVEL).compress(content))
+    raise ValueError(f"{method}: expected gzip, br or zstd")
+
+
+def decompress(content: bytes, method: str | None) -> bytes:
+    """The inverse of ``compress``, also for ``xz`` and ``bzip2``; ``CorruptFileError`` if the file is damaged."""
+    try:
+        match method:
+            case None | "":
+                return content
+            case "gzip":
+                return bytes(deflate.gzip_decompress(content))
+            case "br":
+                return bytes(brotli.decompress(content))
+            case "zstd":
+                return bytes(zstandard.ZstdDecompressor().decompress(content))
+            case "xz":
+                return lzma.decompress(content)
+            case "bzip2":
+                return bz2.decompress(content)
+    except Exception as error:  # each compression has its own
+        raise CorruptFileError(f"it can't be decompressed: {error}") from error
+    raise ValueError(f"{method}: expected gzip, br, zstd, xz or bzip2")

@@ -1,0 +1,147 @@
+"""Files below a folder on a disk of this machine, with the calls of CloudFiles that this project uses.
+
+CloudFiles brings the clients of all object stores along, which takes a second of CPU to import.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from time import time
+from typing import Any, Final, TypeVar, overload
+
+from chunkflow_core.compression import EXTENSIONS, decompress
+
+PARTIAL = ".partial"
+"""How names of files end that are being written."""
+
+_THREADS: Final = 16
+"""Of deleting and measuring many files: a disk may be in the network."""
+
+_Result = TypeVar("_Result")
+
+
+class DiskFiles:
+    """The files below a folder. A file may be stored compressed; its extension for that is not part of its name here."""
+
+    def __init__(self, path: str) -> None:
+        """Name the folder, ``file://…``; it need not be there."""
+        self._folder = local_path(path)
+        self._extensions = list(EXTENSIONS)
+
+    @overload
+    def get(self, names: str, *, raw: bool = ...) -> bytes | None: ...
+    @overload
+    def get(self, names: list[str], *, raw: bool = ...) -> list[dict[str, Any]]: ...
+    def get(self, names: str | list[str], *, raw: bool = False) -> bytes | list[dict[str, Any]] | None:
+        """Read a file, or several: what is in it, or for each ``path``, ``content`` and ``compress``.
+
+        The content of a file that isn't there is None; ``raw`` leaves the content compressed, as ``compress`` says.
+
+        Raises:
+            CorruptFileError: it can't be decompressed.
+            OSError: the disk does not answer.
+        """
+        if isinstance(names, str):
+            content: bytes | None = self._read(names, raw=raw)["content"]
+            return content
+        return [self._read(name, raw=raw) for name in names]
+
+    def list(self, prefix: str = "", flat: bool = False, size: bool = False) -> Iterator[Any]:
+        """Names that begin with ``prefix``, in order.
+
+        Args:
+            prefix: see above.
+            flat: not those in folders below the folder ``prefix``, but the folders themselves, which end in ``/``.
+            size: pairs of name and size, as ``size`` has them.
+        """
+        folder = self._folder / prefix.rpartition("/")[0]
+        if flat:
+            found: set[str] = set()
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                found = {prefix + (f"{entry.name}/" if entry.is_dir() else _plain(entry.name)) for entry in entries}
+        else:
+            # strings, since there can be a million of files
+            paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)  # noqa: PTH118
+            start = len(os.path.join(self._folder, ""))  # noqa: PTH118
+            found = {_plain(path[start:]) for path in paths if path.startswith(prefix, start)}
+        names = sorted(found)
+        return (
+            ((name, length) for name, length in self.size(names).items() if length is not None) if size else iter(names)
+        )
+
+    def delete(self, names: str | Iterable[str]) -> None:
+        """Delete files; those that aren't there are passed over."""
+        _each(self._delete, [names] if isinstance(names, str) else list(names))
+
+    def size(self, names: Iterable[str]) -> dict[str, int | None]:
+        """Sizes of files as they are stored, in bytes; None for those that aren't there."""
+        wanted = list(names)
+        return dict(zip(wanted, _each(self._size, wanted), strict=True))
+
+    def _read(self, name: str, *, raw: bool) -> dict[str, Any]:
+        for extension in self._extensions:
+            try:
+                content = (self._folder / f"{name}{extension}").read_bytes()
+            except FileNotFoundError:
+                continue
+            method = EXTENSIONS[extension]
+            if extension != self._extensions[0]:  # the next file will probably have the same one
+                self._extensions = sorted(EXTENSIONS, key=lambda other: other != extension)
+            return {"path": name, "content": content if raw else decompress(content, method), "compress": method}
+        return {"path": name, "content": None, "compress": None}
+
+    def _delete(self, name: str) -> None:
+        for extension in EXTENSIONS:
+            (self._folder / f"{name}{extension}").unlink(missing_ok=True)
+
+    def _size(self, name: str) -> int | None:
+        for extension in EXTENSIONS:
+            with suppress(FileNotFoundError):
+                return (self._folder / f"{name}{extension}").stat().st_size
+        return None
+
+
+def local_path(path: str) -> Path:
+    """The folder of an address ``file://…``."""
+    return Path(path.removeprefix("file://")).expanduser()
+
+
+def replace_file(target: Path, content: bytes, compression: str | None) -> None:
+    """Write a file in one step, and remove those of the same name in other compressions, which a reader might find first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    (extension,) = (end for end, method in EXTENSIONS.items() if method == compression)
+    try:
+        partial.write_bytes(content)
+        partial.replace(f"{target}{extension}")
+    finally:
+        partial.unlink(missing_ok=True)
+    for other in EXTENSIONS:
+        if other != extension:
+            Path(f"{target}{other}").unlink(missing_ok=True)
+
+
+def delete_partials(path: str, older_than: float) -> None:
+    """Delete what writers that were killed have left behind below a folder; ``older_than`` in seconds."""
+    for file in local_path(path).rglob(f".*{PARTIAL}"):
+        with suppress(FileNotFoundError):
+            if time() - file.stat().st_mtime > older_than:
+                file.unlink()
+
+
+def _plain(name: str) -> str:
+    """A name without the extension of a compression."""
+    base, dot, extension = name.rpartition(".")
+    return base if dot + extension in EXTENSIONS and dot else name
+
+
+def _each(function: Callable[[str], _Result], names: list[str]) -> list[_Result]:
+    if len(names) < 2:
+        return [function(name) for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [future.result() for future in [pool.submit(function, name) for name in names]]

@@ -1,0 +1,97 @@
+"""Reads voxels of precomputed layers, ``(channels, z, y, x)``.
+
+Layers on a disk whose storage chunks are plain voxels are read here, all others by CloudVolume, which takes a second of CPU to
+import.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_core.compression import CorruptFileError
+from chunkflow_core.disk_files import DiskFiles
+from chunkflow_core.geometry import Box
+from chunkflow_core.layer_info import LayerScale, layer_path
+from chunkflow_core.storage import MissingChunkError, is_on_disk
+
+if TYPE_CHECKING:
+    from cloudvolume import CloudVolume
+
+
+class LayerReader(Protocol):
+    """One scale of a layer."""
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Voxels of a box inside the layer's bounds, ``(channels, z, y, x)``, in the layer's dtype."""
+
+
+def open_layer(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> LayerReader:
+    """The reader of a scale; makes no request. With ``fill_missing``, storage chunks that aren't there are zeros."""
+    if is_on_disk(layer_path(path)) and scale.encoding == "raw":
+        return _DiskReader(layer_path(path), scale, mip, fill_missing=fill_missing)
+    return _VolumeReader(path, scale, mip, fill_missing=fill_missing)
+
+
+class _DiskReader:
+    def __init__(self, path: str, scale: LayerScale, mip: int, *, fill_missing: bool) -> None:
+        self._files, self._key, self._scale = DiskFiles(path), scale.info["scales"][mip]["key"], scale
+        self._dtype, self._fill_missing = np.dtype(scale.dtype), fill_missing
+
+    def read(self, box: Box) -> NDArray[Any]:
+        result = np.zeros((self._scale.channels, *box.shape), self._dtype)
+        for chunk in self._scale.storage_chunks(box):
+            content = self._files.get(f"{self._key}/{chunk.key}")
+            if content:
+                part = chunk & box
+                voxels = self._voxels(chunk, content)[(slice(None), *part.slices(chunk.start))]
+                result[(slice(None), *part.slices(box.start))] = voxels
+            elif not self._fill_missing:
+                raise MissingChunkError(chunk.key)
+        return result
+
+    def _voxels(self, chunk: Box, content: bytes) -> NDArray[Any]:
+        size = self._scale.channels * chunk.voxels * self._dtype.itemsize
+        if len(content) != size:
+            raise CorruptFileError(f"storage chunk {chunk.key} has {len(content)} bytes, expected {size}")
+        return np.frombuffer(content, self._dtype).reshape(self._scale.channels, *chunk.shape)
+
+
+class _VolumeReader:
+    def __init__(self, path: str, scale: LayerScale, mip: int, *, fill_missing: bool) -> None:
+        self._volume, self._bounds = open_volume(path, scale, mip, fill_missing=fill_missing), scale.bounds
+
+    def read(self, box: Box) -> NDArray[Any]:
+        # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of the storage chunk.
+        larger = (box.grown((1, 1, 1), (1, 1, 1)) & self._bounds) if box.voxels == 1 else box
+        data: NDArray[Any] = np.asarray(self._volume[cloudvolume_slices(larger)]).T
+        return data[(slice(None), *box.slices(larger.start))]
+
+
+def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> CloudVolume:
+    """The layer, without a request: ``info`` has been read for its scale, and nobody asks for its provenance here.
+
+    CloudVolume's arrays are ``(x, y, z, channels)`` in Fortran order, so that a transposition is enough and nothing is copied.
+    """
+    from cloudvolume import CloudVolume
+
+    from chunkflow_core.object_stores import located
+
+    return CloudVolume(
+        **located(path),
+        mip=mip,
+        info=scale.info,
+        provenance={},
+        fill_missing=fill_missing,
+        bounded=True,
+        non_aligned_writes=False,
+        progress=False,
+    )
+
+
+def cloudvolume_slices(box: Box) -> tuple[slice, slice, slice]:
+    """A box as CloudVolume is asked for it, in x, y, z."""
+    z, y, x = box.slices((0, 0, 0))
+    return x, y, z
