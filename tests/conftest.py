@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
 from volume import spec_content, write_layer
 
 from chunkflow_core.__main__ import main
 
+__all__ = ["pytest_runtest_makereport", "pytest_terminal_summary"]
 Outcome = subprocess.CompletedProcess[str]
 
 
