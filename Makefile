@@ -1,6 +1,7 @@
 # make demo    a sample volume through a private Airflow on this machine, verified, with a picture
 # make airflow the same Airflow, kept running to click around in (Ctrl-C ends it)
-# make test    lint, types and all tests
+# make test    lint, types and all tests but the long ones
+# make test-long  the long ones: many more random examples of the same properties, and what takes minutes by its nature
 # make clean   remove what demo and test have made (not the virtual environment)
 
 PYTHON ?= python3.11
@@ -8,9 +9,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # Processes that tests run in; each may start an Airflow.
 WORKERS ?= 3
+# How many times as many random examples the long tests take.
+EXAMPLES ?= 10
 DEMO := $(CURDIR)/.demo
 
-.PHONY: demo airflow test lint clean
+.PHONY: demo airflow test test-long lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py --home $(DEMO) $(if $(INPUT),--input '$(INPUT)') $(if $(MIP),--mip $(MIP)) $(if $(ROI),--roi '$(ROI)')
@@ -26,6 +29,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-long: $(INSTALLED)
+	CHUNKFLOW_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest --numprocesses $(WORKERS) -m 'long or hypothesis'
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,17 +10,25 @@ from typing import Any
 
 import pytest
 import yaml
+from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
 from volume import spec_content, write_layer
 
 from chunkflow_core.__main__ import main
 
+__all__ = ["pytest_runtest_makereport", "pytest_terminal_summary"]
 Outcome = subprocess.CompletedProcess[str]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start an Airflow come first: they take minutes, and in several processes the others fill the gaps."""
-    long = {item.path for item in items if item.get_closest_marker("airflow")}
-    items.sort(key=lambda item: item.path not in long)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long, unless it is asked for. Files that start an Airflow come first.
+
+    They take minutes, and in several processes the others fill the gaps.
+    """
+    if "long" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    first = {item.path for item in items if item.get_closest_marker("airflow")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from random_examples import examples
 
 from chunkflow_core.augmentation import Transform, contributions
 
@@ -128,6 +129,7 @@ def test_axes_are_flipped_before_the_transposition() -> None:
     np.testing.assert_array_equal(turned[0, 0], [[3, 0], [4, 1], [5, 2]])
 
 
+@examples(100)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=4, max_size=6).map(tuple),
     transform=st.sampled_from(INDEPENDENT),

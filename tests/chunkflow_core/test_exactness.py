@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from cloudfiles.interfaces import MemoryInterface
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from random_examples import examples
 
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.geometry import Box
@@ -274,7 +275,7 @@ def run_case(
     return workspace.output.read(spec.grid.roi), writes, patches, spec
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@examples(120)
 @given(case=cases(), data=st.data())
 def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> None:
     volume = random_volume(case)
@@ -296,7 +297,7 @@ def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> N
     assert set(chunks.values()) == {1}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@examples(60)
 @given(case=cases())
 def test_identity_gives_the_input_back(case: Case) -> None:
     case = replace(case, dtype="uint8", masked=False)

@@ -8,8 +8,9 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from chunkflow_core.failures import Failure, is_final, lines, most_telling
 from chunkflow_core.geometry import Box
@@ -99,7 +100,7 @@ def test_a_share_is_never_rounded_to_none_or_all(length: int, failed: int, perce
     assert f"({percent} % of the ROI)" in head
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data())
 def test_the_gap_is_what_the_tasks_would_have_written(data: st.DataObject) -> None:
     lengths = data.draw(st.tuples(*[st.integers(5, 17)] * 3))

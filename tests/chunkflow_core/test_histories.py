@@ -17,8 +17,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from histories import BrokenModel, Case, Fault, Index, Killed, Model, World, failing, no_fault, some
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from chunkflow_core import disk_files, stages
 from chunkflow_core.cleanup import cleanup
@@ -346,7 +347,7 @@ def play(case: Case, events: list[Event], *, real_threads: bool = False) -> None
             history.let(event)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@examples(30)
 @given(case=cases(), rounds=EVENTS)
 def test_any_history(case: Case, rounds: list[list[Event]]) -> None:
     play(case, [Run(), *chain.from_iterable(rounds)])

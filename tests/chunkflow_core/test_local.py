@@ -10,9 +10,10 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from random_examples import examples
 from volume import output_of, spec_content
 
 from chunkflow_core.__main__ import main
@@ -290,7 +291,7 @@ def test_a_volume_of_a_single_block(make_spec: MakeSpec) -> None:
     assert line.endswith("expected values within output.range [0, 1]")
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data())
 def test_what_depends_on_a_failure_never_starts_and_all_else_does(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(*[st.integers(1, 4)] * 3))

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cloudvolume import CloudVolume
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from random_examples import examples
 
 from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.geometry import Box, Vector, vector
@@ -131,7 +132,7 @@ def axes(draw: st.DrawFn) -> tuple[float, float, int, int, int, int, int]:
     return resolution, mask_resolution, offset, length, draw(st.integers(1, 5)), start, start + draw(st.integers(1, 9))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(60)
 @given(axes=st.tuples(axes(), axes(), axes()), seed=st.integers(0, 2**32 - 1))
 def test_every_voxel_takes_the_mask_voxel_that_holds_its_centre(
     tmp_path_factory: pytest.TempPathFactory, axes: tuple[Any, ...], seed: int

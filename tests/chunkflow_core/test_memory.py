@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +19,57 @@ from chunkflow_core.spec import load_spec
 from chunkflow_core.volumes import NewLayer
 
 MEASURE = """
-import sys
-from chunkflow_core.inference_and_donate import main
+import json, os, sys
+from chunkflow_core import __main__, inference_and_donate
 from chunkflow_core.stages import peak_memory
-code = main(sys.argv[1:])
-print(peak_memory())
-sys.exit(code)
+
+# Each in a process of its own, which has imported what it needs; its peak begins with what that takes.
+for line in sys.stdin:
+    if not os.fork():
+        main = {"prepare": __main__.main, "infer": lambda words: inference_and_donate.main(words[1:])}
+        words = json.loads(line)
+        code = main[words[0]](words)
+        print(json.dumps([code, peak_memory()]), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-def peak_and_estimate(folder: Path, depth: int, side: int, capsys: pytest.CaptureFixture[str]) -> tuple[int, int, int]:
+class Measured:
+    """Runs commands in fresh processes."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", MEASURE]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def run(self, *words: str) -> int:
+        """The peak of its resident memory, in bytes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(words) + "\n")
+        for line in self.process.stdout:
+            if line.startswith("["):
+                code, peak = json.loads(line)
+                assert code == 0
+                return int(peak)
+        raise AssertionError("the process is gone")
+
+
+@pytest.fixture
+def measured() -> Iterator[Measured]:
+    measured = Measured()
+    yield measured
+    measured.process.communicate()
+
+
+def peak_and_estimate(
+    folder: Path, depth: int, side: int, measured: Measured, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, int, int]:
     """Of inference of a block that has neighbours on all sides, in bytes: peak resident memory, what ``plan`` said, sums."""
     shape = (2 * depth + 8, 2 * side + 64, 2 * side + 64)
     layer = NewLayer(f"file://{folder}/input", shape, dtype="uint8", resolution=(40, 4, 4), chunk=(8, 128, 128))
-    data = np.random.default_rng(0).integers(1, 256, (1, *shape), dtype=np.uint8)
-    layer.write(Box((0, 0, 0), shape), data)
+    # Only what this block reads, which is also where preparation tries a patch; it is an eighth of the layer.
+    read = Box((depth, side, side), shape)
+    layer.write(read, np.random.default_rng(0).integers(1, 256, (1, *read.shape), dtype=np.uint8))
     spec = {
         "name": "deep",
         "input": {"path": f"file://{folder}/input"},
@@ -45,24 +82,23 @@ def peak_and_estimate(folder: Path, depth: int, side: int, capsys: pytest.Captur
     }
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(spec))
-    subprocess.run([sys.executable, "-m", "chunkflow_core", "prepare", str(path)], capture_output=True, check=True)
+    measured.run("prepare", str(path))
     capsys.readouterr()
     assert main(["plan", str(path), "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["memory_bytes"]
-    arguments = [sys.executable, "-c", MEASURE, str(path), "--block", "1", "1", "1"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+    peak = measured.run("infer", str(path), "--block", "1", "1", "1")
     sums = 3 * 4 * (12 + 8 - 1) * (side + 64) ** 2
-    return int(done.stdout.splitlines()[-1]), planned, sums
+    return peak, planned, sums
 
 
 def test_memory_is_what_plan_says_and_does_not_grow_with_depth(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, measured: Measured, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peaks: dict[tuple[int, int], int] = {}
     for depth, side in [(32, 384), (96, 384), (32, 768), (96, 768)]:
         folder = tmp_path / f"{depth}-{side}"
         folder.mkdir()
-        peak, planned, sums = peak_and_estimate(folder, depth, side, capsys)
+        peak, planned, sums = peak_and_estimate(folder, depth, side, measured, capsys)
         peaks[depth, side] = peak
         grid = load_spec(folder / "spec.yaml").grid
         margins = 3 * 4 * sum(d.box.voxels for piece in grid.pieces(grid.block((1, 1, 1))) for d in piece.donations)

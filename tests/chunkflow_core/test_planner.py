@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cloudvolume import CloudVolume
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 from volume import CHUNK, files_below, write_layer, write_volume
 
 from chunkflow_core.__main__ import main
@@ -237,7 +238,7 @@ def test_a_receipt_of_another_fingerprint(path: Path, tmp_path: Path) -> None:
     assert due(other) == Plan(tuple(ALL), tuple(ALL[1:]), ())
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.tuples(*[st.integers(-30, 30)] * 3),
     st.dictionaries(st.integers(0, 7), st.tuples(st.text("abc2", min_size=13, max_size=13), st.integers(0, 999))),
@@ -283,7 +284,7 @@ def test_an_input_that_has_grown_is_read_where_it_was_padded(tmp_path: Path) -> 
     assert main(["run", str(path), "--seams", "20"]) == 0
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data())
 def test_a_schedule_respects_all_dependencies(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(*[st.integers(1, 4)] * 3))

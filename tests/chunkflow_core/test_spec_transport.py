@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec, load_spec
@@ -89,7 +90,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60)
 @given(
     options=st.dictionaries(st.text(), JSON, max_size=4),
     low=st.floats(-1e6, 0, exclude_max=True),

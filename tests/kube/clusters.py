@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from double import Cluster
+from double_nursery import shared
 from kubernetes import client, config, utils
 
 from chunkflow_core.object_stores import open_files
@@ -202,11 +203,10 @@ def ends_from_outside(cluster: TestCluster) -> list[End]:
 
 @contextmanager
 def the_double(folder: Path, **options: Any) -> Iterator[TestCluster]:
-    """The double, in a folder."""
+    """The double, in a folder; its pods' commands are forked from a process that has imported them already."""
     mounts = folder / "mounts"
-    with Cluster(
-        folder / "kubeconfig", images={_IMAGE}, folder=folder / "pods", mount_root=mounts, **options
-    ) as cluster:
+    options = {"images": {_IMAGE}, "folder": folder / "pods", "mount_root": mounts, "nursery": shared()} | options
+    with Cluster(folder / "kubeconfig", **options) as cluster:
         cluster.add_config_map(_CONFIG_MAP, {"sitecustomize.py": MOODS.read_text()})
         data = folder / "data"
         data.mkdir()

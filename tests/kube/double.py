@@ -60,6 +60,7 @@ from typing import Any, Self, TypeVar
 import yaml
 from double_api import Api, Fault, Request
 from double_kubelet import Kubelet, Place, Rule, Timing
+from double_nursery import Nursery
 from double_objects import Node, self_signed
 from double_pods import Pod
 
@@ -83,7 +84,8 @@ class Cluster:
     ``mount_root``: secrets and config maps may be mounted below it (``folder/mounts`` by default).
     ``quota``: how many pods not yet ended each namespace may have (the quota is called ``pods``).
     ``log_limit_bytes``: older lines are rotated away. ``child_oom``: beyond a memory limit only the largest process
-    that is not the main one is killed.
+    that is not the main one is killed. ``nursery``: forks the pods that run this project's own commands, which then
+    start in no time (see :mod:`double_nursery`); without one, all are executed.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Cluster:
         quota: int | None = None,
         log_limit_bytes: int | None = None,
         child_oom: bool = False,
+        nursery: Nursery | None = None,
         port: int = 0,
     ) -> None:
         folder = folder or kubeconfig.parent / "pods"
@@ -115,6 +118,7 @@ class Cluster:
             mount_root=mount_root or folder / "mounts",
             log_limit=log_limit_bytes,
             child_oom=child_oom,
+            nursery=nursery,
         )
         namespaces = set(namespaces)
         self._api = Api(

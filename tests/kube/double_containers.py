@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+from double_nursery import Child, Nursery, module_of
 
 from operators import launch
 from operators.processes import is_alive
@@ -184,10 +185,49 @@ for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         self._process.wait()
 
 
+class Executed:
+    """A main process that was executed, by a launcher.
+
+    To be made in a thread that lives on: the kernel kills the process when the thread that started it ends.
+    """
+
+    def __init__(self, argv: list[str], environment: Mapping[str, str], folder: Path, output: int) -> None:
+        self._process = subprocess.Popen(
+            launch.command(argv),
+            env=dict(environment),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self.descriptor = os.pidfd_open(self.pid)
+        """Can be read when the process has ended."""
+
+    @property
+    def returncode(self) -> int | None:
+        """How it has ended, if that has been waited for."""
+        return self._process.returncode
+
+    @property
+    def launched(self) -> bool:
+        """Whether the launcher has become the command, which is when there is something to signal and a log to read."""
+        with contextlib.suppress(OSError):
+            return b"operators.launch" not in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        return True
+
+    def wait(self) -> int:
+        """How it has ended: its exit code, negative for a signal."""
+        if self._process.returncode is None:
+            os.close(self.descriptor)
+        return self._process.wait()
+
+
 class Session:
     """A container that runs: a session of processes whose first one is the main process.
 
-    To be made in a thread that lives on: the kernel kills the main process when the thread that started it ends.
+    Forked from the nursery if there is one that can, else executed.
     """
 
     def __init__(
@@ -198,38 +238,30 @@ class Session:
         log: Log,
         on_line: Callable[[bytes], None],
         keeper: Keeper,
+        nursery: Nursery | None,
     ) -> None:
         self._log, self._on_line, self._rest = log, on_line, b""
         self._output, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writing, True)
+        self._process: Executed | Child
         try:
-            self._process = subprocess.Popen(
-                launch.command(argv),
-                env=dict(environment),
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=writing,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            if nursery is not None and module_of(argv):
+                self._process = nursery.start(argv, environment, folder, writing)
+            else:
+                self._process = Executed(argv, environment, folder, writing)
         finally:
             os.close(writing)
         self.pid = self._process.pid
         self._keeper = keeper
         keeper.watch(self.pid)
         self._loop = asyncio.get_running_loop()
-        self._descriptor = os.pidfd_open(self.pid)
         self._ended: asyncio.Future[int] = self._loop.create_future()
-        self._loop.add_reader(self._descriptor, self.reap)
+        self._loop.add_reader(self._process.descriptor, self.reap)
 
     async def executed(self) -> None:
-        """Wait until the launcher has become the command, which is when there is something to signal and a log to read."""
-        with contextlib.suppress(OSError):
-            while (
-                self._process.returncode is None
-                and b"operators.launch" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
-            ):
-                await asyncio.sleep(_LAUNCH_SECONDS)
+        """Wait until the command runs."""
+        while self._process.returncode is None and not self._process.launched:
+            await asyncio.sleep(_LAUNCH_SECONDS)
         if not self._ended.done():
             self._loop.add_reader(self._output, self._read)
 
@@ -244,7 +276,8 @@ class Session:
     def signal(self, number: int) -> None:
         """Process 1 of a container gets only those signals that it handles or waits for, and SIGKILL from outside."""
         if self._process.returncode is None and (number in (signal.SIGKILL, signal.SIGSTOP) or self._handles(number)):
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def _handles(self, number: int) -> bool:
         """Whether the signal is caught, or blocked: then it is kept for sigwait. The kernel drops all others.
@@ -278,8 +311,7 @@ class Session:
         """Take note of the end, whatever is left in the session. Called when the process has ended or is about to."""
         if self._ended.done():
             return
-        self._loop.remove_reader(self._descriptor)
-        os.close(self._descriptor)
+        self._loop.remove_reader(self._process.descriptor)
         code = self._process.wait()
         self.kill()
         self._read()

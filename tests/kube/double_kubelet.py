@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 from double_containers import Keeper, Log, Session, Sleeping
+from double_nursery import Nursery
 from double_objects import (
     ApiError,
     Node,
@@ -35,6 +36,7 @@ from double_pods import Contents, NotReady, Pod, environment_of, expanded, mount
 from double_store import Store
 
 _POLL_SECONDS = 0.025
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _MESSAGE_LINES, _MESSAGE_BYTES = 80, 2048
 
 
@@ -106,11 +108,12 @@ class Kubelet:
         mount_root: Path,
         log_limit: int | None,
         child_oom: bool,
+        nursery: Nursery | None,
     ) -> None:
         self.places = {node.name: Place(node) for node in nodes}
         self.timing, self.images, self.environment = timing, images, environment
         self.folder, self.mount_root = folder, mount_root
-        self.log_limit, self.child_oom = log_limit, child_oom
+        self.log_limit, self.child_oom, self.nursery = log_limit, child_oom, nursery
         self.store, self.contents = Store(), Contents()
         self.image_trouble: dict[str, tuple[str, float]] = {}
         """Text and until when, by image."""
@@ -327,7 +330,9 @@ class Kubelet:
                 self.store.event(pod, "Failed", f"Error: {problem}", warning=True)
                 pod.log.close()
                 return False
-            pod.container = Session(argv, environment, cwd, pod.log, lambda line: self._wrote(pod, line), self.keeper)
+            pod.container = Session(
+                argv, environment, cwd, pod.log, lambda line: self._wrote(pod, line), self.keeper, self.nursery
+            )
             if "memory" in (pod.box["resources"].get("limits") or {}):
                 self._measured.add(pod)
         pod.started = time.time()
@@ -645,7 +650,8 @@ def _sessions(pods: set[Pod]) -> dict[Pod, list[tuple[int, int]]]:
     if not found:
         return {}
     for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+        with contextlib.suppress(OSError):
             if (session := os.getsid(pid)) in found:
-                found[session].append((psutil.Process(pid).memory_info().rss, pid))
+                pages = int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
+                found[session].append((pages * _PAGE, pid))
     return {pod: found[pod.container.pid] for pod in pods}  # type: ignore[union-attr]
