@@ -110,8 +110,9 @@ class OutputLayer:
     def write(self, box: Box, data: NDArray[Any]) -> dict[str, str]:
         """Write ``data``, ``(channels, z, y, x)`` in the layer's dtype, to a box of whole storage chunks.
 
-        Returns the storage chunks' names, and digests of their voxels. CloudVolume 12.15 would write gzip at level 9 always, at a sixth of the speed for 3 % less (``bench/io.py``), and
-        files on a disk in place, where a process that is killed leaves half of one.
+        Returns the storage chunks' names, and digests of their voxels. CloudVolume 12.15 would write gzip at level 9 always, at a
+        sixth of the speed for 3 % less (``bench/io.py``), and files on a disk in place, where a process that is killed leaves half
+        of one.
 
         Raises:
             StorageError: the storage does not answer.

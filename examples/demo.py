@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from chunkflow_core.exchange import Exchange
 from chunkflow_core.report import summarise
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace
+from operators.base import SELECT, infer_task_id
 from operators.service import Client, Service, start
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -131,6 +132,8 @@ class Progress:
     """How far a run is."""
 
     state: str
+    known: bool
+    """Whether it is decided what is due in this run; before, all numbers are 0."""
     inferred: int
     to_infer: int
     blended: int
@@ -140,48 +143,65 @@ class Progress:
     all_patches: int
     """To do in this run."""
 
+    @property
+    def text(self) -> str:
+        """In words."""
+        if not self.known:
+            return "looking for what is due"
+        if not self.to_infer and not self.to_blend:
+            return "nothing is due, everything is up to date"
+        return f"{self.inferred}/{self.to_infer} blocks inferred, {self.blended}/{self.to_blend} blended"
+
 
 def follow(client: Client, spec: VolumeSpec, run: str) -> str:
-    """Show a run's progress until it ends; return its state."""
-    bar = tqdm(total=1, unit="patch", desc="inference", disable=None, smoothing=0.1)
-    shown = ""
+    """Show a run's progress until it ends, patches as a bar if this is a terminal; return its state."""
+    bar, shown = None, ""
     for progress in look(client, spec, run):
-        bar.total = max(1, progress.all_patches)
-        text = (
-            f"{progress.inferred}/{progress.to_infer} blocks inferred, {progress.blended}/{progress.to_blend} blended"
-        )
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(progress.patches - bar.n)
-        bar.refresh()
-        if bar.disable and text != shown:
-            print(f"progress  {text}, {progress.patches}/{progress.all_patches} patches", flush=True)
-            shown = text
+        if bar is None and progress.all_patches and sys.stderr.isatty():
+            bar = tqdm(unit="patch", desc="inference", smoothing=0.1)
+        if bar is not None:
+            bar.total = progress.all_patches
+            bar.set_postfix_str(progress.text, refresh=False)
+            bar.update(progress.patches - bar.n)
+            bar.refresh()
+        elif progress.text != shown:
+            patches = f", {progress.patches}/{progress.all_patches} patches" if progress.all_patches else ""
+            print(f"progress  {progress.text}{patches}", flush=True)
+            shown = progress.text
         if progress.state in FINISHED:
-            bar.close()
+            if bar is not None:
+                bar.close()
             return progress.state
         time.sleep(POLL)
     raise AssertionError("a run ends")
 
 
 def look(client: Client, spec: VolumeSpec, run: str) -> Iterator[Progress]:
-    """Look at a run again and again: blocks by Airflow's word, patches by the blocks' sizes."""
+    """Look at a run again and again."""
     path = f"dags/{spec.name}/dagRuns/{run}"
-    size = {spec.grid.block(index).name: spec.grid.block(index).patches for index in spec.grid.indices()}
     while True:
         state = client.get(path)["state"]
         tasks = {task["task_id"]: task["state"] for task in client.pages(f"{path}/taskInstances", "task_instances")}
-        due = {task: at for task, at in tasks.items() if at != "skipped"}
-        infer = {task.partition(".")[2]: at for task, at in due.items() if task.startswith("infer.")}
-        blend = [at for task, at in due.items() if task.startswith("blend.")]
-        yield Progress(
-            state=state,
-            inferred=sum(at == "success" for at in infer.values()),
-            to_infer=len(infer),
-            blended=blend.count("success"),
-            to_blend=len(blend),
-            patches=sum(size[name] for name, at in infer.items() if at == "success"),
-            all_patches=sum(size[name] for name in infer),
-        )
+        yield progress_of(spec, state, tasks)
+
+
+def progress_of(spec: VolumeSpec, state: str, tasks: Mapping[str, str | None]) -> Progress:
+    """How far a run is, given its state and its tasks': blocks by Airflow's word, patches by the blocks' sizes."""
+    known = tasks.get(SELECT) == "success"  # what is not due is skipped from then on
+    due = {task: at for task, at in tasks.items() if known and at != "skipped"}
+    size = {infer_task_id(index): spec.grid.block(index).patches for index in spec.grid.indices()}
+    infer = {task: at for task, at in due.items() if task in size}
+    blend = [at for task, at in due.items() if task.startswith("blend.")]
+    return Progress(
+        state=state,
+        known=known,
+        inferred=sum(at == "success" for at in infer.values()),
+        to_infer=len(infer),
+        blended=blend.count("success"),
+        to_blend=len(blend),
+        patches=sum(size[task] for task, at in infer.items() if at == "success"),
+        all_patches=sum(size[task] for task in infer),
+    )
 
 
 def report_failures(client: Client, spec: VolumeSpec, run: str, state: str) -> None:

@@ -24,10 +24,12 @@ from airflow.sdk.exceptions import AirflowException
 from chunkflow_core.errors import SpecError
 from chunkflow_core.geometry import Vector
 from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import VolumeSpec
 from operators.base import PREPARE, SELECT, blend_task_id, infer_task_id
 from operators.ending import SummaryOperator, notifier_of
 from operators.form import form_of
+from operators.pods import check_runner
 from operators.schedules import asset_of, schedule_of, wrong_cron
 
 MAX_BLOCKS = 1000
@@ -49,7 +51,8 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         only_task: build only this task, without its neighbours: all that the task's own process needs.
 
     Raises:
-        SpecError: the volume has too many blocks for one DAG, or its schedule or its notifier is none.
+        SpecError: the volume has too many blocks for one DAG, its schedule or its notifier is none, or what it says of its pods
+            is nothing that Kubernetes knows.
     """
     blocks = prod(spec.grid.shape)
     if blocks > MAX_BLOCKS and only_task is None:  # tasks of a run that has begun go on though the volume has grown
@@ -59,6 +62,8 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
         )
     if spec.notify is not None and only_task is None:
         notifier_of(spec.notify, file)
+    if isinstance(spec.runner, KubernetesRunner) and only_task is None:
+        _check_pods(spec.runner, spec.folder, file)
     with DAG(
         dag_id=spec.name,
         schedule=schedule_of(spec, file) if only_task is None else None,
@@ -90,6 +95,13 @@ def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) ->
     except AirflowException as error:
         raise wrong_cron(file, spec.schedule.cron if spec.schedule and spec.schedule.cron else "", error) from error
     return dag
+
+
+def _check_pods(runner: KubernetesRunner, folder: str, file: Path) -> None:
+    try:
+        check_runner(runner, folder)
+    except SpecError as error:
+        raise SpecError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
 
 
 class _Tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,13 +141,13 @@ def test_a_task_process_builds_its_own_task_only(make_spec: Callable[..., Path],
         assert lean.get_task(task_id).priority_weight == full.get_task(task_id).priority_weight
 
 
-def test_parsing_imports_neither_torch_nor_cloudvolume(make_spec: Callable[..., Path]) -> None:
+def test_parsing_imports_nothing_that_takes_long(make_spec: Callable[..., Path]) -> None:
     folder = make_spec().parent
     code = (
         "import runpy, sys\n"
         f"found = runpy.run_path({str(DAGS / 'chunkflow_volumes.py')!r})\n"
         "assert found['dag_small'].dag_id == 'small'\n"
-        "print({'torch', 'cloudvolume', 'cloudfiles', 'matplotlib'} & set(sys.modules))\n"
+        "print({'torch', 'cloudvolume', 'cloudfiles', 'matplotlib', 'kubernetes'} & set(sys.modules))\n"
     )
     environment = {"CHUNKFLOW_VOLUMES": str(folder), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -171,6 +172,70 @@ def test_one_bad_spec_leaves_the_others_alone(make_spec: Callable[..., Path], mo
     assert "late.yaml" in errors[1]
     assert "never" in errors[1]
     assert "twin.yaml: name: small is the name of" in errors[2]
+
+
+WRONG_PODS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    # case: (keys of the runner section), (what is said of each)
+    "toleration": (
+        {"infer": {"tolerations": [{"key": "gpu"}, {"efect": "NoSchedule"}]}},
+        ["runner.infer.tolerations.1.efect: unknown key; did you mean effect?"],
+    ),
+    "affinity, and a toleration of the other stage": (
+        {"blend": {"affinity": {"nodeAffinty": {}}}, "infer": {"tolerations": [{"key": 1}]}},
+        [
+            "runner.infer.tolerations.0.key: 1: expected a text; numbers and true, false, dates in quotes",
+            "runner.blend.affinity.nodeAffinty: unknown key; did you mean nodeAffinity?",
+        ],
+    ),
+    "template": (
+        {"pod_template": "pod.yml"},
+        ["runner.pod_template: pod.yml: spec.containers.0.args: remove it; the pod's step decides what"],
+    ),
+    "template that is not there": ({"pod_template": "nix.yml"}, ["runner.pod_template: cannot read "]),
+}
+
+
+@pytest.fixture
+def specs_on_a_cluster(make_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a spec with such a runner section, beside a good local one, where the DAG files look for specs."""
+
+    def make(name: str, **runner: Any) -> Path:
+        path = make_spec(name=name, runner={"kind": "kubernetes", "image": "lab/worker:1", **runner})
+        path = path.rename(path.with_name(f"{name}.yaml"))
+        (path.parent / "pod.yml").write_text("{spec: {containers: [{name: base, args: [x]}]}}")
+        make_spec()
+        monkeypatch.setenv("CHUNKFLOW_VOLUMES", str(path.parent))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("case", WRONG_PODS)
+def test_wrong_pods_are_told_by_the_dag_files(specs_on_a_cluster: Callable[..., Path], case: str) -> None:
+    runner, said = WRONG_PODS[case]
+    path = specs_on_a_cluster("far", **runner)
+
+    found = runpy.run_path(str(DAGS / "chunkflow_volumes.py"))
+    with pytest.raises(ImportError) as told:
+        runpy.run_path(str(DAGS / "chunkflow_spec_errors.py"))
+
+    assert sorted(name for name in found if name.startswith("dag_")) == ["dag_small"], "the other volume goes on"
+    _, *lines = str(told.value).splitlines()
+    assert len(lines) == len(said)
+    for line, start in zip(lines, said, strict=True):
+        assert line.startswith(f"{path}: {start}")
+
+
+def test_good_pods_have_a_dag(specs_on_a_cluster: Callable[..., Path]) -> None:
+    path = specs_on_a_cluster("far", infer={"tolerations": [{"key": "gpu"}]}, pod_template="good.yml")
+    path.with_name("good.yml").write_text("{spec: {containers: [{name: base}]}}")
+    runpy.run_path(str(DAGS / "chunkflow_spec_errors.py"))
+    assert {"dag_far", "dag_small"} <= set(runpy.run_path(str(DAGS / "chunkflow_volumes.py")))
+
+
+def test_a_task_process_does_not_check_its_pods_again(specs_on_a_cluster: Callable[..., Path]) -> None:
+    path = specs_on_a_cluster("far", pod_template="pod.yml")
+    assert volume_dag(load_spec(path), path, only_task="infer.0_0_0").task_ids == ["infer.0_0_0"]
 
 
 def test_too_many_blocks_for_a_dag(make_spec: Callable[..., Path]) -> None:
