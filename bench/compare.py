@@ -614,16 +614,23 @@ def _peak_memory() -> int:
 
 
 def _matrix_rate(precision: str) -> float:
-    """Multiply-adds per second of a matrix multiplication with all threads: the best of a few."""
+    """Multiply-adds per second of a matrix multiplication with all threads: the best of a few.
+
+    The matrices grow to ``MATRIX`` until one takes half a second: a processor that can't do bfloat16 would take minutes.
+    """
     import torch
 
-    dtype, best = getattr(torch, precision), float("inf")
-    a, b = (torch.rand(MATRIX, MATRIX).to(dtype) for _ in range(2))
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.matmul(a, b)
-        best = min(best, time.perf_counter() - start)
-    return MATRIX**3 / best
+    dtype, size = getattr(torch, precision), 256
+    while True:
+        a, b = (torch.rand(size, size).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.matmul(a, b)
+            seconds.append(time.perf_counter() - start)
+        if size >= MATRIX or min(seconds) > 0.5:
+            return size**3 / min(seconds)
+        size *= 2
 
 
 def _multiply_adds() -> int:
@@ -704,8 +711,14 @@ class Process:
 
 
 def run_rounds(processes: list[Process], peak: Process, count: int, rounds: int) -> dict[str, float]:
-    """Let each row run once in every round, in turn forwards and backwards; the best rates of matrix multiplication."""
-    rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    """Let each row run once in every round, in turn forwards and backwards.
+
+    Returns the best rates of matrix multiplication, in the precisions that the rows' networks have.
+    """
+    networks = [entry for entry in (ROWS[process.name] for process in processes) if entry.network]
+    rates: dict[str, list[float]] = {
+        precision: [] for precision in sorted({e.precision for e in networks}, reverse=True)
+    }
     with tqdm(total=rounds * len(processes), desc="rounds", unit="row") as progress:
         for number in range(rounds):
             for precision, found in rates.items():
@@ -966,7 +979,7 @@ def measure(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
             settings = pool.map(lambda process: process.ask(_call, "prepare") or "", processes)
             for process, told in tqdm(zip(processes, settings, strict=True), "warming up", len(processes), unit="row"):
                 process.settings = told
-        work = peak.ask(_multiply_adds) or 0
+        work = peak.ask(_multiply_adds) or 0 if any(ROWS[name].network for name in names) else 0
         patches = bench.spec("volume", "none", {"engine": "identity"}).grid.patches
         rates = run_rounds(processes, peak, patches, rounds)
         rows: dict[str, Any] = {}
@@ -1049,11 +1062,13 @@ def print_report(report: dict[str, Any], nominal: Sequence[int]) -> None:
     print(f"\nPatches that ran: {', '.join(f'{count} by {title}' for title, count in ran.items())}.")
     if odd:
         print(f"\n**Not the same patches**: {odd}.")
-    print(
-        f"\nThe network takes {report['multiply_adds_per_patch'] / 1e9:.2f} billion multiply-adds a patch. Multiplication of "
-        f"matrices of {MATRIX} × {MATRIX}: {rates['float32'] / 1e9:.0f} billion multiply-adds per second in float32, "
-        f"{rates['bfloat16'] / 1e9:.0f} in bfloat16.\n"
-    )
+    if rates:
+        found = ", ".join(f"{rate / 1e9:.0f} in {precision}" for precision, rate in rates.items())
+        print(
+            f"\nThe network takes {report['multiply_adds_per_patch'] / 1e9:.2f} billion multiply-adds a patch. Billion "
+            f"multiply-adds per second of matrices of at most {MATRIX} × {MATRIX}: {found}."
+        )
+    print()
     kinds = {ROWS[name].network for name in report["rows"]}
     if True in kinds:
         print(network_table(report["rows"]) + "\n")

@@ -1,6 +1,6 @@
 """Memory of a block's process beside what ``plan`` says, and what settings of glibc's malloc gain (``chunkflow_core/heap.py``).
 
-    python bench/memory.py [--rounds 3] [--rows openvino pytorch ...] [--output memory.json]
+    python bench/memory.py [--rounds 3] [--rows openvino pytorch ...] [--block Z Y X] [--output memory.json]
 
 Inference of a block that has neighbours on all sides, as a process of its own, in turn as it is and with glibc as it is by
 default; who begins changes each round. Figures are medians, ratios are taken within a round. Wall time is without imports,
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    block: dict[str, Any] = {"type": int, "nargs": 3, "metavar": ("Z", "Y", "X")}
+    parser.add_argument("--block", help="of all rows, a multiple of their strides (default: each has its own)", **block)
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args(arguments)
+    rows = {name: replace(ROWS[name], block=vector(options.block or ROWS[name].block)) for name in options.rows}
     figures: dict[str, dict[str, float]] = {}
     print(
         "| | patch | block | interpreter, libraries, network | data, by `plan` | peak | peak / plan | wall | by default: peak | wall | CPU |"
     )
     print("|" + " --- |" * 11)
     with tqdm(total=options.rounds * len(options.rows), unit="round") as progress:
-        for name in options.rows:
-            row = ROWS[name]
+        for name, row in rows.items():
             progress.set_description(name)
             f = figures[name] = measure(row, options.rounds, progress)
             sizes = [" × ".join(map(str, size)) for size in (row.patch, row.block)]
@@ -153,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     if options.output:
         options.output.write_text(
-            json.dumps({"cpus": os.cpu_count(), "rows": {n: asdict(ROWS[n]) | f for n, f in figures.items()}}, indent=1)
+            json.dumps({"cpus": os.cpu_count(), "rows": {n: asdict(rows[n]) | f for n, f in figures.items()}}, indent=1)
         )
     return 0
 

@@ -1,6 +1,6 @@
 """What everything around the forward passes costs: seconds of a whole block over seconds of its forward passes alone.
 
-    python bench/stitching.py [--rounds 3] [--engine pytorch] [--output docs/stitching.json]
+    python bench/stitching.py [--rounds 3] [--engine pytorch] [--volume Z Y X] [--output docs/stitching.json]
 
 Real layers on disk are read and written. Both are timed in turn in one run, so that the ratio holds on a noisy machine. Then
 the identity engine, which leaves nothing but the stitching: output voxels per second.
@@ -87,12 +87,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", choices=("pytorch", "openvino"), default="pytorch", help="default: pytorch")
+    volume: dict[str, object] = {"type": int, "nargs": 3, "metavar": ("Z", "Y", "X")}
+    parser.add_argument("--volume", help="of both rows (default: 52 608 608, and 100 1184 1184 for identity)", **volume)
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
-    unet = {"engine": options.engine, **UNET_FILES}
+    unet, volume = {"engine": options.engine, **UNET_FILES}, options.volume and vector(options.volume)
     results = {
-        "unet": measure((52, 608, 608), 1, unet, options.rounds),
-        "identity": measure((100, 1184, 1184), 3, {"engine": "identity"}, options.rounds),
+        "unet": measure(volume or (52, 608, 608), 1, unet, options.rounds),
+        "identity": measure(volume or (100, 1184, 1184), 3, {"engine": "identity"}, options.rounds),
     }
     for name, figures in results.items():
         print(
