@@ -178,7 +178,14 @@ def test_status_of_a_running_service(running: Service, home: Path, capsys: pytes
     code, output, _ = call(capsys, "status", "--home", home, "--json")
     report = json.loads(output)
     assert (code, report["healthy"], report["url"], report["pid"]) == (0, True, running.url, running.pid)
-    assert set(report["components"]) == {"database", "api-server", "scheduler", "dag-processor", "triggerer"}
+    assert set(report["components"]) == {
+        "warm-parent",
+        "database",
+        "api-server",
+        "scheduler",
+        "dag-processor",
+        "triggerer",
+    }
     assert all(component["healthy"] and component["pid"] for component in report["components"].values())
     code, output, _ = call(capsys, "status", "--home", home)
     assert code == 0 and running.url in output and "NOT" not in output
