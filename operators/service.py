@@ -37,7 +37,7 @@ from operators.service_database import Database, free_of
 from operators.service_health import COMPONENTS, DATABASE, WARM_PARENT, Health, heartbeat, is_healthy, probe
 from operators.service_settings import HOST, SUPERVISED, Home, own_database, prepare_home, warm_parent_name
 from operators.service_state import AlreadyRunning, ServiceError, State, lock
-from operators.service_supervisor import Options, log_tail, open_log, read_password, ready_line, run
+from operators.service_supervisor import LOG_TAIL_LINES, Options, log_tail, open_log, read_password, ready_line, run
 
 __all__ = ["AlreadyRunning", "ApiError", "Client", "Service", "ServiceError", "find", "main", "start"]
 
@@ -281,7 +281,8 @@ def _wait_until_ready(options: Options, process: subprocess.Popen[bytes], log: P
         if (code := process.poll()) is not None:
             if code == AlreadyRunning.exit_code:
                 raise _already_running(home)
-            raise ServiceError(f"the service did not start (exit code {code}):\n{log_tail(log, offset)}")
+            told = log_tail(log, offset, 2 * LOG_TAIL_LINES)  # what went wrong, and the end of a component's log
+            raise ServiceError(f"the service did not start (exit code {code}):\n{told}")
         time.sleep(_POLL)
     raise ServiceError(f"the service hangs; its log:\n{log_tail(log, offset)}")
 

@@ -76,7 +76,8 @@ _REST_GRACE = 1.0
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _QUICK_DEATHS_LIMIT = 5
-_LOG_TAIL_LINES = 15
+LOG_TAIL_LINES = 15
+"""Of a component's log, told to the user."""
 _LOG_LIMIT_BYTES = 10_000_000
 
 # Log servers listen on all interfaces, and are not needed where the API server reads the same files.
@@ -106,7 +107,7 @@ def note(message: str) -> None:
         print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}", file=sys.stderr, flush=True)
 
 
-def log_tail(log: Path, offset: int = 0) -> str:
+def log_tail(log: Path, offset: int = 0, lines: int = LOG_TAIL_LINES) -> str:
     """The last lines of a log, of what was written after ``offset`` bytes."""
     try:
         with log.open("rb") as file:
@@ -114,7 +115,7 @@ def log_tail(log: Path, offset: int = 0) -> str:
             text = file.read().decode(errors="replace")
     except OSError as error:
         return f"({error})"
-    return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
+    return "\n".join(text.splitlines()[-lines:])
 
 
 def open_log(log: Path) -> int:

@@ -34,6 +34,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO, cast
 
+from setproctitle import setproctitle
+
 from operators import launch
 
 VARIABLE = "CHUNKFLOW_WARM_PARENT"
@@ -330,6 +332,7 @@ def _receive(connection: socket.socket) -> tuple[list[int], dict[str, Any]]:
 
 def _become(streams: Sequence[int], request: Mapping[str, Any]) -> None:
     """Take over everything by which one process differs from another."""
+    setproctitle(" ".join([sys.executable, "-m", *request["arguments"]]))
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     standard: Any = sys

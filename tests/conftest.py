@@ -22,13 +22,17 @@ Outcome = subprocess.CompletedProcess[str]
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is long, unless it is asked for. Files that start an Airflow come first.
 
-    They take minutes, and in several processes the others fill the gaps.
+    They take minutes, and in several processes the others fill the gaps. A file's tests run in one process, which files that share
+    an Airflow share, too.
     """
     if "long" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     first = {item.path for item in items if item.get_closest_marker("airflow")}
     items.sort(key=lambda item: item.path not in first)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(config.rootpath))))
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,8 @@ class Volumes:
     folder: Path
     dags: Path
     """The tests' own copy of the DAG files."""
+    home: Path
+    """Of the service."""
 
     def trigger(self, name: str, **conf: Any) -> str:
         """Start a run; its id."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
+from airflow_volumes import Volumes, copy_dags
 from clusters import why_no_real_cluster
+from failure_summary import remember_logs
 from kubernetes_world import World, start_world
+
+from operators.service import Client, start
 
 _WHERE = [
     pytest.param("double", id="double"),
@@ -21,8 +26,36 @@ _WHERE = [
 ]
 
 
-@pytest.fixture(scope="module", params=_WHERE)
+@pytest.fixture(scope="session", params=_WHERE)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """An Airflow and a cluster for a module's tests."""
-    with start_world(tmp_path_factory.mktemp("kubernetes"), request.param) as world:
+    """An Airflow and a cluster for all tests with pods; each has volumes of its own."""
+    folder = tmp_path_factory.mktemp("kubernetes")
+    remember_logs(request, folder / "home" / "logs")
+    with start_world(folder, request.param) as world:
         yield world
+
+
+@pytest.fixture(scope="session")
+def local_volumes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Volumes]]:
+    """An Airflow for all tests without pods; for a name, a folder of its own, whose ``volumes`` it looks at.
+
+    Modules in a folder's ``modules`` can be imported by it.
+    """
+    root = tmp_path_factory.mktemp("local")
+    dags, home, names = copy_dags(root), root / "home", ("airflow", "recurring")
+    for name in names:
+        for folder in ("volumes", "modules"):
+            (root / name / folder).mkdir(parents=True)
+    modules = [str(root / name / "modules") for name in names]
+    environment = {
+        "CHUNKFLOW_VOLUMES": os.pathsep.join(str(root / name / "volumes") for name in names),
+        "PYTHONPATH": os.pathsep.join([*modules, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    remember_logs(request, home / "logs")
+    with (
+        start(home, dags=dags, environment=environment, with_parent=True, durable=False) as service,
+        Client(service) as client,
+    ):
+        yield lambda name: Volumes(client, root / name, dags, home)

@@ -130,4 +130,4 @@ def start_world(folder: Path, kind: str) -> Iterator[World]:
             start(folder / "home", dags=dags, environment=environment, with_parent=True, durable=False)
         )
         client = stack.enter_context(Client(service))
-        yield World(Volumes(client, specs, dags), cluster, right, metrics)
+        yield World(Volumes(client, specs, dags, folder / "home"), cluster, right, metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import psutil
 import pytest
 import tifffile
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, copy_dags, files, until
+from airflow_volumes import RUN_LIMIT, Volumes, files, until
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
@@ -21,9 +21,9 @@ from chunkflow_core.geometry import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer
-from operators.service import ApiError, Client, start
+from operators.service import ApiError
 
-pytestmark = pytest.mark.airflow
+pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("local volumes")]
 
 ROOT = Path(__file__).resolve().parents[2]
 EM = Path(os.environ.get("CHUNKFLOW_EM_DATA", ROOT.parent / "shared" / "em"))
@@ -64,14 +64,14 @@ def write_spec(folder: Path, name: str, data: Path, **changes: Any) -> Path:
         "runner": {"kind": "local", "retry_delay": 1},
     }
     path = folder / "volumes" / f"{name}.yaml"
-    path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(spec | changes))
     return path
 
 
 @pytest.fixture(scope="module")
-def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
-    folder = tmp_path_factory.mktemp("airflow")
+def volumes(local_volumes: Callable[[str], Volumes]) -> Volumes:
+    volumes = local_volumes("airflow")
+    folder = volumes.folder
     if EM.is_dir():
         stack = tifffile.imread(EM / "isbi2012_image.tif")[:18, :320, :320]
         NewLayer(f"file://{folder}/em", stack.shape, dtype="uint8", resolution=(50, 4, 4), chunk=(16, 128, 128)).write(
@@ -92,15 +92,8 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
     model = {"engine": "pytorch", "path": str(folder / "endless.py")}
     write_spec(folder, "endless", folder / "noise", output=output, model=model, **small)
     (folder / "volumes" / "broken.yaml").write_text("name: broken\ninput: {path: nowhere}\n")
-    environment = {"CHUNKFLOW_VOLUMES": str(folder / "volumes")}
-    dags, home = copy_dags(folder), folder / "home"
-    with (
-        start(home, dags=dags, environment=environment, with_parent=True, durable=False) as service,
-        Client(service) as client,
-    ):
-        volumes = Volumes(client, folder, dags)
-        volumes.known("endless")
-        yield volumes
+    volumes.known("endless")
+    return volumes
 
 
 def test_a_broken_spec_is_an_import_error_that_names_file_and_key(volumes: Volumes) -> None:

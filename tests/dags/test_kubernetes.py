@@ -12,6 +12,8 @@ import pytest
 from clusters import End, ends_from_outside
 from kubernetes_world import World
 
+pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("pods")]
+
 BLOCKS = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
 STEPS = {"prepare", "select_blocks", "verify", "publish", "cleanup", "summary"}
 STAGES = {f"infer.{z}_{y}_{x}" for z, y, x in BLOCKS} | {f"blend.{z}_{y}_{x}" for z, y, x in BLOCKS[1:]}
@@ -31,7 +33,6 @@ SOFT = {clusters.delete, clusters.drain, clusters.preempt, clusters.shut_down}
 """Ends that leave a pod time to say its last words."""
 
 
-@pytest.mark.airflow
 @pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
 def test_every_end_that_a_retry_cures(world: World, deferrable: bool) -> None:
     """Each end once in each stage; the volume comes out right nevertheless, and nothing is counted that is not the block's fault."""
@@ -78,7 +79,6 @@ def test_every_end_that_a_retry_cures(world: World, deferrable: bool) -> None:
     world.check_output(name)
 
 
-@pytest.mark.airflow
 @pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
 def test_ends_that_no_retry_cures_wait_for_the_user(world: World, deferrable: bool) -> None:
     """Wrong data, a wrong spec, wrong usage, a missing layer: failed at once, said why, everything else done; cleared, all is well."""

@@ -23,8 +23,9 @@ from volume import SHAPE
 
 from operators.processes import with_variable
 
+pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("pods")]
 
-@pytest.mark.airflow
+
 @pytest.mark.parametrize("component", ["triggerer", "scheduler", "task"])
 def test_a_pod_outlives_what_watches_it(world: World, component: str) -> None:
     """Whatever is killed while a pod runs, the next process goes on with the same pod, and its log is complete."""
@@ -96,7 +97,6 @@ UNSTARTABLE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.airflow
 def test_pods_that_can_not_start_say_what_to_do(world: World) -> None:
     beside = f"{Path(world.cluster.mount).parent}/nowhere".replace("//", "/")
     for name, (runner, _) in UNSTARTABLE.items():
@@ -115,7 +115,6 @@ def says(world: World, name: str, run: str, words: str) -> bool:
     return bool(re.search(words, world.volumes.log(name, run, "prepare", 1)))
 
 
-@pytest.mark.airflow
 @pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
 def test_clearing_and_cancelling_delete_pods(world: World, deferrable: bool) -> None:
     name = f"cancelled-{'deferrable' if deferrable else 'sync'}"
@@ -138,7 +137,6 @@ def test_clearing_and_cancelling_delete_pods(world: World, deferrable: bool) -> 
         assert len(world.pods_of(name, "infer.0_0_0")) == 2
 
 
-@pytest.mark.airflow
 def test_orphans_are_found(world: World) -> None:
     """A pod whose task is over is deleted by the maintenance, one whose task goes on is not; by hand all can be."""
     name = "with-orphans"
@@ -200,7 +198,6 @@ def orphan_of(pod: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.airflow
 @pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
 def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) -> None:
     """The API away for a while, answers lost, logs out of reach, too little quota: all is done once, and the logs are there."""

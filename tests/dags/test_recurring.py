@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, change_database, copy_dags, files, until
+from airflow_volumes import RUN_LIMIT, Volumes, change_database, files, until
 from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.geometry import Box
 from chunkflow_core.volumes import NewLayer
-from operators.service import ApiError, Client, start
+from operators.service import ApiError
 
-pytestmark = pytest.mark.airflow
+pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("local volumes")]
 
 SHAPE = (12, 60, 20)
 """Five patches of 20 voxels along y, each its own block of 10 (the last one of 20): patch k reads y 10·k to 10·k + 20."""
@@ -86,34 +85,22 @@ listener()
 
 
 @pytest.fixture(scope="module")
-def volumes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volumes]:
-    folder = tmp_path_factory.mktemp("recurring")
+def volumes(local_volumes: Callable[[str], Volumes]) -> Volumes:
+    volumes = local_volumes("recurring")
+    folder = volumes.folder
     noise = np.random.default_rng(0).integers(1, 255, (1, *SHAPE), dtype=np.uint8)
     noise[0, 0, 59, 0] = 255
     for name in ("noise", "clocked-input", "growing-input"):
         write_layer(folder / name, noise)
     frail = FRAIL.replace("FLAG", repr(str(folder / "flag"))).replace("HOLD", repr(str(folder / "hold")))
     (folder / "frail.py").write_text(frail)
-    own = copy_dags(folder)
     layer_address, heard = f"file://{folder}/frail/output", str(folder / "heard")
-    (own / "listener.py").write_text(LISTENER.replace("LAYER", layer_address).replace("HEARD", heard))
-    modules = folder / "modules"
-    modules.mkdir()
-    (modules / "recorder.py").write_text(RECORDER)
+    (volumes.dags / "listener.py").write_text(LISTENER.replace("LAYER", layer_address).replace("HEARD", heard))
+    (folder / "modules" / "recorder.py").write_text(RECORDER)
     arguments = {"path": str(folder / "notified"), "line": "{{ dag.dag_id }}: {{ report.state }}"}
     write_spec(folder, "frail", notify={"notifier": "recorder.Recorder", "arguments": arguments})
-    environment = {
-        "CHUNKFLOW_VOLUMES": str(folder / "volumes"),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(modules), os.environ.get("PYTHONPATH")))),
-    }
-    home = folder / "home"
-    with (
-        start(home, dags=own, environment=environment, with_parent=True, durable=False) as service,
-        Client(service) as client,
-    ):
-        volumes = Volumes(client, folder, own)
-        volumes.known("frail", "listener")
-        yield volumes
+    volumes.known("frail", "listener")
+    return volumes
 
 
 def write_layer(path: Path, data: NDArray[np.uint8]) -> None:
@@ -134,7 +121,6 @@ def write_spec(folder: Path, name: str, **changes: Any) -> Path:
         "runner": {"kind": "local", "retries": 1, "retry_delay": 1},
     }
     path = folder / "volumes" / f"{name}.yaml"
-    path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(spec | changes))
     return path
 
@@ -179,7 +165,7 @@ class TestOneVolume:
         run = volumes.trigger("frail")
         until(lambda: states(volumes, run)["infer.0_4_0"] == "running", RUN_LIMIT)
         second = volumes.trigger("frail")
-        change_database(volumes.folder / "home", "UPDATE dag_run SET state = 'running' WHERE run_id = %s", second)
+        change_database(volumes.home, "UPDATE dag_run SET state = 'running' WHERE run_id = %s", second)
 
         assert volumes.wait("frail", second) == "failed"
 

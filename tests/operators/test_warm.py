@@ -86,7 +86,7 @@ def children(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
 FACTS = """
 import json, os, resource, signal, sys, threading
 print(json.dumps({
-    "arguments": sys.argv, "name": __name__, "path": sys.path, "environment": dict(os.environ), "folder": os.getcwd(),
+    "arguments": sys.argv, "title": open("/proc/self/cmdline").read().replace(chr(0), " ").strip(), "name": __name__, "path": sys.path, "environment": dict(os.environ), "folder": os.getcwd(),
     "umask": [line for line in open("/proc/self/status") if line.startswith("Umask")],
     "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
     "cpus": sorted(os.sched_getaffinity(0)), "nice": os.nice(0),
