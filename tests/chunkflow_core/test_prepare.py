@@ -193,7 +193,7 @@ def test_claim_that_was_cut_short_has_left_no_stale_receipt(
 
     with monkeypatch.context() as storage:
         storage.setattr(provenance, "put_file", outage)
-        with pytest.raises(StorageError):
+        with pytest.raises(StorageError, match="out of reach"):
             prepared(path, other="overwrite")
     assert not list(tmp_path.rglob("receipts/*/**/*.json"))
     assert files_below(tmp_path / "output") == before
@@ -245,12 +245,12 @@ def test_model_that_does_not_work_claims_nothing(make_spec: MakeSpec, tmp_path: 
     (tmp_path / "net.py").write_text(WRONG)
     model = "model={engine: pytorch, path: net.py}"
     path = make_spec()
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the model gave an output of shape"):
         prepared(path, model)
     assert not (tmp_path / "output").exists()
     run(path)
     before = files_below(tmp_path)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the model gave an output of shape"):
         prepared(path, model, other="overwrite")
     assert files_below(tmp_path) == before
 
@@ -272,7 +272,7 @@ def test_model_is_tried_once(
     outcome = python("-c", program)
     assert outcome.stdout == "True False\n", outcome.stderr
     (tmp_path / "net.py").write_text(WRONG)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the model gave an output of shape"):
         prepared(path, once=True, other="overwrite")
 
 
