@@ -15,11 +15,13 @@ from volume import files_below, output_of, write_volume
 from chunkflow_core import donations
 from chunkflow_core.__main__ import main
 from chunkflow_core.codec import compress, decompress
+from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.inference_and_donate import main as infer
 from chunkflow_core.lattice import Donation
 from chunkflow_core.receive_and_blend import main as blend
 from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
 
 RECEIVER = (1, 1, 1)
 DONOR = (0, 1, 1)
@@ -66,6 +68,13 @@ def of_another_fingerprint(spec: VolumeSpec) -> None:
     donation, file = one_donation(spec)
     sums = compress(np.ones((2, *donation.box.shape), np.float32))
     file.write_bytes(donations.pack(donation, sums, 2, "0123456789abcdef")[0])
+
+
+def of_an_earlier_inference(spec: VolumeSpec) -> None:
+    """Intact, of this fingerprint and box; only the receipt knows that these are not the sums."""
+    donation, file = one_donation(spec)
+    sums = compress(np.ones((2, *donation.box.shape), np.float32))
+    file.write_bytes(donations.pack(donation, sums, 2, spec.fingerprint)[0])
 
 
 def of_another_box(spec: VolumeSpec) -> None:
@@ -117,6 +126,7 @@ def receipt_altered(spec: VolumeSpec) -> None:
         (truncate, 65),
         (empty, 65),
         (of_another_fingerprint, 65),
+        (of_an_earlier_inference, 65),
         (of_another_box, 65),
         (of_another_block_with_its_receipt, 65),
         (remove, 66),
@@ -150,6 +160,25 @@ def test_wrong_donation(
     np.testing.assert_array_equal(output_of(path), expected)
 
 
+def test_what_was_donated_before_the_input_grew_is_not_blended(tmp_path: Path) -> None:
+    """The donations have the same names, but were padded where there are voxels now."""
+    roi = [[0, 0, 0], [15, 48, 40]]
+    path = write_volume(tmp_path, roi=roi, input={"path": f"file://{tmp_path}/input", "bounds": roi})
+    assert main(["prepare", str(path)]) == 0
+    before, now = load_spec(path), load_spec(path, ["input.bounds=[[0, 0, 0], [20, 48, 40]]"])
+    receiver = (1, 0, 0)
+    for donor in before.grid.donors(receiver):
+        inference_and_donate(Workspace(before), donor)
+
+    assert [d.key for d in now.grid.donations(receiver, receiver)] == [
+        d.key for d in before.grid.donations(receiver, receiver)
+    ]
+    with pytest.raises(MissingInputError, match=r"block \(1, 0, 0\) has not donated yet"):
+        receive_and_blend(Workspace(now), receiver)
+
+    receive_and_blend(Workspace(before), receiver)
+
+
 def test_a_retry_in_the_same_run_donates_again_what_was_damaged(folder: Path) -> None:
     """As when both tasks of an Airflow run are cleared."""
     path = str(folder / "spec.yaml")
@@ -167,7 +196,11 @@ def test_a_retry_in_the_same_run_donates_again_what_was_damaged(folder: Path) ->
 
 
 def test_zero_donations_are_not_stored(tmp_path: Path) -> None:
-    path = write_volume(tmp_path, input={"path": f"file://{tmp_path}/input", "fill_missing": True})
+    path = write_volume(
+        tmp_path,
+        input={"path": f"file://{tmp_path}/input", "fill_missing": True},
+        exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"},
+    )
     shutil.rmtree(next(p for p in (tmp_path / "input").iterdir() if p.is_dir()))
 
     assert main(["run", str(path)]) == 0

@@ -11,7 +11,9 @@ import pytest
 from volume import files_below, write_volume
 
 from chunkflow_core.__main__ import main
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.inference_and_donate import main as infer
+from chunkflow_core.marks import Stage
 from chunkflow_core.receive_and_blend import main as blend
 from chunkflow_core.spec import load_spec
 
@@ -38,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     + [("blend", phase, count) for phase in BLEND_PHASES for count in (1, 2) if phase == "write" or count == 1],
 )
-def test_killed_then_run_again(tmp_path: Path, undisturbed: Path, stage: str, phase: str, count: int) -> None:
+def test_killed_then_run_again(tmp_path: Path, undisturbed: Path, stage: Stage, phase: str, count: int) -> None:
     spec = write_volume(tmp_path)
     assert main(["prepare", str(spec)]) == 0
     blocks = list(load_spec(spec).grid.indices())
@@ -53,13 +55,13 @@ def test_killed_then_run_again(tmp_path: Path, undisturbed: Path, stage: str, ph
     )
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    exchange = next((tmp_path / "exchange").iterdir())
-    receipt = exchange / "receipts" / stage / f"{load_spec(spec).grid.block(victim).box.key}.json"
-    assert not receipt.exists(), "a killed stage must not look complete"
+    exchange = Exchange(load_spec(spec))
+    assert exchange.receipt(stage, victim) is None, "a killed stage must not look complete"
     for index in blocks:
         assert infer([str(spec), "--block", *map(str, index)]) == 0
     for index in blocks:
         assert blend([str(spec), "--block", *map(str, index)]) == 0
+    assert exchange.receipt(stage, victim) is not None
     assert chunk_files(tmp_path) == chunk_files(undisturbed)
     assert main(["verify", str(spec)]) == 0
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,11 @@ from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.layer_info import read_scale
 from chunkflow_core.layer_reader import open_volume
 from chunkflow_core.local import Schedule
-from chunkflow_core.marks import InferenceMark, given_places, parse_mark, receiver_at, slot
+from chunkflow_core.marks import STAGES, InferenceMark, Stage, given_places, parse_mark, receiver_at, slot
 from chunkflow_core.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.volumes import OutputLayer
 
 ALL = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
 
@@ -211,6 +213,44 @@ def test_a_donor_whose_input_has_changed_is_no_mere_donor(path: Path, tmp_path: 
     assert set(forced.blend) == {(0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1)}
 
 
+def test_an_edit_while_a_block_is_at_work_is_noticed(path: Path, tmp_path: Path) -> None:
+    """What its receipt says of the input was asked for before anything was read."""
+    spec = load_spec(path)
+    assert main(["run", str(path)]) == 0
+    edits: list[Vector] = []
+
+    def edit_once() -> None:
+        if not edits:
+            edits.append((19, 47, 39))
+            edit(tmp_path, edits[0])
+
+    inference_and_donate(Workspace(spec), (1, 1, 1), force=True, patch_done=edit_once)
+
+    assert edits
+    assert due(spec, inside(spec.grid, (1, 1, 1)), check_input=True).why[(1, 1, 1)] == "input"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_is_done_again_has_no_receipt_while_it_writes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage
+) -> None:
+    """Half of the new beside half of the old is never vouched for."""
+    spec = load_spec(path)
+    assert main(["run", str(path), "--set", "exchange.donations=keep"]) == 0
+    found: list[object] = []
+    write = OutputLayer.write
+
+    def look_and_write(self: OutputLayer, *arguments: Any) -> dict[str, str]:
+        found.append(Exchange(spec).receipt(stage, (1, 1, 1)))
+        return write(self, *arguments)
+
+    monkeypatch.setattr(OutputLayer, "write", look_and_write)
+    {"infer": inference_and_donate, "blend": receive_and_blend}[stage](Workspace(spec), (1, 1, 1), force=True)
+
+    assert found and set(found) == {None}
+    assert Exchange(spec).receipt(stage, (1, 1, 1)) is not None
+
+
 def test_two_receipts_of_one_block(path: Path) -> None:
     spec = load_spec(path)
     assert main(["run", str(path)]) == 0
@@ -254,8 +294,27 @@ def test_marks(donor: Vector, given: dict[int, tuple[str, int]], signature: str)
         assert slot(donor, receiver_at(donor, place)) == place
 
 
-@pytest.mark.parametrize("text", ["", "a", "a%b", "a%b%c", "a%b%c_d", "a%b%1_2_3_4_5_6_7_8%d"])
+MARK = f"{'g' * 13}%{'s' * 13}%{'d' * 13}.3_______"
+"""Of a block that has donated to itself only."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        MARK[1:],
+        MARK[:-1],
+        MARK + "_",
+        MARK + " (1)",
+        MARK + f"%{'d' * 13}",
+        MARK.upper(),
+        MARK.replace("s" * 13, ""),
+        MARK.replace(".3", ""),
+        MARK.replace("3", "three"),
+    ],
+)
 def test_names_that_are_no_marks(text: str) -> None:
+    assert parse_mark("infer", MARK) is not None
     assert parse_mark("infer", text) is None
 
 

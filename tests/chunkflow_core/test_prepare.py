@@ -16,7 +16,9 @@ from volume import files_below, output_of, spec_content
 from chunkflow_core import provenance
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import DataError, SpecError, StorageError
+from chunkflow_core.exchange import Exchange
 from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.marks import Stage
 from chunkflow_core.prepare import Other, prepare
 from chunkflow_core.provenance import History
 from chunkflow_core.spec import VolumeSpec, load_spec
@@ -193,7 +195,7 @@ def test_claim_that_was_cut_short_has_left_no_stale_receipt(
 
     with monkeypatch.context() as storage:
         storage.setattr(provenance, "put_file", outage)
-        with pytest.raises(StorageError):
+        with pytest.raises(StorageError, match="out of reach"):
             prepared(path, other="overwrite")
     assert not list(tmp_path.rglob("receipts/*/**/*.json"))
     assert files_below(tmp_path / "output") == before
@@ -245,12 +247,12 @@ def test_model_that_does_not_work_claims_nothing(make_spec: MakeSpec, tmp_path: 
     (tmp_path / "net.py").write_text(WRONG)
     model = "model={engine: pytorch, path: net.py}"
     path = make_spec()
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the model gave an output of shape"):
         prepared(path, model)
     assert not (tmp_path / "output").exists()
     run(path)
     before = files_below(tmp_path)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the model gave an output of shape"):
         prepared(path, model, other="overwrite")
     assert files_below(tmp_path) == before
 
@@ -272,7 +274,7 @@ def test_model_is_tried_once(
     outcome = python("-c", program)
     assert outcome.stdout == "True False\n", outcome.stderr
     (tmp_path / "net.py").write_text(WRONG)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the model gave an output of shape"):
         prepared(path, once=True, other="overwrite")
 
 
@@ -512,6 +514,28 @@ class TestClaimDuringARun:
 
         assert workspace.exchange.receipts("infer") == {}
         assert not (tmp_path / "output" / "4_4_40").exists()
+
+    @pytest.mark.parametrize(
+        ("stage", "owner", "last"), [("infer", Exchange, "keep_donations"), ("blend", OutputLayer, "write")]
+    )
+    def test_no_receipt_if_it_was_claimed_after_the_last_look(
+        self, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, owner: type, last: str
+    ) -> None:
+        path = make_spec(exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"})
+        run(path)
+        workspace, original = Workspace(load_spec(path)), getattr(owner, last)
+
+        def then_claimed(*arguments: object) -> object:
+            result = original(*arguments)
+            prepared(path, *OTHER, other="overwrite")
+            return result
+
+        with monkeypatch.context() as hooked:
+            hooked.setattr(owner, last, then_claimed)
+            with pytest.raises(SpecError, match="is claimed for fingerprint"):
+                {"infer": inference_and_donate, "blend": receive_and_blend}[stage](workspace, (1, 1, 1), force=True)
+
+        assert workspace.exchange.receipt(stage, (1, 1, 1)) is None
 
     def test_provenance_that_another_program_is_just_writing(self, make_spec: MakeSpec, tmp_path: Path) -> None:
         path = make_spec()

@@ -92,6 +92,12 @@ UNSCHEDULABLE = [
         (pod("Failed", ended(137), reason="DeadlineExceeded", message="active longer than"), Kind.DEADLINE, Retry.COUNTED, None, "longer deadline"),
         (pod("Failed", ended(143), deleted=1), Kind.DELETED, Retry.AT_ONCE, 143, "deleted the pod"),
         (pod("Failed", ended(75, message="error: x"), deleted=1), Kind.STORAGE, Retry.COUNTED, 75, "x"),
+        # More memory is what it needs, also if its deletion was asked for meanwhile.
+        (pod("Failed", ended(137, "OOMKilled"), deleted=1), Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, 137, "memory limit of 4Gi"),
+        # Words about limits and a condition that does not hold are no eviction.
+        (pod("Failed", ended(75, message="error: 503"), message="the log exceeds the limit"), Kind.STORAGE, Retry.COUNTED, 75, "503"),
+        (pod("Failed", ended(75, message="error: 503"), conditions=[condition("DisruptionTarget", "False", "PreemptionByScheduler")]),
+         Kind.STORAGE, Retry.COUNTED, 75, "503"),
         # The node went away: the pod stays Running for ever, or Terminating until the node is back.
         (pod("Running", {"running": {}}, deleted=11, conditions=disrupted("DeletionByTaintManager")), Kind.NODE_LOST, Retry.AT_ONCE, None, "why"),
         (pod("Running", {"running": {}}, deleted=61), Kind.NODE_LOST, Retry.AT_ONCE, None, "does not answer"),
@@ -117,6 +123,9 @@ UNSCHEDULABLE = [
         (pod("Failed", None), Kind.ERROR, Retry.COUNTED, None, "no reason"),
         (pod("Pending", None, conditions=UNSCHEDULABLE), Kind.NO_NODE, Retry.COUNTED, None, "nvidia.com/gpu"),
         (pod("Pending", waiting("ContainerCreating"), conditions=scheduled(601)), Kind.NOT_STARTED, Retry.COUNTED, None, "ContainerCreating"),
+        # A sidecar of the template that runs is nothing to wait for.
+        (pod("Pending", waiting("ContainerCreating"), conditions=scheduled(601), initContainerStatuses=[{"name": "proxy", "state": {"running": {}}, "started": True}]),
+         Kind.NOT_STARTED, Retry.COUNTED, None, "ContainerCreating"),
         (pod("Pending", waiting("InvalidImageName", "bad"), conditions=scheduled(1)), Kind.IMAGE, Retry.NEVER, None, "bad"),
         (pod("Pending", waiting("ImagePullBackOff", "Back-off: not found"), conditions=scheduled(1)), Kind.IMAGE, Retry.NEVER, None, "runner.image"),
         (pod("Pending", waiting("ImagePullBackOff", "Back-off: i/o timeout"), conditions=scheduled(601)), Kind.IMAGE, Retry.COUNTED, None, "timeout"),
@@ -148,6 +157,8 @@ def test_ends(object_: dict[str, Any], kind: Kind, retry: Retry, code: int | Non
          "starting: init container fetch runs"),
         (pod("Pending", waiting("ContainerCreating"), conditions=scheduled(5000), initContainerStatuses=[{"name": "fetch", "state": ended(0, finished=10)}]),
          "starting: ContainerCreating"),
+        (pod("Pending", waiting("PodInitializing"), conditions=scheduled(1), initContainerStatuses=[{"name": "fetch", "state": ended(0)}]),
+         "starting: ContainerCreating"),
         (pod("Running", {"running": {}}, deleted=-20), "being deleted"),
         (pod("Running", {"running": {}}, deleted=59), "being deleted"),
     ],
@@ -173,5 +184,7 @@ def test_events_tell_about_pods_that_never_ran_or_are_gone() -> None:
     lost = vanished("p").outcome
     assert lost and lost.retry is Retry.AT_ONCE
     assert with_events(lost, events).message == "the pod p is gone, and its last status with it [FailedMount: no claim]"
+    many = [{"type": "Warning", "reason": "Failed", "message": str(number)} for number in range(5)]
+    assert with_events(lost, many).message.endswith(" [Failed: 2; Failed: 3; Failed: 4]"), "the last words"
     done = Outcome(Kind.STORAGE, Retry.COUNTED, "503", 75)
     assert with_events(done, events) == done
