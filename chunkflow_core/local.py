@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +27,7 @@ from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
 from chunkflow_core.errors import ChunkflowError, StorageError
 from chunkflow_core.failures import KINDS, BlocksFailedError, Failure, lines, most_telling
 from chunkflow_core.geometry import Vector
+from chunkflow_core.heap import share_one_heap
 from chunkflow_core.lattice import BlockGrid
 from chunkflow_core.marks import Stage
 from chunkflow_core.planner import Plan
@@ -184,7 +186,8 @@ class _Workers:
     """
 
     def __init__(self, spec: VolumeSpec, due: Plan, run: str, cpus: int) -> None:
-        self._initial, self._due, self._run = (spec, cpus), due, run
+        self._spec, self._cpus, self._due, self._run = spec, cpus, due, run
+        _start_warm_parent(spec)
         self._idle: list[ProcessPoolExecutor] = []
         self._running: dict[Future[_Result], tuple[Task, ProcessPoolExecutor]] = {}
 
@@ -239,7 +242,21 @@ class _Workers:
             pool.shutdown()
 
     def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open_workspace, self._initial)
+        initial = (self._spec, self._cpus, dict(os.environ))
+        return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), _open_workspace, initial)
+
+
+def _start_warm_parent(spec: VolumeSpec) -> None:
+    """Start the process that workers are forked from: it has imported what they need, and done nothing else.
+
+    So a worker starts in milliseconds. No module that is imported here may leave a thread running, open a connection or
+    touch a GPU, which no forked process could use; the threads that OpenBLAS has for numpy end before each fork.
+    """
+    modules = ["chunkflow_core.__main__", "chunkflow_core.stages", f"chunkflow_core.engines.{spec.model.engine}"]
+    multiprocessing.set_forkserver_preload(modules)
+    resource_tracker.ensure_running()  # which lets interrupts in when it starts
+    with _interrupts_held_back():
+        forkserver.ensure_running()
 
 
 @contextmanager
@@ -270,15 +287,17 @@ def _execute(workspace: Workspace, task: Task, why: str | None, run: str, patch_
 _workspace: Workspace | None = None
 
 
-def _open_workspace(spec: VolumeSpec, cpus: int) -> None:
+def _open_workspace(spec: VolumeSpec, cpus: int, environment: dict[str, str]) -> None:
     global _workspace  # the one object that a worker process keeps between its tasks
+    share_one_heap()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word: the command says it all
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     tqdm.set_lock(
         threading.RLock()
     )  # its own is one for all processes, and is left over, with a warning, by one that is killed
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ[CPUS_VARIABLE] = str(cpus)
+    os.environ.clear()  # it is that of the warm parent, which may be older
+    os.environ.update(environment | {CPUS_VARIABLE: str(cpus)})
     _workspace = Workspace(spec)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
+from select import select
+from subprocess import DEVNULL, CompletedProcess, Popen
 
 import numpy as np
 import pytest
@@ -274,6 +277,50 @@ def test_the_command_ends_with_the_exit_code_and_without_a_traceback(trouble: Tr
     outcome = chunkflow("run", trouble.path, "--seams", 4)
     assert outcome.returncode == 0, outcome.stderr
     assert "1 blocks to infer, 4 to blend, 4 up to date" in outcome.stdout
+
+
+WAITING = """
+import multiprocessing, os, pathlib
+
+FOLDER = pathlib.Path(__file__).parent
+
+def InstantiatedModel(x):
+    if multiprocessing.parent_process() is not None:
+        with (FOLDER / "begun").open("w") as begun:
+            begun.write(f"{os.getpid()} {os.getppid()}\\n")
+            begun.flush()
+            (FOLDER / "never").open()
+    return x
+"""
+"""In a worker: says so in a pipe, and waits for ever at another."""
+
+
+def test_workers_are_forked_from_a_warm_process_and_none_outlives_the_command(make_spec: MakeSpec) -> None:
+    path = make_spec(model={"engine": "pytorch", "path": "model.py", "streams": 1})
+    folder = path.parent
+    (folder / "model.py").write_text(WAITING)
+    for pipe in ("begun", "never"):
+        os.mkfifo(folder / pipe)
+    command = [sys.executable, "-m", "chunkflow_core", "run", path, "--workers", "2"]
+    begun, told = os.open(folder / "begun", os.O_RDWR), b""
+    with Popen(command, stdout=DEVNULL, stderr=DEVNULL) as process:
+        try:
+            while told.count(b"\n") < 2:
+                assert select([begun], [], [], 120)[0]
+                told += os.read(begun, 1000)
+            (one, warm), (other, its_parent) = (map(int, line.split()) for line in told.splitlines())
+            assert one != other and warm == its_parent != process.pid
+            threads = list(Path(f"/proc/{warm}/task").iterdir())
+            assert len(threads) == 1, (
+                "others would be missing in a forked process, and what they have locked stay locked"
+            )
+            assert "libtorch_cpu" in Path(f"/proc/{warm}/maps").read_text()
+            ends = [os.pidfd_open(pid) for pid in (one, other, warm)]
+        finally:
+            process.kill()
+    assert all(select([end], [], [], 60)[0] for end in ends)
+    for descriptor in (begun, *ends):
+        os.close(descriptor)
 
 
 def test_a_volume_of_a_single_block(make_spec: MakeSpec) -> None:
