@@ -23,6 +23,7 @@ from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.engines.cache import made_once
 from chunkflow_core.engines.gpu import claim
+from chunkflow_core.engines.openvino import OpenVINO
 from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.spec import load_spec
 
@@ -334,9 +335,21 @@ def make_case(
     return make
 
 
+@pytest.fixture(scope="module")
+def common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What OpenVINO has converted once, for the tests that do not ask how."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case | None]) -> Case:
+def case(
+    request: pytest.FixtureRequest,
+    make_case: Callable[[str], Case | None],
+    common_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Case:
     """Every engine in turn."""
+    monkeypatch.setenv("CHUNKFLOW_CACHE", str(common_cache))
     made = make_case(request.param)
     if made is None:
         pytest.skip("not on this machine: there is no C++ compiler, or its CPU does not compute in bfloat16")
@@ -352,7 +365,7 @@ def test_numbers_of_the_reference_and_the_declared_form(case: Case) -> None:
     np.testing.assert_allclose(given, case.expected, atol=case.tolerance)
     assert given.std() > case.tolerance, "a constant would prove nothing"
     for axis in (2, 3, 4):
-        mirrored = np.flip(load(case.path)(np.ascontiguousarray(np.flip(patches(), axis))), axis)
+        mirrored = np.flip(engine(np.ascontiguousarray(np.flip(patches(), axis))), axis)
         is_blind = case.path.stem == "identity"
         assert is_blind or abs(mirrored - given).max() > 2 * case.tolerance, (
             "neither would a network without directions"
@@ -633,6 +646,15 @@ def test_what_makes_a_conversion_another_one(
     assert len(list(own_cache.iterdir())) == 2
 
 
+def test_a_conversion_is_told_to_nobody(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
+    """OpenVINO would fork this process and send from there that a model was converted."""
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))
+    engine = load(make_spec(model=python_file(tmp_path, engine="openvino"), output=output))
+    assert isinstance(engine, OpenVINO)
+    assert forks == []
+
+
 def test_half_a_conversion_is_never_used(tmp_path: Path) -> None:
     def half(folder: Path) -> None:
         (folder / "network.xml").write_text("<net>")
@@ -799,6 +821,7 @@ def test_cuda_keeps_data_on_the_device(make_spec: MakeSpec, tmp_path: Path, outp
 CLAIM = """
 import sys
 from chunkflow_core.engines.gpu import claim
+from chunkflow_core.engines.openvino import OpenVINO
 print(claim(int(sys.argv[2]), sys.argv[1]), claim(int(sys.argv[2]), sys.argv[1]), flush=True)
 sys.stdin.read()
 """
