@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
+from nursery import shared
 from volume import spec_content, write_layer
 
 from chunkflow_core.__main__ import main
@@ -92,5 +94,17 @@ def python(tmp_path: Path) -> Callable[..., Outcome]:
         folder = tmp_path / "elsewhere"
         folder.mkdir(exist_ok=True)
         return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
+
+    return call
+
+
+@pytest.fixture
+def warm_python(tmp_path: Path) -> Callable[..., Outcome]:
+    """As ``python``, where how a process starts does not matter: forked from one that has imported the library."""
+
+    def call(*arguments: object) -> Outcome:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        return shared().run([sys.executable, *map(str, arguments)], os.environ, folder)
 
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +20,9 @@ from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec
+
+# OpenVINO reports each conversion to its makers, by processes forked from this one, unless it finds no package to do so.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 _FORMATS = (".xml", ".onnx")
 """What OpenVINO reads by itself."""

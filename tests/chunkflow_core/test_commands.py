@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from cloudvolume import CloudVolume
 from numpy.typing import NDArray
+from nursery import shared
 from PIL import Image
 
 from chunkflow_core import inference_and_donate, receive_and_blend
@@ -468,12 +469,19 @@ def test_prepare_tells_what_a_patch_takes(make_spec: MakeSpec, tmp_path: Path, c
 
 
 SLOW = """
-import pathlib, time
+import pathlib, sys, time
 
-def InstantiatedModel(x):
-    if pathlib.Path({brake!r}).exists():
-        time.sleep(0.2)
-    return x
+if not any("resource_tracker" in word for word in sys.orig_argv):
+    from chunkflow_core.engines.identity import Identity
+
+    run = Identity.__call__
+
+    def slow(self, patches):
+        if pathlib.Path({brake!r}).exists():
+            time.sleep(0.2)
+        return run(self, patches)
+
+    Identity.__call__ = slow
 """
 
 
@@ -484,27 +492,21 @@ def test_interrupted_run_is_completed_by_the_next(
     """Ctrl-C goes to all processes of the terminal's foreground group."""
     brake = tmp_path / "brake"
     brake.touch()
-    (tmp_path / "model.py").write_text(SLOW.format(brake=str(brake)))
-    spec = make_spec(model={"engine": "pytorch", "path": "model.py"})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "chunkflow_core", "run", spec, "--workers", str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Whoever runs the tests in the background has it ignored, which processes inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 90
-    while (
-        not list(tmp_path.rglob("receipts/infer/*/*.json")) and process.poll() is None and time.monotonic() < deadline
-    ):
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted; what is complete is kept" in told
-    assert "Traceback" not in told
+    (tmp_path / "sitecustomize.py").write_text(SLOW.format(brake=str(brake)))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    spec = make_spec()
+    command = [sys.executable, "-m", "chunkflow_core", "run", str(spec), "--workers", str(workers)]
+    with (tmp_path / "told").open("w+") as told:
+        process = shared().start(command, os.environ | {"PYTHONPATH": path}, tmp_path, told.fileno())
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.rglob("receipts/infer/*/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 130
+        told.seek(0)
+        said = told.read()
+    assert "interrupted; what is complete is kept" in said
+    assert "Traceback" not in said
     done = len(list(tmp_path.rglob("receipts/infer/*/*.json")))
     assert 0 < done < 8
 

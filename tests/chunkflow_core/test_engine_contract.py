@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from nursery import Child, Nursery, shared
 from torch._dynamo.utils import counters
 
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.engines.cache import made_once
 from chunkflow_core.engines.gpu import claim
+from chunkflow_core.engines.openvino import OpenVINO
 from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.spec import load_spec
 
@@ -261,6 +264,14 @@ def pznet_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     forget()
 
 
+@pytest.fixture(scope="module")
+def with_torch() -> Iterator[Nursery]:
+    """Forks processes that have imported PyTorch and OpenVINO, and computed nothing."""
+    nursery = Nursery(["torch", *(f"chunkflow_core.engines.{name}" for name in ("openvino", "tracing", "pytorch"))])
+    yield nursery
+    nursery.close()
+
+
 @dataclass(frozen=True)
 class Case:
     """An engine with a model."""
@@ -334,9 +345,21 @@ def make_case(
     return make
 
 
+@pytest.fixture(scope="module")
+def common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What OpenVINO has converted once, for the tests that do not ask how."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case | None]) -> Case:
+def case(
+    request: pytest.FixtureRequest,
+    make_case: Callable[[str], Case | None],
+    common_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Case:
     """Every engine in turn."""
+    monkeypatch.setenv("CHUNKFLOW_CACHE", str(common_cache))
     made = make_case(request.param)
     if made is None:
         pytest.skip("not on this machine: there is no C++ compiler, or its CPU does not compute in bfloat16")
@@ -352,7 +375,7 @@ def test_numbers_of_the_reference_and_the_declared_form(case: Case) -> None:
     np.testing.assert_allclose(given, case.expected, atol=case.tolerance)
     assert given.std() > case.tolerance, "a constant would prove nothing"
     for axis in (2, 3, 4):
-        mirrored = np.flip(load(case.path)(np.ascontiguousarray(np.flip(patches(), axis))), axis)
+        mirrored = np.flip(engine(np.ascontiguousarray(np.flip(patches(), axis))), axis)
         is_blind = case.path.stem == "identity"
         assert is_blind or abs(mirrored - given).max() > 2 * case.tolerance, (
             "neither would a network without directions"
@@ -597,18 +620,20 @@ def test_network_with_two_inputs(make_spec: MakeSpec, tmp_path: Path, output: Se
 
 
 def test_a_conversion_is_kept_and_used_without_pytorch(
-    make_spec: MakeSpec, tmp_path: Path, output: Section, own_cache: Path
+    make_spec: MakeSpec, tmp_path: Path, output: Section, own_cache: Path, with_torch: Nursery
 ) -> None:
     """Several processes at once leave one conversion, and no trace of a second."""
     path = make_spec(model=python_file(tmp_path, engine="openvino"), output=output)
-    for process in [start(RUN, tmp_path / f"{number}.npz", path) for number in range(3)]:
-        assert process.wait(300) == 0
+    with (tmp_path / "said").open("w") as said:
+        commands = [[sys.executable, "-c", RUN, f"{tmp_path}/{number}.npz", str(path)] for number in range(3)]
+        for process in [with_torch.start(command, os.environ, tmp_path, said.fileno()) for command in commands]:
+            assert process.wait() == 0, (tmp_path / "said").read_text()
     (kept,) = own_cache.iterdir()
     before = {file.name: file.stat().st_mtime_ns for file in kept.iterdir()}
     program = RUN + "\nassert 'torch' not in sys.modules and 'model' not in sys.modules"
     process = start(program, tmp_path / "again.npz", path)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
     assert {file.name: file.stat().st_mtime_ns for file in kept.iterdir()} == before
     np.testing.assert_array_equal(results(tmp_path / "again.npz"), results(tmp_path / "0.npz"))
 
@@ -631,6 +656,15 @@ def test_what_makes_a_conversion_another_one(
     if change in ("weights", "model file"):
         assert abs(engine(patches()) - first).max() > 0.1
     assert len(list(own_cache.iterdir())) == 2
+
+
+def test_a_conversion_is_told_to_nobody(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
+    """OpenVINO would fork this process and send from there that a model was converted."""
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))
+    engine = load(make_spec(model=python_file(tmp_path, engine="openvino"), output=output))
+    assert isinstance(engine, OpenVINO)
+    assert forks == []
 
 
 def test_half_a_conversion_is_never_used(tmp_path: Path) -> None:
@@ -711,17 +745,16 @@ with ThreadPoolExecutor(2) as pool:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_patch_is_run_in_the_declared_number_of_threads(
-    make_spec: MakeSpec, tmp_path: Path, output: Section, threads: int
+    make_spec: MakeSpec, tmp_path: Path, output: Section, with_torch: Nursery, threads: int
 ) -> None:
     """In every thread that calls, not only in that which loaded the model."""
     (tmp_path / "model.py").write_text(NET)
     geometry = {"patch_size": [32, 64, 64], "block_size": [30, 60, 60]}
     model = {"engine": "pytorch", "path": "model.py", "threads": threads, "streams": 2}
     path = make_spec(model=model, output=output, **geometry)
-    process = start(THREADS, path)
-    told, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert int(told) == 2 * threads  # those that call, and the helpers of each
+    done = with_torch.run([sys.executable, "-c", THREADS, str(path)], os.environ, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2 * threads  # those that call, and the helpers of each
 
 
 @pytest.mark.parametrize("body", ["x.view(-1).view_as(x) * 2", "x.mul_(2)", "x * self.scale.view(-1)[0]"])
@@ -797,33 +830,37 @@ def test_cuda_keeps_data_on_the_device(make_spec: MakeSpec, tmp_path: Path, outp
 # ------------------------------------------------------------------------------------------------------------------ GPUs
 
 CLAIM = """
-import sys
+import sys, time
 from chunkflow_core.engines.gpu import claim
 print(claim(int(sys.argv[2]), sys.argv[1]), claim(int(sys.argv[2]), sys.argv[1]), flush=True)
-sys.stdin.read()
+time.sleep(600)
 """
 
 
 def test_processes_spread_over_the_gpus_and_a_killed_one_frees_its_place(tmp_path: Path) -> None:
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Child] = []
 
     def another() -> int:
-        process = start(CLAIM, tmp_path, 3)
-        processes.append(process)
-        assert process.stdout is not None
-        first, again = map(int, process.stdout.readline().split())
+        reading, writing = os.pipe()
+        command = [sys.executable, "-c", CLAIM, str(tmp_path), "3"]
+        processes.append(shared().start(command, os.environ, tmp_path, writing))
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            first, again = map(int, told.readline().split())
         assert first == again
         return first
 
+    def kill(process: Child) -> None:
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
     try:
         assert [another() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-        processes[1].kill()
-        processes[1].wait()
+        kill(processes.pop(1))
         assert [another(), another()] == [1, 1]
     finally:
         for process in processes:
-            process.kill()
-            process.communicate()
+            kill(process)
 
 
 def test_a_place_that_another_user_made(tmp_path: Path) -> None:

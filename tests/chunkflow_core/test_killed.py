@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from volume import files_below, write_volume
@@ -40,7 +40,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     + [("blend", phase, count) for phase in BLEND_PHASES for count in (1, 2) if phase == "write" or count == 1],
 )
-def test_killed_then_run_again(tmp_path: Path, undisturbed: Path, stage: Stage, phase: str, count: int) -> None:
+def test_killed_then_run_again(
+    tmp_path: Path,
+    undisturbed: Path,
+    warm_python: Callable[..., CompletedProcess[str]],
+    stage: Stage,
+    phase: str,
+    count: int,
+) -> None:
     spec = write_volume(tmp_path)
     assert main(["prepare", str(spec)]) == 0
     blocks = list(load_spec(spec).grid.indices())
@@ -48,13 +55,9 @@ def test_killed_then_run_again(tmp_path: Path, undisturbed: Path, stage: Stage, 
     for index in blocks if stage == "blend" else []:
         assert infer([str(spec), "--block", *map(str, index)]) == 0
 
-    killed = subprocess.run(
-        [sys.executable, KILLED, stage, phase, str(count), spec, "--block", *map(str, victim)],
-        capture_output=True,
-        timeout=120,
-    )
+    killed = warm_python(KILLED, stage, phase, count, spec, "--block", *victim)
 
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     exchange = Exchange(load_spec(spec))
     assert exchange.receipt(stage, victim) is None, "a killed stage must not look complete"
     for index in blocks:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from double import Cluster
-from double_nursery import shared
 from kubernetes import client, config, utils
+from nursery import shared
 
 from chunkflow_core.object_stores import open_files
 

@@ -60,9 +60,9 @@ from typing import Any, Self, TypeVar
 import yaml
 from double_api import Api, Fault, Request
 from double_kubelet import Kubelet, Place, Rule, Timing
-from double_nursery import Nursery
 from double_objects import Node, self_signed
 from double_pods import Pod
+from nursery import Nursery
 
 __all__ = ["Cluster", "Fault", "Node", "Pod", "Request", "Rule", "Timing"]
 
@@ -85,7 +85,7 @@ class Cluster:
     ``quota``: how many pods not yet ended each namespace may have (the quota is called ``pods``).
     ``log_limit_bytes``: older lines are rotated away. ``child_oom``: beyond a memory limit only the largest process
     that is not the main one is killed. ``nursery``: forks the pods that run this project's own commands, which then
-    start in no time (see :mod:`double_nursery`); without one, all are executed.
+    start in no time (see :mod:`nursery`); without one, all are executed.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
-from double_nursery import Child, Nursery, module_of
+from nursery import Child, Nursery, module_of
 
 from operators import launch
 from operators.processes import is_alive

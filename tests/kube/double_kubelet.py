@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 from double_containers import Keeper, Log, Session, Sleeping
-from double_nursery import Nursery
 from double_objects import (
     ApiError,
     Node,
@@ -34,6 +33,7 @@ from double_objects import (
 )
 from double_pods import Contents, NotReady, Pod, environment_of, expanded, mount, unmount
 from double_store import Store
+from nursery import Nursery
 
 _POLL_SECONDS = 0.025
 _PAGE = os.sysconf("SC_PAGE_SIZE")

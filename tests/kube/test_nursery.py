@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes
+import nursery as nursery_module
 import psutil
 import pytest
 from double import Cluster
-from double_nursery import Nursery, module_of
+from nursery import Nursery, module_of
 
 from operators.processes import is_alive, wait_until
 
@@ -84,7 +85,7 @@ def executed(argv: list[str], environment: Mapping[str, str], folder: Path) -> O
 LOOK = """
 import os, signal, sys, tempfile
 print(sorted(os.environ.items()), os.getcwd(), sys.orig_argv[1:], sys.argv, sys.path[:3], tempfile.gettempdir())
-print(__name__, __file__, __spec__.name, sys.stdout.encoding, sys.stdout.errors, sys.stderr.errors)
+print(__name__, globals().get("__file__"), getattr(__spec__, "name", None), sys.stdout.encoding, sys.stdout.errors, sys.stderr.errors)
 print(os.getsid(0) in (os.getpid(), os.getppid()), os.read(0, 1), os.fstat(1) == os.fstat(2))
 print(sorted(int(descriptor) for descriptor in os.listdir("/proc/self/fd")))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -116,15 +117,21 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("argv", [COMMAND, LOGGED], ids=["command", "logged"])
+@pytest.mark.parametrize("how", ["module", "logged", "file", "program"])
 def test_it_is_as_if_it_had_been_executed(
-    nursery: Nursery, environment: Callable[[str], dict[str, str]], tmp_path: Path, argv: list[str]
+    nursery: Nursery, environment: Callable[[str], dict[str, str]], tmp_path: Path, how: str
 ) -> None:
     folder = tmp_path / "cwd"
     folder.mkdir()
-    ends = ENDS.values() if argv == COMMAND else (ENDS["code"], ENDS["killed"])
-    for code in (LOOK, INTERLEAVED, *ends):
+    codes = {"module": [LOOK, INTERLEAVED, *ENDS.values()], "logged": [LOOK, INTERLEAVED, ENDS["code"], ENDS["killed"]]}
+    for code in codes.get(how, [LOOK, ENDS["code"]]):
         variables = environment(code)
+        argv = {
+            "module": COMMAND,
+            "logged": LOGGED,
+            "file": ["python", f"{tmp_path}/code/odd.py", "word"],
+            "program": ["python", "-c", code, "word"],
+        }[how]
         assert forked(nursery, argv, variables, folder) == executed(argv, variables, folder), code
 
 
@@ -196,9 +203,9 @@ def test_in_a_pod(nursery: Nursery, environment: Callable[[str], dict[str, str]]
 def test_nothing_outlives_its_maker(environment: Callable[[str], dict[str, str]], tmp_path: Path, victim: str) -> None:
     script = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(nursery_module.__file__).parent)!r})
 from pathlib import Path
-from double_nursery import Nursery
+from nursery import Nursery
 nursery = Nursery([])
 child = nursery.start({COMMAND!r}, {environment(FAMILY)!r}, Path({str(tmp_path)!r}), 1)
 print("maker", os.getpid(), nursery.pid, flush=True)

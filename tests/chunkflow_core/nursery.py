@@ -1,9 +1,10 @@
-"""Containers that run this project's own commands, forked from a process that has imported what they import.
+"""Processes that run this project's commands, forked from one that has imported what they import.
 
-A container's first process and its stage each import for seconds to work for milliseconds. A nursery is a process that
-has done so once. For a command such as ``python -m chunkflow_core.logged …`` it forks a child, which takes over the
-container's environment, folder and output, a session of its own, and then runs the module as ``python -m`` does. What
-that process starts by ``os.posix_spawn``, as :mod:`chunkflow_core.logged` does, it forks too.
+A process of this project, such as a container's first one and its stage, imports for seconds to work for milliseconds. A
+nursery is a process that has done so once. For a command such as ``python -m chunkflow_core.logged …`` it forks a child,
+which takes over environment, folder and outputs, a session of its own, and then runs the module as ``python -m`` does. So
+it does with ``python FILE`` and ``python -c PROGRAM``. What a child starts by ``os.posix_spawn``, as
+:mod:`chunkflow_core.logged` does, it forks too if it is a module of this project's.
 
 A child differs from a process that was executed in what its kernel's entries say of its start: ``/proc/PID/cmdline`` and
 ``/proc/PID/environ`` are the nursery's. What modules read from the environment while they are imported they have read in
@@ -34,8 +35,10 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, NoReturn
 
 PACKAGE = "chunkflow_core"
@@ -45,7 +48,7 @@ PRELOADED = (
 )
 """Nothing here may start a thread, or import PyTorch, which would cost each child its memory."""
 _LENGTH = struct.Struct("!I")
-_DESCRIPTORS = 2
+_DESCRIPTORS = 3
 _SPAWN = os.posix_spawn
 
 
@@ -113,17 +116,34 @@ class Nursery:
         """Of the nursery itself."""
         return self._process.pid
 
-    def start(self, argv: Sequence[str], environment: Mapping[str, str], folder: Path, output: int) -> Child:
-        """Run a command whose ``module_of`` is known; both its outputs go to the descriptor ``output``."""
+    def start(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        output: int,
+        errors: int | None = None,
+    ) -> Child:
+        """Start a command of Python's. What it prints goes to the descriptor ``output``, errors too unless they have one."""
         request = json.dumps([list(argv), dict(environment), str(folder)]).encode()
         status, theirs = os.pipe()
         try:
             with self._lock:
-                socket.send_fds(self._channel, [_LENGTH.pack(len(request))], [output, theirs])
+                socket.send_fds(
+                    self._channel, [_LENGTH.pack(len(request))], [output, output if errors is None else errors, theirs]
+                )
                 self._channel.sendall(request)
         finally:
             os.close(theirs)
         return Child(status)
+
+    def run(self, argv: Sequence[str], environment: Mapping[str, str], folder: Path) -> CompletedProcess[str]:
+        """Run a command of Python's to its end."""
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            code = self.start(argv, environment, folder, output.fileno(), errors.fileno()).wait()
+            output.seek(0)
+            errors.seek(0)
+            return CompletedProcess(list(argv), code, output.read(), errors.read())
 
     def close(self) -> None:
         """End it, and all that it has forked."""
@@ -162,9 +182,10 @@ def main(channel: socket.socket, modules: Sequence[str]) -> None:
                 _kill_sessions({pid for pid, _ in children.values()})
                 return
             else:
-                command, output, status = request
-                pid = _fork(lambda command=command, output=output: _enter(*command, output))
+                command, output, errors, status = request
+                pid = _fork(functools.partial(_enter, *command, output, errors))
                 os.close(output)
+                os.close(errors)
                 with contextlib.suppress(BrokenPipeError):
                     os.write(status, b"%d\n" % pid)
                 descriptor = os.pidfd_open(pid)
@@ -182,8 +203,8 @@ def _compile() -> None:
         kernels.take_scaled(np.zeros((1, 1, 1, 1), dtype), (0, 0, 0), np.float32(1), np.zeros((1, 1, 1, 1), np.float32))
 
 
-def _receive(channel: socket.socket) -> tuple[list[Any], int, int] | None:
-    """A request and its two descriptors; None at the end."""
+def _receive(channel: socket.socket) -> tuple[list[Any], int, int, int] | None:
+    """A request and its descriptors; None at the end."""
     head, descriptors, _, _ = socket.recv_fds(channel, _LENGTH.size, _DESCRIPTORS)
     if not head:
         return None
@@ -196,8 +217,8 @@ def _receive(channel: socket.socket) -> tuple[list[Any], int, int] | None:
         body += part
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    output, status = descriptors
-    return json.loads(body), output, status
+    output, errors, status = descriptors
+    return json.loads(body), output, errors, status
 
 
 def _tell_end(pid: int, status: int) -> None:
@@ -227,15 +248,15 @@ def _fork(run: Callable[[], NoReturn]) -> int:
         os._exit(70)
 
 
-def _enter(argv: list[str], environment: dict[str, str], folder: str, output: int) -> NoReturn:
-    """Become a container's first process."""
+def _enter(argv: list[str], environment: dict[str, str], folder: str, output: int, errors: int) -> NoReturn:
+    """Become the first process of a session."""
     from operators.launch import end_with_parent
 
     parent = os.getppid()
     os.setsid()
     end_with_parent(signal.SIGKILL, parent)
-    for stream in (1, 2):
-        os.dup2(output, stream)
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
     _close_private()
     os.chdir(folder)
     os.posix_spawn = _fork_instead  # type: ignore[assignment]
@@ -279,15 +300,14 @@ def _close_private() -> None:
 
 
 def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Do what ``python -m MODULE ARG…`` does in this environment, end included."""
+    """Do what Python does with these arguments in this environment, end included."""
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
     sys.stdout, sys.stderr = _stream(1, bool(environment.get("PYTHONUNBUFFERED"))), _stream(2, True)
-    _, _, module, *arguments = argv
-    sys.orig_argv, sys.argv = list(argv), ["-m", *arguments]
+    sys.orig_argv = list(argv)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    code = _ended(lambda: _run(module))
+    code = _ended(functools.partial(_run, *argv[1:]))
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
@@ -295,12 +315,20 @@ def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     os._exit(code)
 
 
-def _run(module: str) -> None:
+def _run(what: str, *arguments: str) -> None:
+    """Run ``-m MODULE ARG…``, ``-c PROGRAM ARG…`` or ``FILE ARG…``."""
+    sys.argv = [what, *arguments[what in ("-m", "-c") :]]
     sys.modules.pop("sitecustomize", None)
     site.execsitecustomize()
-    sys.path.insert(0, str(Path.cwd()))
-    sys.modules.pop(module, None)  # imported here before; it is run as the program now
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.path.insert(0, {"-m": str(Path.cwd()), "-c": ""}.get(what, str(Path(what).parent)))
+    if what == "-m":
+        sys.modules.pop(arguments[0], None)  # imported here before; it is run as the program now
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        sys.modules["__main__"] = program = types.ModuleType("__main__")
+        exec(arguments[0], program.__dict__)
+    else:
+        runpy.run_path(what, run_name="__main__")
 
 
 def _ended(run: Callable[[], None]) -> int:
