@@ -191,6 +191,19 @@ def test_what_was_donated_before_the_input_grew_is_not_blended(tmp_path: Path) -
     receive_and_blend(Workspace(before), receiver)
 
 
+def test_what_has_been_blended_still_counts_if_it_can_not_be_done_again(folder: Path) -> None:
+    path = str(folder / "spec.yaml")
+    spec, block = load_spec(path), ["--block", *map(str, RECEIVER)]
+    assert blend([path, *block]) == 0
+    done = Exchange(spec).receipt("blend", RECEIVER)
+    remove(spec)
+
+    assert blend([path, *block, "--force"]) == 66
+
+    assert done is not None
+    assert Exchange(spec).receipt("blend", RECEIVER) == done, "nothing was written"
+
+
 def test_a_retry_in_the_same_run_donates_again_what_was_damaged(folder: Path) -> None:
     """As when both tasks of an Airflow run are cleared."""
     path = str(folder / "spec.yaml")

@@ -213,6 +213,31 @@ def test_a_donor_whose_input_has_changed_is_no_mere_donor(path: Path, tmp_path: 
     assert set(forced.blend) == {(0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1)}
 
 
+def test_an_edit_that_only_a_donor_of_the_requested_block_reads(path: Path, tmp_path: Path) -> None:
+    """What the requested block gets from it is about to change; the input of that block itself has not."""
+    spec = load_spec(path)
+    assert main(["run", str(path)]) == 0
+    edit(tmp_path, (3, 3, 3))
+
+    planned = due(spec, inside(spec.grid, (1, 1, 1)), check_input=True)
+
+    assert planned.why[(0, 0, 0)] == "input"
+    assert planned.why[(1, 1, 1)] == "donations"
+    assert (1, 1, 1) in planned.blend
+
+
+def test_a_donor_is_needed_whether_its_input_has_changed_or_not(path: Path, tmp_path: Path) -> None:
+    """Its donations are gone, and another donor of the same block gives new ones: its task may not find itself up to date."""
+    spec = load_spec(path)
+    assert main(["run", str(path)]) == 0
+    edit(tmp_path, (3, 3, 3))
+
+    planned = due(spec, inside(spec.grid, (1, 1, 1)), force=True, check_input=True)
+
+    assert planned.why[(1, 1, 1)] == "forced"
+    assert planned.why[(0, 0, 0)] == "donations"
+
+
 def test_an_edit_while_a_block_is_at_work_is_noticed(path: Path, tmp_path: Path) -> None:
     """What its receipt says of the input was asked for before anything was read."""
     spec = load_spec(path)
@@ -249,6 +274,18 @@ def test_a_stage_that_is_done_again_has_no_receipt_while_it_writes(
 
     assert found and set(found) == {None}
     assert Exchange(spec).receipt(stage, (1, 1, 1)) is not None
+
+
+def test_a_receipt_remembers_the_latest_changes_only(path: Path) -> None:
+    spec, runs = load_spec(path), tuple(f"run-{number}" for number in range(16, 0, -1))
+    receipt = inference_and_donate(Workspace(spec), (0, 0, 0), run="run-0").receipt
+    assert receipt is not None
+    Exchange(spec).put_receipt(replace(receipt, changes=runs, written={}))
+
+    again = inference_and_donate(Workspace(spec), (0, 0, 0), run="run-17", force=True).receipt
+
+    assert again is not None
+    assert again.changes == ("run-17", *runs[:15])
 
 
 def test_two_receipts_of_one_block(path: Path) -> None:
