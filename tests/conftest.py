@@ -14,27 +14,43 @@ import yaml
 from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
 from nursery import shared
 from volume import spec_content, write_layer
+from xdist.scheduler import LoadScopeScheduling
 
 from chunkflow_core.__main__ import main
 
 __all__ = ["pytest_runtest_makereport", "pytest_terminal_summary"]
+SHARING_AN_AIRFLOW = {
+    "local volumes": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py"),
+    "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
+}
+"""Files by what their session fixture gives them (``tests/dags/conftest.py``)."""
+
 Outcome = subprocess.CompletedProcess[str]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is long, unless it is asked for. Files that start an Airflow come first.
 
-    They take minutes, and in several processes the others fill the gaps. A file's tests run in one process, which files that share
-    an Airflow share, too.
+    They take minutes, and in several processes the others fill the gaps.
     """
     if "long" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     first = {item.path for item in items if item.get_closest_marker("airflow")}
     items.sort(key=lambda item: item.path not in first)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(config.rootpath))))
+
+
+class TogetherScheduling(LoadScopeScheduling):
+    """The tests of a file run in one process, and so do those of files that share an Airflow."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return next((group for group, files in SHARING_AN_AIRFLOW.items() if file in files), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
+    """Take the place of ``--dist``."""
+    return TogetherScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

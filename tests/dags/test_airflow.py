@@ -23,7 +23,7 @@ from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer
 from operators.service import ApiError
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("local volumes")]
+pytestmark = pytest.mark.airflow
 
 ROOT = Path(__file__).resolve().parents[2]
 EM = Path(os.environ.get("CHUNKFLOW_EM_DATA", ROOT.parent / "shared" / "em"))

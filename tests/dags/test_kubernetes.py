@@ -12,7 +12,7 @@ import pytest
 from clusters import End, ends_from_outside
 from kubernetes_world import World
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("pods")]
+pytestmark = pytest.mark.airflow
 
 BLOCKS = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
 STEPS = {"prepare", "select_blocks", "verify", "publish", "cleanup", "summary"}

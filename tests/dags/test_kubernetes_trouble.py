@@ -23,7 +23,7 @@ from volume import SHAPE
 
 from operators.processes import with_variable
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("pods")]
+pytestmark = pytest.mark.airflow
 
 
 @pytest.mark.parametrize("component", ["triggerer", "scheduler", "task"])

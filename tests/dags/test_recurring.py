@@ -22,7 +22,7 @@ from chunkflow_core.geometry import Box
 from chunkflow_core.volumes import NewLayer
 from operators.service import ApiError
 
-pytestmark = [pytest.mark.airflow, pytest.mark.xdist_group("local volumes")]
+pytestmark = pytest.mark.airflow
 
 SHAPE = (12, 60, 20)
 """Five patches of 20 voxels along y, each its own block of 10 (the last one of 20): patch k reads y 10·k to 10·k + 20."""
