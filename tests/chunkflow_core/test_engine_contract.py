@@ -803,16 +803,15 @@ def test_a_network_is_compiled_once(make_spec: MakeSpec, tmp_path: Path, output:
 
 
 def test_compiling_without_a_compiler(
-    make_spec: MakeSpec, tmp_path: Path, output: Section, monkeypatch: pytest.MonkeyPatch
+    make_spec: MakeSpec, tmp_path: Path, output: Section, monkeypatch: pytest.MonkeyPatch, with_torch: Nursery
 ) -> None:
     path = make_spec(model=python_file(tmp_path, engine="pytorch", compile=True), output=output)
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # what was compiled before
-    process = start(HIDE, "nothing", path)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 78, said
-    assert "model.compile: the network can't be compiled" in said.splitlines()[-1]
-    assert "needs a C++ compiler" in said.splitlines()[-1]
+    done = with_torch.run([sys.executable, "-c", HIDE, "nothing", str(path)], os.environ, tmp_path)
+    assert done.returncode == 78, done.stderr
+    assert "model.compile: the network can't be compiled" in done.stderr.splitlines()[-1]
+    assert "needs a C++ compiler" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

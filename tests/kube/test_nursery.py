@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes
-import nursery as nursery_module
 import psutil
 import pytest
 from double import Cluster
@@ -203,7 +202,7 @@ def test_in_a_pod(nursery: Nursery, environment: Callable[[str], dict[str, str]]
 def test_nothing_outlives_its_maker(environment: Callable[[str], dict[str, str]], tmp_path: Path, victim: str) -> None:
     script = f"""
 import os, sys
-sys.path.insert(0, {str(Path(nursery_module.__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from nursery import Nursery
 nursery = Nursery([])
