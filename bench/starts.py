@@ -41,7 +41,8 @@ data = np.random.default_rng(0).integers(0, 255, (1, *shape), np.uint8)
 layer = NewLayer(f"file://{folder}/em", shape, dtype="uint8", resolution=(50, 4, 4), chunk=(16, 48, 48))
 layer.write(Box((0, 0, 0), shape), data)
 unet = {"engine": "pytorch", "path": str(tree / "examples/unet/model.py"), "weights": str(tree / "examples/unet/model.pt")}
-for name, model in {"identity": {"engine": "identity"}, "pytorch": unet}.items():
+models = {"identity": {"engine": "identity"}, "pytorch": unet}
+for name, model in ((name, models[name]) for name in sys.argv[3:]):
     spec = {
         "name": name, "input": {"path": f"file://{folder}/em"}, "output": {"path": f"file://{folder}/{name}", "channels": 1},
         "exchange": {"path": f"file://{folder}/{name}-exchange", "donations": "keep"}, "model": model,
@@ -50,7 +51,7 @@ for name, model in {"identity": {"engine": "identity"}, "pytorch": unet}.items()
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
     assert main(["run", str(folder / f"{name}.yaml")]) == 0
 forward = {}
-for name in ("identity", "pytorch"):
+for name in sys.argv[3:]:
     receipts = Exchange(load_spec(folder / f"{name}.yaml")).all_receipts()
     forward[name] = sum(r.facts["seconds"].get("forward", 0) for r in receipts if r.block == (0, 1, 1) and r.patches)
 print(json.dumps(forward))
@@ -149,16 +150,18 @@ def cold(tree: Path, arguments: list[str]) -> float:
     return float(python(tree, script, *arguments))
 
 
-def measure(tree: Path, folder: Path, rounds: int, demo: bool, bar: tqdm[None]) -> dict[str, str]:
+def measure(tree: Path, folder: Path, options: argparse.Namespace, bar: tqdm[None]) -> dict[str, str]:
     """All figures of a checkout, by row."""
     folder.mkdir()
-    forward, figures = python(tree, COLD, folder, tree), defaultdict(list)
+    specs = sorted({COMMANDS[name][0] for name in options.rows})
+    forward, figures = python(tree, COLD, folder, tree, *specs), defaultdict(list)
     bar.update()
     rows = {}
-    for name, (spec, module) in COMMANDS.items():
+    for name in options.rows:
+        spec, module = COMMANDS[name]
         arguments = [module, f"{folder}/{spec}.yaml", "--block", "0", "1", "1", "--force"]
         beside = forward[spec] if module.endswith("donate") else 0.0
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             figures[name].append(cold(tree, arguments) - beside)
         rows[f"{name}, cold"] = f"{median(figures[name]):.2f} s CPU"
         if (tree / "operators" / "warm.py").exists():
@@ -166,7 +169,7 @@ def measure(tree: Path, folder: Path, rounds: int, demo: bool, bar: tqdm[None]) 
             used, wall = python(tree, WARM, f"chunkflow_core.warm_up{engine}", *arguments)
             rows[f"{name}, warm"] = f"{used - beside:.2f} s CPU, {wall:.2f} s"
         bar.update()
-    if demo:
+    if not options.no_demo:
         wall, task = python(tree, DEMO, folder, tree)
         rows["run of the demo, 8 blocks"], rows["CPU a task of it"] = f"{wall:.0f} s", f"{task:.2f} s CPU"
     bar.update()
@@ -178,14 +181,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout of this project")
     parser.add_argument("--rounds", type=int, default=5, help="of each cold start (default: 5)")
+    parser.add_argument("--rows", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="commands (default: all)")
     parser.add_argument("--no-demo", action="store_true", help="leave out the runs of the demo")
     options = parser.parse_args()
     trees = {"this": HERE} | ({"before": options.against.resolve()} if options.against else {})
-    with tempfile.TemporaryDirectory(prefix="starts-") as folder, tqdm(total=5 * len(trees), unit="step") as bar:
-        columns = {
-            name: measure(tree, Path(folder) / name, options.rounds, not options.no_demo, bar)
-            for name, tree in trees.items()
-        }
+    with (
+        tempfile.TemporaryDirectory(prefix="starts-") as folder,
+        tqdm(total=(2 + len(options.rows)) * len(trees), unit="step") as bar,
+    ):
+        columns = {name: measure(tree, Path(folder) / name, options, bar) for name, tree in trees.items()}
     names = list(dict.fromkeys(row for rows in columns.values() for row in rows))
     print(f"\n|  | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
     for name in names:

@@ -23,6 +23,10 @@ from operators.pod_ends import BASE, Limits, Look, examine, server_time, vanishe
 
 _REQUEST_TIMEOUT = 30.0
 _AWAY = "out of reach"
+_SETTLED = 5.0
+"""Seconds before which no trigger fires. The scheduler may hear only then that the worker has left the task; a task that is queued again
+by that time it takes for one that has failed (apache/airflow#71580): a try is lost, and its record.
+"""
 _CLIENT_AGE = 600.0
 """Seconds after which a connection is made anew, with credentials read anew."""
 
@@ -93,12 +97,14 @@ class PodTrigger(KubernetesPodTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look at the pod until it has ended."""
+        began = time.monotonic()
         if self.delay is not None:
-            await asyncio.sleep(self.delay)
+            await asyncio.sleep(max(self.delay, _SETTLED))
             self._fired_event = True
             yield _event({"status": "launch", **self.carried})
             return
         status, message = await self._until_the_end()
+        await asyncio.sleep(max(0.0, began + _SETTLED - time.monotonic()))
         self._fired_event = True
         event = {"status": status, "message": message, "name": self.pod_name, "namespace": self.pod_namespace}
         yield _event(event | self.carried)

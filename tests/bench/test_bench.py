@@ -1,4 +1,4 @@
-"""The benchmarks that need nothing but this project run, at their smallest; not ``pods.py``, whose Airflow takes a minute."""
+"""The benchmarks that need nothing but this project run, at their smallest; not those whose Airflow takes a minute to start."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "--blocks 2 3 4",
         ["| nothing done | 24 | 23 |", "| all done | 0 | 0 |", "| 1 % of the blocks lost | 0 | 0 |"],
     ),
+    "starts.py": ("--no-demo --rounds 1 --rows blend", ["| blend, cold |", "| blend, warm |"]),
     "stitching.py": (
         "--volume 28 224 224 --rounds 1",
         ["unet      1 patches: whole block", "identity  1 patches: whole"],
@@ -44,4 +45,4 @@ def test_a_benchmark(python: Callable[..., Any], script: str) -> None:
 
 def test_every_benchmark_is_run() -> None:
     scripts = {path.name for path in BENCH.glob("*.py") if "__main__" in path.read_text()}
-    assert scripts == {*CASES, "pods.py"}
+    assert scripts == {*CASES, "clicks.py", "pods.py"}
