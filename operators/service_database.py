@@ -88,6 +88,7 @@ class Database:
             _run(command)
         finally:
             password.unlink(missing_ok=True)
+        self.home.migrated.unlink(missing_ok=True)  # what it says is of another database, which somebody has removed
         new.rename(self.folder)
 
     def command(self) -> list[str]:

@@ -176,9 +176,12 @@ def test_a_half_made_folder_is_made_again(begin: Starter, tmp_path: Path) -> Non
     half = tmp_path / "home" / "postgres.new"
     half.mkdir(parents=True)
     (half / "PG_VERSION").write_text("18\n")
+    migrated = Home(tmp_path / "home").migrated
+    migrated.write_text("of a database that was removed")
     database, _ = begin(user=USERS[-1])
     assert ask(database, "SELECT 1") == "1"
     assert not half.exists()
+    assert not migrated.exists(), "a new one has no tables yet"
 
 
 def test_a_folder_of_another_version(tmp_path: Path) -> None:
