@@ -1,7 +1,7 @@
 # make demo    a sample volume through a private Airflow on this machine, verified, with a picture
 # make airflow the same Airflow, kept running to click around in (Ctrl-C ends it)
 # make test    lint, types and all tests but the long ones
-# make test-long  the long ones: many more random examples of the same properties, and what takes minutes by its nature
+# make test-long  the long ones: what takes minutes by its nature, and EXAMPLES times as many random examples
 # make clean   remove what demo and test have made (not the virtual environment)
 
 PYTHON ?= python3.11

@@ -43,9 +43,13 @@ _CFG_HEADER = """\
 _LOCAL_SETTINGS = '''\
 """Written by chunkflow-airflow at each start; what it calls says what for."""
 
+import gc
 import os
 import sys
 
+# A component makes hundreds of thousands of objects that stay while it starts: looking again and again for garbage
+# among them is a tenth of its start.
+gc.set_threshold(50_000)
 if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
     from operators.launch import tie_forks
 

@@ -344,7 +344,7 @@ class Supervisor:
 
     def _look_after_all(self, components: Sequence[Component]) -> None:
         running = [component.process for component in self._components]
-        for component in components:
+        for component in list(components):
             self._look_after(component)
         self._probe()
         processes.reap(self._pids())
@@ -356,8 +356,17 @@ class Supervisor:
 
     def _look_after(self, component: Component) -> None:
         if (code := component.ended()) is not None:
-            component.count_death()
+            if component.name == WARM_PARENT and code == 0:  # it makes way for one with new code
+                component.restart = time.monotonic()
+            else:
+                component.count_death()
             if component.quick_deaths >= _QUICK_DEATHS_LIMIT:
+                if component.name == WARM_PARENT and self._state.phase == "ready":
+                    self._components.remove(component)
+                    note(
+                        f"{component.name} {_how_ended(code)} once more: tasks start without it. Its log:\n{component.tail()}"
+                    )
+                    return
                 raise ServiceError(
                     f"{component.name} {_how_ended(code)}, for the {component.quick_deaths}th time soon after its "
                     f"start, so it is not started again. Its log:\n{component.tail()}"

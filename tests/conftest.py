@@ -29,11 +29,11 @@ Outcome = subprocess.CompletedProcess[str]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is long, unless it is asked for. Files that start an Airflow come first.
+    """Leave out what is long, unless that or a real cluster is asked for. Files that start an Airflow come first.
 
     They take minutes, and in several processes the others fill the gaps.
     """
-    if "long" not in config.option.markexpr:
+    if not {"long", "cluster"} & set(config.option.markexpr.split()):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     first = {item.path for item in items if item.get_closest_marker("airflow")}

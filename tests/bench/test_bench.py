@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", CASES)
 def test_a_benchmark(python: Callable[..., Any], script: str) -> None:
     options, rows = CASES[script]

@@ -49,6 +49,7 @@ def rows(printed: str) -> list[list[str]]:
     return [line.replace("►", "").split() for line in table.splitlines()[1:]]
 
 
+@pytest.mark.long
 def test_table_and_lines_for_the_spec(
     spec: Path, tmp_path: Path, python: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from nursery import Child, Nursery, shared
-from torch._dynamo.utils import counters
 
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
@@ -792,6 +791,8 @@ def test_a_patch_inferencer_is_called_from_one_thread(make_spec: MakeSpec, tmp_p
 @needs_compiler
 def test_a_network_is_compiled_once(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
     """When it is loaded; never by threads that run patches, which would all do it at once."""
+    from torch._dynamo.utils import counters  # takes seconds to import
+
     path = make_spec(model=python_file(tmp_path, engine="pytorch", compile=True, streams=2), output=output)
     engine = load(path)
     before = counters["stats"]["unique_graphs"]

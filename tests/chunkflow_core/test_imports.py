@@ -74,7 +74,7 @@ def test_other_commands(tmp_path: Path, command: str) -> None:
     assert not run("chunkflow_core", name, spec, *options) & {"torch", *CLIENTS, *NEVER}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_compiler_of_pytorch_is_imported_where_it_compiles(tmp_path: Path, compiled: bool) -> None:
     spec = volume(tmp_path, model={"engine": "pytorch", "path": "model.py", "compile": compiled})
     modules = stage("inference_and_donate", spec)
@@ -85,7 +85,7 @@ def test_the_compiler_of_pytorch_is_imported_where_it_compiles(tmp_path: Path, c
         assert not modules & {*COMPILER, *NEVER}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_all_that_is_computed_and_compiled_is_deterministic(tmp_path: Path, compiled: bool) -> None:
     """Also what a model compiles by itself later."""
     (tmp_path / "model.py").write_text(MODEL)

@@ -91,6 +91,7 @@ def peak_and_estimate(
     return peak, planned, sums
 
 
+@pytest.mark.long
 def test_memory_is_what_plan_says_and_does_not_grow_with_depth(
     tmp_path: Path, measured: Measured, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,15 @@ RUN_LIMIT = 300.0
 """Seconds after which a run counts as stuck."""
 
 
+ENVIRONMENT = {
+    # What tests write they have read at once (:meth:`Volumes.parsed`); again and again, it would only take time from them.
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "300",
+    # New DAG files are found in seconds.
+    "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+}
+"""Tuning of an Airflow for tests."""
+
+
 @dataclass(frozen=True)
 class Volumes:
     """An Airflow and the folder of its specs."""
@@ -37,7 +46,7 @@ class Volumes:
 
     def wait(self, name: str, run: str, limit: float = RUN_LIMIT) -> str:
         """Wait until a run has ended; its state."""
-        until(lambda: self.client.get(f"dags/{name}/dagRuns/{run}")["state"] in ("success", "failed"), limit)
+        until(lambda: self.client.get(f"dags/{name}/dagRuns/{run}")["state"] in ("success", "failed"), limit, poll=1)
         return str(self.client.get(f"dags/{name}/dagRuns/{run}")["state"])
 
     def tasks(self, name: str, run: str) -> dict[str, dict[str, Any]]:
@@ -77,7 +86,7 @@ class Volumes:
             for file in self.dags.glob("*.py"):
                 file.touch()
             with suppress(TimeoutError):
-                until(condition, 4)
+                until(condition, 10)
 
     def clear(self, name: str, run: str, tasks: list[str]) -> None:
         """Clear tasks and what comes after them, as the UI does."""
@@ -87,13 +96,13 @@ class Volumes:
         )
 
 
-def until(condition: Callable[[], Any], seconds: float) -> Any:
-    """Wait for a condition; its value."""
+def until(condition: Callable[[], Any], seconds: float, poll: float = 0.4) -> Any:
+    """Wait for a condition, asking every ``poll`` seconds; its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > end:
             raise TimeoutError("waited in vain")
-        time.sleep(0.4)
+        time.sleep(poll)
     return value
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-from airflow_volumes import Volumes, copy_dags
+from airflow_volumes import ENVIRONMENT, Volumes, copy_dags
 from clusters import why_no_real_cluster
 from failure_summary import remember_logs
 from kubernetes_world import World, start_world
@@ -49,7 +49,7 @@ def local_volumes(
         for folder in ("volumes", "modules"):
             (root / name / folder).mkdir(parents=True)
     modules = [str(root / name / "modules") for name in names]
-    environment = {
+    environment = ENVIRONMENT | {
         "CHUNKFLOW_VOLUMES": os.pathsep.join(str(root / name / "volumes") for name in names),
         "PYTHONPATH": os.pathsep.join([*modules, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
-from airflow_volumes import Volumes, copy_dags, until
+from airflow_volumes import ENVIRONMENT, Volumes, copy_dags, until
 from clusters import TestCluster, the_double, the_real_one
 from double import Node
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from operators.service import Client, start
 
 ONE_BLOCK: Vector = (12, 24, 24)
 """A part of the input that is one block."""
+DEFERRABLE = [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
+"""``runner.deferrable``, where both ways take minutes."""
 
 
 class Metrics(threading.Thread):
@@ -116,15 +119,19 @@ def start_world(folder: Path, kind: str) -> Iterator[World]:
         write_spec(specs, cluster.storage, "first", cluster.runner_section({}, f"{cluster.storage}/first/moods"))
         metrics = Metrics()
         metrics.start()
-        environment = cluster.environment | {
-            "AIRFLOW__METRICS__STATSD_ON": "True",
-            "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
-            "AIRFLOW__METRICS__STATSD_PORT": str(metrics.socket.getsockname()[1]),
-            "CHUNKFLOW_VOLUMES": str(specs),
-            # A task whose process was killed is noticed in seconds, not in five minutes.
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
-        }
+        environment = (
+            cluster.environment
+            | ENVIRONMENT
+            | {
+                "AIRFLOW__METRICS__STATSD_ON": "True",
+                "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
+                "AIRFLOW__METRICS__STATSD_PORT": str(metrics.socket.getsockname()[1]),
+                "CHUNKFLOW_VOLUMES": str(specs),
+                # A task whose process was killed is noticed in seconds, not in five minutes.
+                "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+                "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
+            }
+        )
         dags = copy_dags(folder)
         service = stack.enter_context(
             start(folder / "home", dags=dags, environment=environment, with_parent=True, durable=False)

@@ -56,11 +56,11 @@ def write_spec(folder: Path, name: str, data: Path, **changes: Any) -> Path:
     spec = {
         "name": name,
         "input": {"path": f"file://{data}"},
-        "output": {"path": f"file://{folder}/{name}/output", "chunk_size": [12, 96, 96]},
+        "output": {"path": f"file://{folder}/{name}/output", "chunk_size": [6, 48, 48]},
         "exchange": {"path": f"file://{folder}/{name}/exchange"},
-        "patch_size": [16, 128, 128],
-        "patch_overlap": [4, 32, 32],
-        "block_size": [12, 192, 192],
+        "patch_size": [8, 64, 64],
+        "patch_overlap": [2, 16, 16],
+        "block_size": [6, 96, 96],
         "runner": {"kind": "local", "retry_delay": 1},
     }
     path = folder / "volumes" / f"{name}.yaml"
@@ -73,8 +73,8 @@ def volumes(local_volumes: Callable[[str], Volumes]) -> Volumes:
     volumes = local_volumes("airflow")
     folder = volumes.folder
     if EM.is_dir():
-        stack = tifffile.imread(EM / "isbi2012_image.tif")[:18, :320, :320]
-        NewLayer(f"file://{folder}/em", stack.shape, dtype="uint8", resolution=(50, 4, 4), chunk=(16, 128, 128)).write(
+        stack = tifffile.imread(EM / "isbi2012_image.tif")[:9, :160, :160]
+        NewLayer(f"file://{folder}/em", stack.shape, dtype="uint8", resolution=(50, 4, 4), chunk=(8, 64, 64)).write(
             Box((0, 0, 0), stack.shape), stack[None]
         )
         unet = {"engine": "pytorch", "path": str(UNET / "model.py"), "weights": str(UNET / "model.pt")}
@@ -107,6 +107,7 @@ def test_a_broken_spec_is_an_import_error_that_names_file_and_key(volumes: Volum
 
 
 @pytest.mark.em
+@pytest.mark.long
 @pytest.mark.skipif(not EM.is_dir(), reason=f"no electron microscopy in {EM}; set CHUNKFLOW_EM_DATA")
 class TestRealStack:
     """One stack, one network, every way of running it."""
@@ -133,15 +134,15 @@ class TestRealStack:
         for variant, settings in {
             "one": ["--workers", "1"],
             "two": ["--workers", "2"],
-            "small": ["--workers", "2", "--set", "block_size=[12, 96, 96]"],
-            "large": ["--workers", "2", "--set", "block_size=[24, 288, 288]"],
+            "small": ["--set", "block_size=[6, 48, 48]"],
+            "large": ["--set", "block_size=[12, 144, 144]"],
         }.items():
             place = [f"output.path=file://{volumes.folder}/{variant}/output"]
             assert main(["run", str(spec), *settings, "--set", *place, "--seams", "1"]) == 0
             assert files(volumes.folder / variant / "output") == answer, variant
-        other = ["output.chunk_size=[6, 48, 64]", f"output.path=file://{volumes.folder}/other/output"]
+        other = ["output.chunk_size=[3, 24, 32]", f"output.path=file://{volumes.folder}/other/output"]
         overrides = [word for text in other for word in ("--set", text)]
-        assert main(["run", str(spec), "--workers", "2", *overrides]) == 0
+        assert main(["run", str(spec), *overrides]) == 0
         np.testing.assert_array_equal(whole(spec, other), whole(spec, []))
 
     def test_again_does_nothing(self, volumes: Volumes) -> None:
@@ -159,7 +160,7 @@ class TestRealStack:
     def test_forcing_a_part(self, volumes: Volumes) -> None:
         """The last block again; the donations of its neighbours are still there."""
         before = files(volumes.folder / "em" / "output")
-        run = volumes.trigger("em", force=True, z_start=17, y_start=319, x_start=319)
+        run = volumes.trigger("em", force=True, z_start=8, y_start=159, x_start=159)
 
         assert volumes.wait("em", run) == "success"
 
@@ -168,10 +169,10 @@ class TestRealStack:
         assert files(volumes.folder / "em" / "output") == before
 
     def test_an_edit_of_one_storage_chunk(self, volumes: Volumes) -> None:
-        """z 0–16, y and x 256–320: patches of the low blocks end at 224 in y and x, those of the high ones begin at 192."""
+        """z 0–8, y and x 128–160: patches of the low blocks end at 112 in y and x, those of the high ones begin at 96."""
         spec = volumes.folder / "volumes" / "em.yaml"
         layer = CloudVolume(f"file://{volumes.folder}/em", progress=False)
-        layer[256:320, 256:320, 0:16] = 255 - np.asarray(layer[256:320, 256:320, 0:16])
+        layer[128:160, 128:160, 0:8] = 255 - np.asarray(layer[128:160, 128:160, 0:8])
         run = volumes.trigger("em")
 
         assert volumes.wait("em", run) == "success"
@@ -182,7 +183,7 @@ class TestRealStack:
         assert {
             (task["state"], task["try_number"]) for name, task in tasks.items() if "." in name and name not in done
         } == {("skipped", 0)}
-        fresh = ["--workers", "2", "--set", f"output.path=file://{volumes.folder}/edited/output", "--seams", "0"]
+        fresh = ["--set", f"output.path=file://{volumes.folder}/edited/output", "--seams", "0"]
         assert main(["run", str(spec), *fresh]) == 0
         assert files(volumes.folder / "em" / "output") == files(volumes.folder / "edited" / "output")
         again = volumes.trigger("em")
@@ -193,8 +194,8 @@ class TestRealStack:
         assert {t["state"] for name, t in volumes.tasks("em", again).items() if "." in name} == {"skipped"}
 
     def test_the_form_refuses_what_is_outside(self, volumes: Volumes) -> None:
-        with pytest.raises(ApiError, match="321"):
-            volumes.trigger("em", x_stop=321)
+        with pytest.raises(ApiError, match="161"):
+            volumes.trigger("em", x_stop=161)
         run = volumes.trigger("em", x_start=100, x_stop=100)
         assert volumes.wait("em", run) == "failed"
         tasks = volumes.tasks("em", run)

@@ -33,17 +33,24 @@ SOFT = {clusters.delete, clusters.drain, clusters.preempt, clusters.shut_down}
 """Ends that leave a pod time to say its last words."""
 
 
-@pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
-def test_every_end_that_a_retry_cures(world: World, deferrable: bool) -> None:
-    """Each end once in each stage; the volume comes out right nevertheless, and nothing is counted that is not the block's fault."""
-    name = f"cured-{'deferrable' if deferrable else 'sync'}"
+@pytest.mark.parametrize(
+    ("deferrable", "groups"),
+    [
+        pytest.param(True, ["infer blend"], id="in either stage"),
+        pytest.param(True, ["infer", "blend"], id="in each stage", marks=pytest.mark.long),
+        pytest.param(False, ["infer", "blend"], id="in each stage, sync", marks=pytest.mark.long),
+    ],
+)
+def test_every_end_that_a_retry_cures(world: World, deferrable: bool, groups: list[str]) -> None:
+    """Each end once in each group of stages; the volume comes out right all the same, and only what is the block's fault counts."""
+    name = f"cured-{len(groups)}-{'deferrable' if deferrable else 'sync'}"
     by_itself = ["exit 75", "exit 1", "kill 9", "memory 1300"]
     if not world.cluster.double:
         by_itself.append("disk 3000")  # the kubelet evicts it for that
     moods: dict[str, list[str]] = {task: [] for task in STAGES}
     ends: dict[str, list[End]] = {task: [] for task in STAGES}
-    for stage in ("infer", "blend"):
-        tasks = cycle(sorted(task for task in STAGES if task.startswith(stage)))
+    for stages in groups:
+        tasks = cycle(sorted(task for task in STAGES if task.partition(".")[0] in stages.split()))
         for mood in by_itself:
             moods[next(tasks)].append(mood)
         for end in ends_from_outside(world.cluster):
@@ -79,7 +86,9 @@ def test_every_end_that_a_retry_cures(world: World, deferrable: bool) -> None:
     world.check_output(name)
 
 
-@pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
+@pytest.mark.parametrize(
+    "deferrable", [pytest.param(True, id="deferrable", marks=pytest.mark.long), pytest.param(False, id="sync")]
+)
 def test_ends_that_no_retry_cures_wait_for_the_user(world: World, deferrable: bool) -> None:
     """Wrong data, a wrong spec, wrong usage, a missing layer: failed at once, said why, everything else done; cleared, all is well."""
     name = f"final-{'deferrable' if deferrable else 'sync'}"

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from airflow_volumes import until
 from clusters import why_no_real_cluster
-from kubernetes_world import ONE_BLOCK, World
+from kubernetes_world import DEFERRABLE, ONE_BLOCK, World
 from volume import SHAPE
 
 from operators.processes import with_variable
@@ -26,7 +26,7 @@ from operators.processes import with_variable
 pytestmark = pytest.mark.airflow
 
 
-@pytest.mark.parametrize("component", ["triggerer", "scheduler", "task"])
+@pytest.mark.parametrize("component", ["triggerer", "task", pytest.param("scheduler", marks=pytest.mark.long)])
 def test_a_pod_outlives_what_watches_it(world: World, component: str) -> None:
     """Whatever is killed while a pod runs, the next process goes on with the same pod, and its log is complete."""
     name, deferrable = f"orphaned-by-{component}", component == "triggerer"
@@ -201,7 +201,7 @@ def orphan_of(pod: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
+@pytest.mark.parametrize("deferrable", DEFERRABLE)
 def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) -> None:
     """The API away for a while, answers lost, logs out of reach, too little quota: all is done once, and the logs are there."""
     cluster = world.cluster.double

@@ -20,10 +20,10 @@ import jwt
 import psutil
 import pytest
 
-from operators import processes, service
-from operators.processes import is_alive, wait_until
+from operators import processes, service, warm
+from operators.processes import Identity, is_alive, wait_until
 from operators.service import AlreadyRunning, ApiError, Client, Service, ServiceError, find, main, start
-from operators.service_settings import SUPERVISED, Home
+from operators.service_settings import SUPERVISED, Home, warm_parent_name
 from operators.service_state import State
 from operators.service_supervisor import _UNHEALTHY_LIMIT
 
@@ -315,6 +315,7 @@ def test_tasks_wait_longer_for_an_api_server_than_the_service_takes_to_replace_i
     assert (attempts - 1) * longest < heartbeat_timeout
 
 
+@pytest.mark.long
 def test_task_outlives_a_killed_api_server(client: Client, home: Path, tmp_path: Path) -> None:
     run = Run(client, tmp_path / "run")
     waiting = run.wait_until_started()
@@ -327,6 +328,7 @@ def test_task_outlives_a_killed_api_server(client: Client, home: Path, tmp_path:
     assert not is_alive(waiting)
 
 
+@pytest.mark.long
 def test_killed_scheduler_is_replaced_and_its_tasks_run_again(client: Client, home: Path, tmp_path: Path) -> None:
     run = Run(client, tmp_path / "run")
     first = run.wait_until_started()
@@ -347,6 +349,7 @@ def test_killed_scheduler_is_replaced_and_its_tasks_run_again(client: Client, ho
     assert wait_until(lambda: service._report(Home(home))["healthy"], TIMEOUT)  # type: ignore[index]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [["database"], ["dag-processor", "triggerer"], ["everything"]])
 def test_killed_components_are_replaced_and_the_run_completes(
     client: Client, home: Path, tmp_path: Path, names: list[str]
@@ -372,6 +375,37 @@ def test_killed_components_are_replaced_and_the_run_completes(
     assert state is not None and (state.guard, state.supervisor) == (before.guard, before.supervisor)
 
 
+@pytest.mark.long
+def test_the_service_does_without_a_warm_parent_that_does_not_stay(client: Client, home: Path, tmp_path: Path) -> None:
+    """One that makes way for new code is followed by the next, however often; one that dies again and again is left out."""
+
+    def parent() -> Identity | None:
+        state = State.read(Home(home))
+        assert state is not None
+        return state.components.get("warm-parent")
+
+    def end(number: signal.Signals) -> None:
+        assert wait_until(lambda: warm.answers(warm_parent_name(Home(home)) or ""), TIMEOUT)
+        last = parent()
+        assert last is not None
+        os.kill(last.pid, number)
+        assert wait_until(lambda: parent() not in (last, None) or left_out(), TIMEOUT)
+
+    def left_out() -> bool:
+        return "tasks start without it" in (home / "logs" / "supervisor.log").read_text()
+
+    for _ in range(6):
+        end(signal.SIGTERM)
+    assert not left_out()
+    while not left_out():
+        end(signal.SIGKILL)
+    run = Run(client, tmp_path / "run")
+    run.wait_until_started()
+    run.go()
+    assert run.wait_until_ended() == "success"
+
+
+@pytest.mark.long
 def test_next_service_goes_on_where_one_was_killed_with_all_its_watchers(
     client: Client,
     home: Path,
@@ -406,26 +440,27 @@ def test_next_service_goes_on_where_one_was_killed_with_all_its_watchers(
     assert run.wait_until_ended() == "success"
 
 
-def test_killed_supervisor_leaves_nothing(client: Client, home: Path, tmp_path: Path) -> None:
+def test_stop_leaves_nothing(client: Client, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Run(client, tmp_path / "run").wait_until_started()
     found = everything(home)
-    state = State.read(Home(home))
-    assert state is not None
-    os.kill(state.supervisor.pid, signal.SIGKILL)
-    assert_gone(found, home)
-    assert not (home / "service.json").exists()
-
-
-def test_stop_leaves_nothing(home: Path, dags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with start(home, dags=dags, environment=ENVIRONMENT, durable=False) as started, Client(started) as client:
-        Run(client, tmp_path / "run").wait_until_started()
-        found = everything(home)
-        assert call(capsys, "down", "--home", home)[:2] == (0, "stopped\n")
-        assert_gone(found, home, timeout=0)
+    assert call(capsys, "down", "--home", home)[:2] == (0, "stopped\n")
+    assert_gone(found, home, timeout=0)
     # The task was asked to end, and could still tell that it did.
     assert "final_state=failed" in (home / "logs" / "scheduler.log").read_text()
     code, output, _ = call(capsys, "down", "--home", home)
     assert code == 0 and "nothing runs" in output
+
+
+@pytest.mark.long
+def test_killed_supervisor_leaves_nothing(home: Path, dags: Path, tmp_path: Path) -> None:
+    with start(home, dags=dags, environment=ENVIRONMENT, durable=False) as started, Client(started) as client:
+        Run(client, tmp_path / "run").wait_until_started()
+        found = everything(home)
+        state = State.read(Home(home))
+        assert state is not None
+        os.kill(state.supervisor.pid, signal.SIGKILL)
+        assert_gone(found, home)
+        assert not (home / "service.json").exists()
 
 
 UP = [sys.executable, "-m", "operators.service", "up", "--no-fsync"]

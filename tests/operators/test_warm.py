@@ -301,6 +301,17 @@ def test_changed_code_makes_another_parent(
     assert parent.wait(LIMIT) == 0, "the supervisor starts the next one"
 
 
+def test_what_else_comes_into_a_folder_of_modules_changes_nothing(
+    start: Start, copy: Path, module: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = start(PYTHONPATH=str(copy))
+    monkeypatch.setenv(warm.VARIABLE, name_of(parent))
+    name = module("import os; print(os.getppid())")
+    for number in range(3):
+        (copy / f"result-{number}.npy").touch()
+        assert run(name)[2] == str(parent.pid)
+
+
 def test_where_an_import_starts_a_thread_nothing_is_forked(
     start: Start, copy: Path, module: Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
