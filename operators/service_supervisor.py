@@ -426,7 +426,9 @@ class Supervisor:
             component.unhealthy_since = now
         elif now - component.unhealthy_since > _UNHEALTHY_LIMIT:
             note(f"{component.name} has shown no sign of life for {_UNHEALTHY_LIMIT:g} s; ending it")
-            processes.end(component.tree, _API_GRACE, component.terminable, self._pids())
+            # Asked to end, a scheduler that waits for its tasks after it lost the database would have them fail; killed, they run again.
+            ask = list if component.name == "scheduler" else component.terminable
+            processes.end(component.tree, _API_GRACE, ask, self._pids())
 
     def _end(self) -> None:
         """End everything; tasks before the API server, so that they can report how they ended, the database last."""

@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def everything(home: Path) -> list[psutil.Process]:
     roots = [identity.process() for identity in (state.guard, state.supervisor)]
     found = {process.pid: process for root in roots if root is not None for process in processes.tree(root)}
     return list(found.values())
+
+
+def each(found: list[psutil.Process], fact: Callable[[psutil.Process], Any]) -> Iterator[tuple[psutil.Process, Any]]:
+    """What is to be known of each process that has not ended meanwhile."""
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            yield process, fact(process)
 
 
 def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float = TIMEOUT) -> None:
@@ -350,6 +358,20 @@ def test_killed_scheduler_is_replaced_and_its_tasks_run_again(client: Client, ho
 
 
 @pytest.mark.long
+def test_a_scheduler_that_hangs_is_replaced_and_its_tasks_run_again(client: Client, home: Path, tmp_path: Path) -> None:
+    """As one does that has lost the database and waits for its tasks; they must not count as failed."""
+    run = Run(client, tmp_path / "run")
+    first = run.wait_until_started()
+    state = State.read(Home(home))
+    assert state is not None
+    os.kill(state.components["scheduler"].pid, signal.SIGSTOP)
+    second = run.wait_until_started(times=2)
+    assert is_alive(second) and not is_alive(first)
+    run.go()
+    assert run.wait_until_ended() == "success"
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("names", [["database"], ["dag-processor", "triggerer"], ["everything"]])
 def test_killed_components_are_replaced_and_the_run_completes(
     client: Client, home: Path, tmp_path: Path, names: list[str]
@@ -417,7 +439,7 @@ def test_next_service_goes_on_where_one_was_killed_with_all_its_watchers(
     run = Run(client, tmp_path / "run")
     first = run.wait_until_started()
     program = [first, *first.parents()[:1]]
-    airflow = [process for process in everything(home) if process not in program and process.name() != "sleep"]
+    airflow = [p for p, name in each(everything(home), psutil.Process.name) if p not in program and name != "sleep"]
     state = State.read(Home(home))
     assert state is not None
     for identity in (state.supervisor, state.guard):
@@ -452,7 +474,8 @@ def test_stop_leaves_nothing(client: Client, home: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.long
-def test_killed_supervisor_leaves_nothing(home: Path, dags: Path, tmp_path: Path) -> None:
+def test_killed_supervisor_leaves_nothing(dags: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
     with start(home, dags=dags, environment=ENVIRONMENT, durable=False) as started, Client(started) as client:
         Run(client, tmp_path / "run").wait_until_started()
         found = everything(home)
