@@ -356,23 +356,20 @@ class Supervisor:
 
     def _look_after(self, component: Component) -> None:
         if (code := component.ended()) is not None:
-            if component.name == WARM_PARENT and code == 0:  # it makes way for one with new code
-                component.restart = time.monotonic()
-            else:
+            if component.name != WARM_PARENT or code:  # it ends by itself to make way for one with new code
                 component.count_death()
-            if component.quick_deaths >= _QUICK_DEATHS_LIMIT:
-                if component.name == WARM_PARENT and self._state.phase == "ready":
-                    self._components.remove(component)
-                    note(
-                        f"{component.name} {_how_ended(code)} once more: tasks start without it. Its log:\n{component.tail()}"
-                    )
-                    return
+            given_up = component.quick_deaths >= _QUICK_DEATHS_LIMIT
+            if given_up and (component.name != WARM_PARENT or self._state.phase != "ready"):
                 raise ServiceError(
                     f"{component.name} {_how_ended(code)}, for the {component.quick_deaths}th time soon after its "
                     f"start, so it is not started again. Its log:\n{component.tail()}"
                 )
             # Its orphans came to us: the workers of a dead scheduler would go on beside those of the next one.
             self._end_adopted()
+            if given_up:
+                self._components.remove(component)
+                note(f"{component.name} {_how_ended(code)} once more: tasks start without it (log: {component.log})")
+                return
             note(f"{component.name} {_how_ended(code)}; starting it again (log: {component.log})")
             self._serves_tasks = self._serves_tasks and component.name != API_SERVER
         if component.process is None and time.monotonic() >= component.restart and self._may_start(component):

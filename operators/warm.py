@@ -177,8 +177,8 @@ class Parent:
     """Forks children on request, in one thread."""
 
     def __init__(self, name: str) -> None:
-        self._code = _Code(list(sys.path))  # before any import adds to it
-        self._stamp = self._code.stamp()
+        self._path = list(sys.path)  # before any import adds to it
+        self._stamp = _stamp(self._path)
         self._stopping = False
         self._prepared = set[str]()
         self._children: dict[int, socket.socket] = {}
@@ -231,7 +231,7 @@ class Parent:
 
     def _is_fit(self, request: Mapping[str, Any]) -> bool:
         """Whether a child of this process would be what a new process is."""
-        if self._code.stamp() != self._stamp:
+        if _stamp(self._path) != self._stamp:
             self._stop()  # the next parent, which the supervisor starts, has the new code
             return False
         for module in request["imports"]:
@@ -364,39 +364,21 @@ def _run(arguments: Sequence[str]) -> None:
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
-class _Code:
-    """What tells that code or packages have changed: this project's files, and the packages installed in the folders of ``path``.
+def _stamp(path: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """What tells that code or packages have changed: this project's files, and the records of packages installed in these folders.
 
-    What else lies in those folders is not looked at: one may be a home where files come and go all the time. A package that is
+    What else lies in the folders is not looked at: one may be a home where files come and go all the time. A package that is
     installed in editable form counts as changed when it is installed again.
     """
-
-    def __init__(self, path: Sequence[str]) -> None:
-        self._path = path
-        self._installed: dict[str, tuple[int, dict[str, int]]] = {}
-        """By folder: when it was changed last, and its packages' records, each with its own time."""
-
-    def stamp(self) -> dict[str, Any]:
-        """Equal for equal code."""
-        folders = [Path(path) for module in _PACKAGES for path in importlib.import_module(module).__path__]
-        stamp: dict[str, Any] = {}
-        for file in [file for folder in folders for file in folder.rglob("*.py")]:
-            with suppress(OSError):
-                facts = file.stat()
-                stamp[str(file)] = (facts.st_mtime_ns, facts.st_size)
-        for entry in self._path:
-            with suppress(OSError):  # an archive, or nothing
-                stamp[entry] = self._packages(entry)
-        return stamp
-
-    def _packages(self, folder: str) -> dict[str, int]:
-        changed = Path(folder).stat().st_mtime_ns
-        known = self._installed.get(folder)
-        if known is None or known[0] != changed:
-            with os.scandir(folder) as entries:
-                records = {entry.name: entry.stat().st_mtime_ns for entry in entries if entry.name.endswith(_RECORDS)}
-            known = self._installed[folder] = (changed, records)
-        return known[1]
+    folders = [Path(path) for module in _PACKAGES for path in importlib.import_module(module).__path__]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    files += [record for folder in path for kind in _RECORDS for record in Path(folder).glob(f"*{kind}")]
+    stamp = {}
+    for file in files:
+        with suppress(OSError):
+            facts = file.stat()
+            stamp[str(file)] = (facts.st_mtime_ns, facts.st_size)
+    return stamp
 
 
 def _peer(connection: socket.socket) -> int:
