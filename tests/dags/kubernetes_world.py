@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 from airflow_volumes import ENVIRONMENT, Volumes, copy_dags, until
 from clusters import TestCluster, the_double, the_real_one
@@ -28,8 +27,6 @@ from operators.service import Client, start
 
 ONE_BLOCK: Vector = (12, 24, 24)
 """A part of the input that is one block."""
-DEFERRABLE = [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
-"""``runner.deferrable``, where both ways take minutes."""
 
 
 class Metrics(threading.Thread):

@@ -134,15 +134,15 @@ class TestRealStack:
         for variant, settings in {
             "one": ["--workers", "1"],
             "two": ["--workers", "2"],
-            "small": ["--set", "block_size=[6, 48, 48]"],
-            "large": ["--set", "block_size=[12, 144, 144]"],
+            "small": ["--workers", "2", "--set", "block_size=[6, 48, 48]"],
+            "large": ["--workers", "2", "--set", "block_size=[12, 144, 144]"],
         }.items():
             place = [f"output.path=file://{volumes.folder}/{variant}/output"]
             assert main(["run", str(spec), *settings, "--set", *place, "--seams", "1"]) == 0
             assert files(volumes.folder / variant / "output") == answer, variant
         other = ["output.chunk_size=[3, 24, 32]", f"output.path=file://{volumes.folder}/other/output"]
         overrides = [word for text in other for word in ("--set", text)]
-        assert main(["run", str(spec), *overrides]) == 0
+        assert main(["run", str(spec), "--workers", "2", *overrides]) == 0
         np.testing.assert_array_equal(whole(spec, other), whole(spec, []))
 
     def test_again_does_nothing(self, volumes: Volumes) -> None:
@@ -183,7 +183,7 @@ class TestRealStack:
         assert {
             (task["state"], task["try_number"]) for name, task in tasks.items() if "." in name and name not in done
         } == {("skipped", 0)}
-        fresh = ["--set", f"output.path=file://{volumes.folder}/edited/output", "--seams", "0"]
+        fresh = ["--workers", "2", "--set", f"output.path=file://{volumes.folder}/edited/output", "--seams", "0"]
         assert main(["run", str(spec), *fresh]) == 0
         assert files(volumes.folder / "em" / "output") == files(volumes.folder / "edited" / "output")
         again = volumes.trigger("em")

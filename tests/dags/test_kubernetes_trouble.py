@@ -18,7 +18,7 @@ import psutil
 import pytest
 from airflow_volumes import until
 from clusters import why_no_real_cluster
-from kubernetes_world import DEFERRABLE, ONE_BLOCK, World
+from kubernetes_world import ONE_BLOCK, World
 from volume import SHAPE
 
 from operators.processes import with_variable
@@ -133,6 +133,7 @@ def test_clearing_and_cancelling_delete_pods(world: World, deferrable: bool) -> 
     world.volumes.clear(name, run, ["infer.0_0_0"])
     second = until(partial(watched, 2), world.cluster.limit)
     assert not set(first) & set(second)
+    assert running(world, name) == second
 
     world.volumes.client.patch(f"dags/{name}/dagRuns/{run}", {"state": "failed"})
     world.check_no_pod_left(name)
@@ -201,7 +202,9 @@ def orphan_of(pod: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("deferrable", DEFERRABLE)
+@pytest.mark.parametrize(
+    "deferrable", [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
+)
 def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) -> None:
     """The API away for a while, answers lost, logs out of reach, too little quota: all is done once, and the logs are there."""
     cluster = world.cluster.double
