@@ -1,7 +1,8 @@
 """Runs the commands of a volume's DAG in pods.
 
 A task launches a pod, leaves its worker while the triggerer watches it (or stays, if the spec says ``deferrable: false``), and
-comes back to take the log and to judge how the pod ended: ``operators.pod_ends``. Whatever was killed in between, the next process
+comes back to take the log and to judge how the pod ended: ``operators.pod_ends``. The steps around the blocks leave only if they take
+more than some seconds. Whatever was killed in between, the next process
 finds the pod by its labels and goes on with it; a pod's name is decided by task, try, and number of interruptions, so that no try
 can have two.
 """
@@ -44,6 +45,8 @@ from operators.triggers import PodTrigger
 _RETRY_OUT_OF_MEMORY = timedelta(seconds=1)
 _SOON, _LATE = 2.0, 300.0
 """Seconds until a launch that the cluster could not do is tried again: at first, and after a while."""
+_STEP_SECONDS = 15.0
+"""How long a step waits here for its pod: most have ended by then, and to leave the worker and to come back takes longer than they do."""
 _LOG_PATIENCE = 60.0
 """Seconds that the log of a pod that is still there may be out of reach."""
 
@@ -146,10 +149,11 @@ class PodOperator(base.Command, KubernetesPodOperator):
             except RefusedError as refused:
                 base.raise_for(refused.outcome)
             self._hold(name, namespace)
-            if self.deferrable:
-                self._defer_to_watch(name, namespace)
             log = PodLog(name, namespace)
-            return self._finish(context, log, self._follow(log, name, namespace))
+            outcome = self._wait_briefly(name, namespace) if self.deferrable else self._follow(log, name, namespace)
+            if outcome is None:
+                self._defer_to_watch(name, namespace)
+            return self._finish(context, log, outcome)
 
     def _attach(self, context: Context) -> tuple[str, str] | None:
         """The pod that an earlier process of this task has launched and that is worth going on with."""
@@ -210,6 +214,19 @@ class PodOperator(base.Command, KubernetesPodOperator):
             raise AirflowException(f"{Kind.CANCELLED.value}: the task was killed while it launched pod {name}")
         self.log.info("launched pod %s with %d MiB of memory", name, self._memory // 2**20)
         return name, self._namespace
+
+    def _wait_briefly(self, name: str, namespace: str) -> Outcome | None:
+        """The end of a step's pod, if it comes soon; nothing about blocks, of which there are many at a time."""
+        end = time.monotonic() + _STEP_SECONDS
+        while self.block is None and time.monotonic() < end:
+            try:
+                look = self._look(name, namespace)
+            except (TryLaterError, RefusedError):
+                return None  # the triggerer is more patient
+            if look.outcome:
+                return look.outcome
+            time.sleep(min(1.0, self.poll_interval))
+        return None
 
     def _follow(self, log: PodLog, name: str, namespace: str) -> Outcome:
         """Wait here for a pod's end, its log going to the task's."""

@@ -26,16 +26,24 @@ _WHERE = [
 ]
 
 
-@pytest.fixture(scope="session", params=_WHERE)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """An Airflow and a cluster for all tests with pods; each has volumes of its own."""
+# Of the package, not of the session: an Airflow that waits for the other tests to end takes a tenth of a core from them.
+@pytest.fixture(scope="package", params=_WHERE)
+def airflow_and_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An Airflow and a cluster for all tests with pods."""
     folder = tmp_path_factory.mktemp("kubernetes")
     remember_logs(request, folder / "home" / "logs")
     with start_world(folder, request.param) as world:
         yield world
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def world(airflow_and_cluster: World) -> Iterator[World]:
+    """The same, with volumes of the test's own."""
+    yield airflow_and_cluster
+    airflow_and_cluster.remove_all()
+
+
+@pytest.fixture(scope="package")
 def local_volumes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Volumes]]:

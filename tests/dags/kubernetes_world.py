@@ -22,11 +22,14 @@ from chunkflow_core.__main__ import main
 from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
+from chunkflow_core.storage import put_file
 from chunkflow_core.volumes import NewLayer
 from operators.service import Client, start
 
 ONE_BLOCK: Vector = (12, 24, 24)
 """A part of the input that is one block."""
+FIRST = "first"
+"""Volume that is there when Airflow starts, and stays."""
 
 
 class Metrics(threading.Thread):
@@ -57,9 +60,22 @@ class World:
         self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
     ) -> None:
         """Add a volume and wait until Airflow has it; ``shape`` takes only a part of the input."""
-        section = self.cluster.runner_section(moods or {}, f"{self.cluster.storage}/{name}/moods", **runner)
+        section = self.cluster.runner_section(moods or {}, self._moods(name), **runner)
         write_spec(self.volumes.folder, self.cluster.storage, name, section, shape)
         self.volumes.known(name)
+
+    def _moods(self, name: str) -> str:
+        return f"{self.cluster.storage}/{name}/moods"
+
+    def let_go(self, name: str, task: str) -> None:
+        """Have a task that counts do its work."""
+        put_file(self._moods(name), f"go-{task}", b"")
+
+    def remove_all(self) -> None:
+        """Remove the volumes that were added: Airflow would read each of them again whenever one is added."""
+        for spec in self.volumes.folder.glob("*.yaml"):
+            if spec.stem != FIRST:
+                spec.unlink()
 
     def check_output(self, name: str) -> None:
         """The volume's output is bit for bit the right one, and no pod is left."""
@@ -113,7 +129,7 @@ def start_world(folder: Path, kind: str) -> Iterator[World]:
         assert main(["run", str(local)]) == 0
         right = Workspace(load_spec(local)).output.read(load_spec(local).grid.roi)
         # The scheduler imports Kubernetes' client at its start only if there is a volume for it; else each task does.
-        write_spec(specs, cluster.storage, "first", cluster.runner_section({}, f"{cluster.storage}/first/moods"))
+        write_spec(specs, cluster.storage, FIRST, cluster.runner_section({}, f"{cluster.storage}/{FIRST}/moods"))
         metrics = Metrics()
         metrics.start()
         environment = (

@@ -29,41 +29,63 @@ pytestmark = pytest.mark.airflow
 @pytest.mark.parametrize("component", ["triggerer", "task", pytest.param("scheduler", marks=pytest.mark.long)])
 def test_a_pod_outlives_what_watches_it(world: World, component: str) -> None:
     """Whatever is killed while a pod runs, the next process goes on with the same pod, and its log is complete."""
-    name, deferrable = f"orphaned-by-{component}", component == "triggerer"
-    world.add(name, {"infer.0_0_0": ["count 60"]}, shape=ONE_BLOCK, deferrable=deferrable)
+    name, deferrable, task = f"orphaned-by-{component}", component == "triggerer", "infer.0_0_0"
+    world.add(name, {task: ["count"]}, shape=ONE_BLOCK, deferrable=deferrable)
     run = world.volumes.trigger(name)
-    until(lambda: any("counting 3" in world.cluster.log(pod) for pod in running(world, name)), world.cluster.limit)
+    tries = 1 if deferrable else 2
 
-    for process in processes(world, component):
+    def looks(attempt: int) -> int:
+        """How many processes have seen the pod at work in this try."""
+        log = world.volumes.log(name, run, task, attempt)
+        return sum(log.count(f"pod {pod}: running") for pod in running(world, name))
+
+    def at_work() -> bool:
+        """Whether the pod works and is watched; only the log of a try that has begun can be read."""
+        begun = world.volumes.tasks(name, run)[task]["try_number"] == 1
+        return begun and looks(1) == 1 and any("counting 3" in world.cluster.log(pod) for pod in running(world, name))
+
+    until(at_work, world.cluster.limit)
+
+    for process in processes(world, component, world.volumes.tasks(name, run)[task]["id"]):
         process.kill()
 
+    until(lambda: world.volumes.tasks(name, run)[task]["try_number"] == tries, world.cluster.limit)
+    until(lambda: looks(tries) == 3 - tries, world.cluster.limit)
+    world.let_go(name, task)
     assert world.volumes.wait(name, run, world.cluster.limit) == "success"
     if world.cluster.double:
-        assert len(world.pods_of(name, "infer.0_0_0")) == 1
-    tries = world.volumes.tasks(name, run)["infer.0_0_0"]["try_number"]
-    assert tries == (1 if deferrable else 2)
-    log = world.volumes.log(name, run, "infer.0_0_0", tries)
-    assert re.findall(r"\[pod\] counting (\d+)", log) == [str(line) for line in range(60)]
+        assert len(world.pods_of(name, task)) == 1
+    assert world.volumes.tasks(name, run)[task]["try_number"] == tries
+    log = world.volumes.log(name, run, task, tries)
+    check_counting(log, more_than=3)
     assert log.count("patches inferred") == 1
     world.check_no_pod_left(name)
+
+
+def check_counting(log: str, more_than: int) -> None:
+    """A task's log has each line of a pod that counted, once."""
+    (counted,) = re.findall(r"\[pod\] counted (\d+)", log)
+    assert int(counted) > more_than
+    assert re.findall(r"\[pod\] counting (\d+)", log) == [str(line) for line in range(int(counted))]
 
 
 def running(world: World, volume: str) -> list[str]:
     return [pod["metadata"]["name"] for pod in world.cluster.pods(volume) if pod["status"].get("phase") == "Running"]
 
 
-def processes(world: World, component: str) -> list[psutil.Process]:
-    """The processes of a component of Airflow; of ``task``, those that run tasks."""
+def processes(world: World, component: str, task: str) -> list[psutil.Process]:
+    """The processes of a component of Airflow; of ``task``, the one that runs the task of this id."""
     home = str(world.volumes.folder.parent / "home")
     name = "scheduler" if component == "task" else component
     ours = [
         p for p in with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", home) if f"airflow {name}" in " ".join(p.cmdline())
     ]
-    if component != "task":
-        return ours
-    # A task's process writes its title over its environment.
-    below = [child for process in ours for child in process.children(recursive=True)]
-    return [p for p in below if re.match(r"airflow worker -- [0-9a-f-]{36}", " ".join(p.cmdline()))]
+    if component == "task":
+        # A task's process writes its title over its environment.
+        below = [child for process in ours for child in process.children(recursive=True)]
+        ours = [p for p in below if f"airflow worker -- {task}" in " ".join(p.cmdline())]
+    assert ours
+    return ours
 
 
 PATIENCE = 2 if why_no_real_cluster() else 45
@@ -113,6 +135,24 @@ def test_pods_that_can_not_start_say_what_to_do(world: World) -> None:
 def says(world: World, name: str, run: str, words: str) -> bool:
     """Whether the log of the preparation says something; a task's state can be known before the last lines of its log are."""
     return bool(re.search(words, world.volumes.log(name, run, "prepare", 1)))
+
+
+def test_a_step_that_takes_long_leaves_its_worker(world: World) -> None:
+    name = "thorough"
+    world.add(name, {"prepare": ["count"]}, shape=ONE_BLOCK)
+    run = world.volumes.trigger(name)
+
+    def prepare() -> dict[str, Any]:
+        return world.volumes.tasks(name, run)["prepare"]
+
+    until(lambda: prepare()["state"] == "deferred", world.cluster.limit)
+    world.let_go(name, "prepare")
+    until(lambda: prepare()["state"] == "success", world.cluster.limit)
+
+    assert prepare()["try_number"] == 1
+    check_counting(world.volumes.log(name, run, "prepare", 1), more_than=3)
+    world.volumes.client.patch(f"dags/{name}/dagRuns/{run}", {"state": "failed"})
+    world.check_no_pod_left(name)
 
 
 @pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
@@ -192,6 +232,7 @@ def orphan_of(pod: dict[str, Any]) -> dict[str, Any]:
         "metadata": {"name": "orphan", "labels": meta["labels"], "annotations": annotations},
         "spec": {
             "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
             "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
             "containers": [
                 container
@@ -211,7 +252,7 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
     if cluster is None:
         pytest.skip("only the double's API can be made to fail")
     name = f"trouble-{'deferrable' if deferrable else 'sync'}"
-    world.add(name, {"infer.0_0_0": ["count 20"]}, deferrable=deferrable, shape=(12, 24, 40))
+    world.add(name, {"infer.0_0_0": ["count"]}, deferrable=deferrable, shape=(12, 24, 40))
     lost = cluster.add_fault("POST", r"/pods$", times=2, lost_response=True)
     expired = cluster.add_fault("*", r"/pods", times=2, status=401)
     logs = cluster.add_fault("GET", r"infer-0-0-1.*/log$", times=4, status=500)
@@ -227,6 +268,7 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
         world.cluster.limit,
     )
     cluster.resume()
+    world.let_go(name, "infer.0_0_0")
     until(lambda: world.volumes.tasks(name, run)["infer.0_0_0"]["state"] == "success", world.cluster.limit)
     cluster.set_quota(None)
 
@@ -242,6 +284,5 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
     (arguments,) = [pod.box["args"] for pod in cluster.created if pod.name in world.pods_of(name, "blend.0_0_1")]
     assert {"roi=[[0, 0, 0], [12, 24, 40]]", f"input.bounds=[[0, 0, 0], {list(SHAPE)}]"} <= set(arguments)
     assert "patches inferred" in world.volumes.log(name, run, "infer.0_0_1", 1)
-    counted = re.findall(r"\[pod\] counting (\d+)", world.volumes.log(name, run, "infer.0_0_0", 1))
-    assert counted == [str(line) for line in range(20)]
+    check_counting(world.volumes.log(name, run, "infer.0_0_0", 1), more_than=12)
     world.check_no_pod_left(name)

@@ -1,14 +1,14 @@
-"""Makes stage commands misbehave: Python runs this before the command, in a pod that has the folder on its PYTHONPATH.
+"""Makes commands misbehave: Python runs this before the command, in a pod that has the folder on its PYTHONPATH.
 
-``CHUNKFLOW_MOODS`` is JSON: for a task's name what its first, second, … process does instead of its work, such as
-``{"infer.0_0_0": ["exit 75", "hang"]}``. Which one is next is remembered below the storage address ``CHUNKFLOW_MOODS_URL``.
+``CHUNKFLOW_MOODS`` is JSON: for the name of a block's task, or of a step, what its first, second, … process does instead of its
+work, such as ``{"infer.0_0_0": ["exit 75", "hang"]}``. Which one is next is remembered below the storage address ``CHUNKFLOW_MOODS_URL``.
 
 - ``exit N``: end with that code
 - ``kill N``: get that signal
 - ``memory MB``: take so much memory, then hang
 - ``disk MB``: fill so much of the node's disk, then hang
 - ``hang``: do nothing for an hour
-- ``count N``: say so N times, half a second apart, then do the work
+- ``count``: count aloud, half a second apart, until the file ``go-TASK`` is at that address; say how far, then do the work
 """
 
 import json
@@ -16,33 +16,44 @@ import os
 import pathlib
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cloudfiles import CloudFiles
 
 _STAGES = {"chunkflow_core.inference_and_donate": "infer", "chunkflow_core.receive_and_blend": "blend"}
 
 
-def _mood() -> str | None:
+def _mood() -> tuple[str, str] | None:
+    """The task and its mood."""
     words = sys.orig_argv
     if "-m" not in words:
         return None
-    stage = _STAGES.get(words[words.index("-m") + 1])
-    if not stage:
+    module, *arguments = words[words.index("-m") + 1 :]
+    if stage := _STAGES.get(module):
+        task = f"{stage}.{'_'.join(arguments[arguments.index('--block') + 1 :][:3])}"
+    elif module == "chunkflow_core":
+        task = next(word for word in arguments if not word.startswith("-"))
+    else:
         return None
-    block = words[words.index("--block") + 1 :][:3]
-    task = f"{stage}.{'_'.join(block)}"
     moods = json.loads(os.environ["CHUNKFLOW_MOODS"]).get(task, [])
     if not moods:
         return None
-    from cloudfiles import CloudFiles
-
-    files = CloudFiles(os.environ["CHUNKFLOW_MOODS_URL"], progress=False)
+    files = _files()
     count = len(list(files.list(prefix=f"{task}-")))
     if count >= len(moods):
         return None
     files.put(f"{task}-{count}", b"")
-    return str(moods[count])
+    return task, str(moods[count])
 
 
-def _behave(mood: str) -> None:
+def _files() -> "CloudFiles":
+    from cloudfiles import CloudFiles
+
+    return CloudFiles(os.environ["CHUNKFLOW_MOODS_URL"], progress=False)
+
+
+def _behave(task: str, mood: str) -> None:
     print(f"mood: {mood}", flush=True)
     action, _, number = mood.partition(" ")
     if action == "exit":
@@ -58,12 +69,15 @@ def _behave(mood: str) -> None:
             for _ in range(int(number)):
                 file.write(os.urandom(2**20))
     if action == "count":
-        for line in range(int(number)):
-            print(f"counting {line}", flush=True)
+        files, lines = _files(), 0
+        while not files.exists(f"go-{task}"):
+            print(f"counting {lines}", flush=True)
+            lines += 1
             time.sleep(0.5)
+        print(f"counted {lines}", flush=True)
     else:
         time.sleep(3600)
 
 
 if found := _mood():
-    _behave(found)
+    _behave(*found)
