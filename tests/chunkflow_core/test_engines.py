@@ -5,13 +5,13 @@ from __future__ import annotations
 import pickle
 import textwrap
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch._inductor.config
 from numpy.typing import NDArray
 
 from chunkflow_core.engines import load_engine
@@ -677,7 +677,7 @@ def test_settings_of_a_model_file_decide_no_number(
     assert torch.get_float32_matmul_precision() == "highest"
     assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     assert not torch.backends.cudnn.benchmark
-    assert torch.are_deterministic_algorithms_enabled() and torch._inductor.config.deterministic
+    assert torch.are_deterministic_algorithms_enabled() and import_module("torch._inductor.config").deterministic
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
