@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from airflow_volumes import ENVIRONMENT, Volumes, copy_dags
@@ -26,14 +28,24 @@ _WHERE = [
 ]
 
 
-# Of the package, not of the session: an Airflow that waits for the other tests to end takes a tenth of a core from them.
-@pytest.fixture(scope="package", params=_WHERE)
-def airflow_and_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+_services = ExitStack()
+"""Those that run."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """End the services after the last test of this folder: one that waits for all other tests to end takes a tenth of a core from them."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        _services.close()
+
+
+@pytest.fixture(scope="session", params=_WHERE)
+def airflow_and_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     """An Airflow and a cluster for all tests with pods."""
     folder = tmp_path_factory.mktemp("kubernetes")
     remember_logs(request, folder / "home" / "logs")
-    with start_world(folder, request.param) as world:
-        yield world
+    request.addfinalizer(_services.close)
+    return _services.enter_context(start_world(folder, request.param))
 
 
 @pytest.fixture
@@ -43,10 +55,8 @@ def world(airflow_and_cluster: World) -> Iterator[World]:
     airflow_and_cluster.remove_all()
 
 
-@pytest.fixture(scope="package")
-def local_volumes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Volumes]]:
+@pytest.fixture(scope="session")
+def local_volumes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Volumes]:
     """An Airflow for all tests without pods; for a name, a folder of its own, whose ``volumes`` it looks at.
 
     Modules in a folder's ``modules`` can be imported by it.
@@ -62,8 +72,7 @@ def local_volumes(
         "PYTHONPATH": os.pathsep.join([*modules, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     remember_logs(request, home / "logs")
-    with (
-        start(home, dags=dags, environment=environment, with_parent=True, durable=False) as service,
-        Client(service) as client,
-    ):
-        yield lambda name: Volumes(client, root / name, dags, home)
+    request.addfinalizer(_services.close)
+    service = start(home, dags=dags, environment=environment, with_parent=True, durable=False)
+    client = _services.enter_context(Client(_services.enter_context(service)))
+    return lambda name: Volumes(client, root / name, dags, home)
