@@ -13,18 +13,20 @@ from typing import Any
 import pytest
 import yaml
 from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
+from local_airflow import SERVICES, local_volumes
 from nursery import shared
 from volume import spec_content, write_layer
 from xdist.scheduler import LoadScopeScheduling
 
 from chunkflow_core.__main__ import main
 
-__all__ = ["pytest_runtest_makereport", "pytest_terminal_summary"]
+__all__ = ["local_volumes", "pytest_runtest_makereport", "pytest_terminal_summary"]
 SHARING_AN_AIRFLOW = {
-    "local volumes": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py"),
+    # In this order: the last one ends the service.
+    "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", "tests/operators/test_service.py"),
     "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
 }
-"""Files by what their session fixture gives them (``tests/dags/conftest.py``)."""
+"""Files by what their session fixture gives them (``tests/dags/local_airflow.py``, ``tests/dags/conftest.py``)."""
 
 Outcome = subprocess.CompletedProcess[str]
 
@@ -37,8 +39,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not {"long", "cluster"} & set(config.option.markexpr.split()):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
-    first = {item.path for item in items if item.get_closest_marker("airflow")}
-    items.sort(key=lambda item: item.path not in first)
+    with_airflow = {item.path for item in items if item.get_closest_marker("airflow")}
+    items.sort(
+        key=lambda item: (item.path not in with_airflow, group(item.nodeid) if item.path in with_airflow else "")
+    )
+
+
+def group(nodeid: str) -> str:
+    """The tests that run in one process: those of a file, or of files that share an Airflow."""
+    file = nodeid.partition("::")[0]
+    return next((group for group, files in SHARING_AN_AIRFLOW.items() if file in files), file)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the group's service with it."""
+    if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
+        SERVICES.close()
 
 
 def pytest_collection_finish() -> None:
@@ -48,11 +65,10 @@ def pytest_collection_finish() -> None:
 
 
 class TogetherScheduling(LoadScopeScheduling):
-    """The tests of a file run in one process, and so do those of files that share an Airflow."""
+    """Hands groups to the processes."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return next((group for group, files in SHARING_AN_AIRFLOW.items() if file in files), file)
+        return group(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:

@@ -1,6 +1,7 @@
-"""The single-machine Airflow: it works, listens on loopback only, heals itself, and leaves no process behind.
+"""The single-machine Airflow: it works, listens on loopback only, and leaves no process behind, however it is ended.
 
-All with real processes. The tests share one service; those further down kill it in one way after the other.
+All with real processes, most with the one service that the tests of local volumes use before. What it does when parts of it are killed is in
+``test_service_killed.py``.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jwt
 import psutil
 import pytest
+from airflow_volumes import Volumes
+from service_runs import DAGS, TIMEOUT, WIDE, Run, assert_gone, call, everything
 
-from operators import processes, service, warm
-from operators.processes import Identity, is_alive, wait_until
-from operators.service import AlreadyRunning, ApiError, Client, Service, ServiceError, find, main, start
-from operators.service_settings import SUPERVISED, Home, warm_parent_name
+from operators import processes
+from operators.processes import is_alive, wait_until
+from operators.service import AlreadyRunning, ApiError, Client, Service, ServiceError, find, start
+from operators.service_settings import SUPERVISED, Home
 from operators.service_state import State
 from operators.service_supervisor import _UNHEALTHY_LIMIT
 
@@ -33,152 +35,35 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes can only be ended reliably on Linux"),
 ]
 
-TIMEOUT = 300.0
-"""Seconds after which something counts as stuck, on a busy machine, too."""
-WIDE = 120
-"""Tasks of the DAG ``wide``: more than a page."""
 
-DAGS = f"""
-from airflow.providers.standard.operators.bash import BashOperator
-from airflow.providers.standard.operators.empty import EmptyOperator
-from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import DAG, Param
-
-
-def write(path):
-    import os
-
-    with open(path, "w") as file:
-        file.write(os.environ["SERVICE_TEST"])
-
-
-with DAG("tasks", schedule=None, params={{"folder": Param("", type="string", minLength=1)}}):
-    PythonOperator(task_id="write", python_callable=write, op_args=["{{{{ params.folder }}}}/written"])
-    # In the bash that Airflow starts a sleep, which no signal at the parent's death reaches.
-    BashOperator(
-        task_id="wait",
-        bash_command="echo waiting; cd {{{{ params.folder }}}}; sleep 600 & echo $! >> started; "
-        "while [ ! -e go ]; do sleep 0.2; done; kill $!",
-    )
-
-with DAG("wide", schedule=None, is_paused_upon_creation=True):
-    for number in range({WIDE}):
-        EmptyOperator(task_id=f"empty_{{number}}")
-"""
-
-
-class Run:
-    """A run of the DAG ``tasks``, whose second task waits until it is told to go on."""
-
-    def __init__(self, client: Client, folder: Path) -> None:
-        folder.mkdir()
-        self.folder = folder
-        self.client = client
-        body = {"logical_date": None, "conf": {"folder": str(folder)}}
-        self.id = client.post("dags/tasks/dagRuns", body)["dag_run_id"]
-
-    def wait_until_started(self, times: int = 1) -> psutil.Process:
-        """The sleep below the waiting task, when that has been started so many times."""
-        started = self.folder / "started"
-        assert wait_until(lambda: started.exists() and started.read_text().count("\n") >= times, TIMEOUT)
-        return psutil.Process(int(started.read_text().split()[-1]))
-
-    def go(self) -> None:
-        (self.folder / "go").touch()
-
-    def wait_until_ended(self) -> str:
-        def state() -> str:
-            return str(self.client.get(f"dags/tasks/dagRuns/{self.id}")["state"])
-
-        wait_until(lambda: state() in ("success", "failed"), TIMEOUT, poll=0.3)
-        return state()
-
-
-def everything(home: Path) -> list[psutil.Process]:
-    """All processes of the service."""
-    state = State.read(Home(home))
-    assert state is not None
-    roots = [identity.process() for identity in (state.guard, state.supervisor)]
-    found = {process.pid: process for root in roots if root is not None for process in processes.tree(root)}
-    return list(found.values())
-
-
-def each(found: list[psutil.Process], fact: Callable[[psutil.Process], Any]) -> Iterator[tuple[psutil.Process, Any]]:
-    """What is to be known of each process that has not ended meanwhile."""
-    for process in found:
-        with suppress(psutil.NoSuchProcess):
-            yield process, fact(process)
-
-
-def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float = TIMEOUT) -> None:
-    """Wait until none of those processes is alive, and no other of the service in this home."""
-    assert len(found) > 1
-    wait_until(lambda: not any(is_alive(process) for process in found), timeout)
-    assert [process for process in found if is_alive(process)] == []
-    assert home is None or processes.with_variable(SUPERVISED, str(home)) == []
-
-
-def wait_for_dags(client: Client) -> None:
-    def known() -> set[str]:
-        return {row["dag_id"] for row in client.pages("dags", "dags")}
-
-    assert wait_until(lambda: known() == {"tasks", "wide"}, TIMEOUT, poll=0.3)
+@pytest.fixture(scope="module")
+def volumes(local_volumes: Callable[[str], Volumes]) -> Volumes:
+    volumes = local_volumes("service")
+    (volumes.dags / "example.py").write_text(DAGS)
+    volumes.known("tasks", "wide")
+    return volumes
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home; whatever runs in it at the end is killed."""
-    path = tmp_path_factory.mktemp("service") / "home"
-    yield path
-    for process in processes.with_variable(SUPERVISED, str(path)):
-        process.kill()
-    state = State.read(Home(path))
-    for identity in (state.supervisor, state.guard) if state else ():
-        os.kill(identity.pid, signal.SIGKILL)
+def home(volumes: Volumes) -> Path:
+    return volumes.home
 
 
 @pytest.fixture(scope="module")
-def dags(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dags")
-    (folder / "example.py").write_text(DAGS)
-    return folder
-
-
-ENVIRONMENT = {
-    "SERVICE_TEST": "from the environment",
-    # A dead scheduler's tasks are looked for sooner than by default: tuning that the environment may change …
-    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
-    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
-    # … and what it may not.
-    "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC": "postgresql+asyncpg://production/airflow",
-    "AIRFLOW__API__HOST": "0.0.0.0",
-    "AIRFLOW__CORE__EXECUTOR": "CeleryExecutor",
-    "HTTP_PROXY": "http://127.0.0.1:9",
-}
+def dags(volumes: Volumes) -> Path:
+    return volumes.dags
 
 
 @pytest.fixture(scope="module")
-def running(home: Path, dags: Path) -> Service:
-    return start(home, dags=dags, parallelism=2, environment=ENVIRONMENT, with_parent=True, durable=False)
+def client(volumes: Volumes) -> Client:
+    return volumes.client
 
 
 @pytest.fixture(scope="module")
-def client(running: Service) -> Iterator[Client]:
-    with Client(running) as opened:
-        wait_for_dags(opened)
-        yield opened
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code and output of ``chunkflow-airflow``, which never shows a traceback."""
-    capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as ending:  # argparse
-        code = int(ending.code or 0)
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err, printed.err
-    return code, printed.out, printed.err
+def running(home: Path) -> Service:
+    found = find(home)
+    assert found is not None
+    return found
 
 
 def test_status_of_a_running_service(running: Service, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +180,7 @@ def test_airflow_command_sees_the_service(running: Service, home: Path) -> None:
         timeout=TIMEOUT,
         check=True,
     )
-    assert {row["dag_id"] for row in json.loads(output.stdout.splitlines()[-1])} == {"tasks", "wide"}
+    assert {"tasks", "wide"} <= {row["dag_id"] for row in json.loads(output.stdout.splitlines()[-1])}
 
 
 def test_second_one_in_the_same_home(
@@ -323,157 +208,17 @@ def test_tasks_wait_longer_for_an_api_server_than_the_service_takes_to_replace_i
     assert (attempts - 1) * longest < heartbeat_timeout
 
 
-@pytest.mark.long
-def test_task_outlives_a_killed_api_server(client: Client, home: Path, tmp_path: Path) -> None:
-    run = Run(client, tmp_path / "run")
-    waiting = run.wait_until_started()
-    state = State.read(Home(home))
-    assert state is not None
-    os.kill(state.components["api-server"].pid, signal.SIGKILL)
-    run.go()
-    assert wait_until(lambda: service._report(Home(home))["healthy"], TIMEOUT)  # type: ignore[index]
-    assert run.wait_until_ended() == "success"
-    assert not is_alive(waiting)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_dead_scheduler_is_replaced_and_its_tasks_run_again(
-    client: Client, home: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    """Also one that hangs, as when it waits for its tasks after it has lost the database; they must not count as failed."""
-    run = Run(client, tmp_path / "run")
-    first = run.wait_until_started()
-    state = State.read(Home(home))
-    assert state is not None
-    scheduler = state.components["scheduler"].process()
-    assert scheduler is not None
-    old = processes.tree(scheduler)
-    assert first in old
-    scheduler.send_signal(number)
-    # What it had started must not go on beside what the next one starts.
-    assert wait_until(lambda: not any(is_alive(process) for process in old), TIMEOUT)
-    second = run.wait_until_started(times=2)
-    assert is_alive(second) and not is_alive(first)
-    run.go()
-    assert run.wait_until_ended() == "success"
-    assert "scheduler was killed by SIGKILL; starting it again" in (home / "logs" / "supervisor.log").read_text()
-    assert wait_until(lambda: service._report(Home(home))["healthy"], TIMEOUT)  # type: ignore[index]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("names", [["database"], ["dag-processor", "triggerer"], ["everything"]])
-def test_killed_components_are_replaced_and_the_run_completes(
-    client: Client, home: Path, tmp_path: Path, names: list[str]
-) -> None:
-    run = Run(client, tmp_path / "run")
-    run.wait_until_started()
-    before = State.read(Home(home))
-    assert before is not None
-    killed = [identity for name, identity in before.components.items() if name in names or names == ["everything"]]
-    assert killed
-    for identity in killed:
-        os.kill(identity.pid, signal.SIGKILL)
-
-    def replaced() -> bool:
-        state, report = State.read(Home(home)), service._report(Home(home))
-        running = state.components.values() if state else ()
-        return report is not None and report["healthy"] and not set(killed) & set(running)
-
-    assert wait_until(replaced, TIMEOUT, poll=0.3)
-    run.go()
-    assert run.wait_until_ended() == "success"
-    state = State.read(Home(home))
-    assert state is not None and (state.guard, state.supervisor) == (before.guard, before.supervisor)
-
-
-@pytest.mark.long
-def test_the_service_does_without_a_warm_parent_that_does_not_stay(client: Client, home: Path, tmp_path: Path) -> None:
-    """One that makes way for new code is followed by the next, however often; one that dies again and again is left out."""
-
-    def parent() -> Identity | None:
-        state = State.read(Home(home))
-        assert state is not None
-        return state.components.get("warm-parent")
-
-    def end(number: signal.Signals) -> None:
-        assert wait_until(lambda: warm.answers(warm_parent_name(Home(home)) or ""), TIMEOUT)
-        last = parent()
-        assert last is not None
-        os.kill(last.pid, number)
-        assert wait_until(lambda: parent() not in (last, None) or left_out(), TIMEOUT)
-
-    def left_out() -> bool:
-        return "tasks start without it" in (home / "logs" / "supervisor.log").read_text()
-
-    for _ in range(6):
-        end(signal.SIGTERM)
-    assert not left_out()
-    while not left_out():
-        end(signal.SIGKILL)
-    run = Run(client, tmp_path / "run")
-    run.wait_until_started()
-    run.go()
-    assert run.wait_until_ended() == "success"
-
-
-@pytest.mark.long
-def test_next_service_goes_on_where_one_was_killed_with_all_its_watchers(
-    client: Client,
-    home: Path,
-    dags: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    run = Run(client, tmp_path / "run")
-    first = run.wait_until_started()
-    program = [first, *first.parents()[:1]]
-    airflow = [p for p, name in each(everything(home), psutil.Process.name) if p not in program and name != "sleep"]
-    state = State.read(Home(home))
-    assert state is not None
-    for identity in (state.supervisor, state.guard):
-        os.kill(identity.pid, signal.SIGKILL)
-    # The kernel ends Airflow's processes, the forked ones too; not the program that a task has started.
-    assert_gone(airflow, None)
-    assert is_alive(first)
-    assert (home / "service.json").exists()
-    assert call(capsys, "status", "--home", home)[0] == 3
-    with pytest.raises(ServiceError, match="does not answer"):
-        client.get("dags")
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    code, output, _ = call(capsys, "up", "--home", home, "--dags", dags, "--detach")
-    # The address is the same, so the client goes on, too.
-    assert code == 0 and state.url in output
-    assert not is_alive(first)
-    run.wait_until_started(times=2)
-    run.go()
-    assert run.wait_until_ended() == "success"
-
-
 def test_stop_leaves_nothing(client: Client, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Run(client, tmp_path / "run").wait_until_started()
     found = everything(home)
+    log = home / "logs" / "scheduler.log"
+    before = len(log.read_text())
     assert call(capsys, "down", "--home", home)[:2] == (0, "stopped\n")
     assert_gone(found, home, timeout=0)
     # The task was asked to end, and could still tell that it did.
-    assert "final_state=failed" in (home / "logs" / "scheduler.log").read_text()
+    assert "final_state=failed" in log.read_text()[before:]
     code, output, _ = call(capsys, "down", "--home", home)
     assert code == 0 and "nothing runs" in output
-
-
-@pytest.mark.long
-def test_killed_supervisor_leaves_nothing(dags: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    with start(home, dags=dags, environment=ENVIRONMENT, durable=False) as started, Client(started) as client:
-        Run(client, tmp_path / "run").wait_until_started()
-        found = everything(home)
-        state = State.read(Home(home))
-        assert state is not None
-        os.kill(state.supervisor.pid, signal.SIGKILL)
-        assert_gone(found, home)
-        assert not (home / "service.json").exists()
 
 
 UP = [sys.executable, "-m", "operators.service", "up", "--no-fsync"]
