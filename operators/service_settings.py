@@ -304,7 +304,7 @@ def warm_parent_name(home: Home) -> str | None:
     """Name of the parent from which tasks start warm (``operators.warm``), one a home; ``None`` where that is not possible."""
     if sys.platform != "linux":
         return None
-    return f"chunkflow/{os.geteuid()}/{hashlib.sha256(str(home.path).encode()).hexdigest()[:32]}"
+    return f"chunkflow/{hashlib.sha256(str(home.path).encode()).hexdigest()[:32]}"
 
 
 def component_environment(home: Home, private: Settings, environment: Mapping[str, str]) -> dict[str, str]:

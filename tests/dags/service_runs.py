@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -89,6 +90,14 @@ def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float =
     wait_until(lambda: not any(is_alive(process) for process in found), timeout)
     assert [process for process in found if is_alive(process)] == []
     assert home is None or processes.with_variable(SUPERVISED, str(home)) == []
+
+
+def as_user(user: str) -> list[str]:
+    """A prefix for commands. An ordinary user here still reaches folders that are root's alone, as those of tests are."""
+    if os.geteuid() != 0 or user == "root":
+        return []
+    rights = ["--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override"]
+    return ["setpriv", "--reuid=nobody", "--clear-groups", *rights, "--"]
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

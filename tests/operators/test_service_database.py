@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import psycopg2
 import pytest
+from service_runs import as_user
 
 from operators import service_database
 from operators.processes import is_alive, wait_until
@@ -47,14 +48,6 @@ sys.exit(server.wait())
 Starter = Callable[..., tuple[Database, "subprocess.Popen[str]"]]
 
 USERS = ["ordinary", *(["root"] if os.geteuid() == 0 else [])]
-
-
-def as_user(user: str) -> list[str]:
-    """A prefix for commands. An ordinary user here still reaches folders that are root's alone, as those of tests are."""
-    if os.geteuid() != 0 or user == "root":
-        return []
-    rights = ["--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override"]
-    return ["setpriv", "--reuid=nobody", "--clear-groups", *rights, "--"]
 
 
 @pytest.fixture

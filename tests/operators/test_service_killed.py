@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
-from service_runs import DAGS, TIMEOUT, Run, assert_gone, call, everything
+from service_runs import DAGS, TIMEOUT, Run, as_user, assert_gone, call, everything
 
 from operators import processes, service, warm
 from operators.processes import Identity, is_alive, wait_until
-from operators.service import Client, Service, ServiceError, start
+from operators.service import Client, Service, ServiceError, find, start
 from operators.service_settings import SUPERVISED, Home, warm_parent_name
 from operators.service_state import State
 
@@ -123,6 +126,17 @@ def test_killed_components_are_replaced_and_the_run_completes(
     run = Run(client, tmp_path / "run")
     run.wait_until_started()
     before = State.read(Home(home))
+    kill(home, names)
+    run.go()
+    assert run.wait_until_ended() == "success"
+    state = State.read(Home(home))
+    assert state is not None and before is not None
+    assert (state.guard, state.supervisor) == (before.guard, before.supervisor)
+
+
+def kill(home: Path, names: list[str]) -> None:
+    """Kill components at once, or all of them, and wait until they are replaced."""
+    before = State.read(Home(home))
     assert before is not None
     killed = [identity for name, identity in before.components.items() if name in names or names == ["everything"]]
     assert killed
@@ -135,10 +149,6 @@ def test_killed_components_are_replaced_and_the_run_completes(
         return report is not None and report["healthy"] and not set(killed) & set(running)
 
     assert wait_until(replaced, TIMEOUT, poll=0.3)
-    run.go()
-    assert run.wait_until_ended() == "success"
-    state = State.read(Home(home))
-    assert state is not None and (state.guard, state.supervisor) == (before.guard, before.supervisor)
 
 
 def test_the_service_does_without_a_warm_parent_that_does_not_stay(client: Client, home: Path, tmp_path: Path) -> None:
@@ -202,6 +212,50 @@ def test_next_service_goes_on_where_one_was_killed_with_all_its_watchers(
     run.wait_until_started(times=2)
     run.go()
     assert run.wait_until_ended() == "success"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that an ordinary user may change: Airflow asks whether it may read DAG files, which whoever may read all does not show."""
+    folder = Path(tempfile.mkdtemp())
+    if os.geteuid() == 0:
+        shutil.chown(folder, "nobody")
+    yield folder
+    for process in processes.with_variable(SUPERVISED, str(folder / "home")):
+        process.kill()
+    shutil.rmtree(folder)
+
+
+def test_two_side_by_side_one_of_an_ordinary_user(
+    client: Client, home: Path, open_folder: Path, tmp_path: Path
+) -> None:
+    """All of one is killed while both run tasks; both runs complete, and when it is ended the other one goes on."""
+    (open_folder / "dags").mkdir()
+    (open_folder / "dags" / "example.py").write_text(DAGS)
+    other = open_folder / "home"
+    command = [*as_user("ordinary"), sys.executable, "-P", "-m", "operators.service"]
+    variables = os.environ | ENVIRONMENT | {"HOME": str(open_folder)}
+    up = ["up", "--detach", "--no-fsync", f"--home={other}", f"--dags={open_folder / 'dags'}"]
+    subprocess.run([*command, *up], env=variables, check=True, timeout=TIMEOUT)
+    second = find(other)
+    assert second is not None
+    users = {user.real for _, user in each(everything(other), psutil.Process.uids)}
+    assert len(users) == 1 and (users != {0})
+    with Client(second) as its_client:
+        wait_for_dags(its_client)
+        runs = [Run(client, tmp_path / "run"), Run(its_client, open_folder / "run")]
+        if os.geteuid() == 0:
+            shutil.chown(open_folder / "run", "nobody")
+        for run in runs:
+            run.wait_until_started()
+        kill(other, ["everything"])
+        for run in runs:
+            run.go()
+        assert [run.wait_until_ended() for run in runs] == ["success", "success"]
+    found = everything(other)
+    subprocess.run([*command, "down", f"--home={other}"], env=variables, check=True, timeout=TIMEOUT)
+    assert_gone(found, other, timeout=0)
+    assert service._report(Home(home))["healthy"]  # type: ignore[index]
 
 
 def test_killed_supervisor_leaves_nothing(dags: Path, tmp_path: Path) -> None:
