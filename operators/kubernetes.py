@@ -217,14 +217,17 @@ class PodOperator(base.Command, KubernetesPodOperator):
 
     def _wait_briefly(self, name: str, namespace: str) -> Outcome | None:
         """The end of a step's pod, if it comes soon; nothing about blocks, of which there are many at a time."""
-        end = time.monotonic() + _STEP_SECONDS
-        while self.block is None and time.monotonic() < end:
+        if self.block is not None:
+            return None
+        end, state = time.monotonic() + _STEP_SECONDS, ""
+        while time.monotonic() < end:
             try:
-                look = self._look(name, namespace)
+                look = self._look_and_tell(name, namespace, state)
             except (TryLaterError, RefusedError):
                 return None  # the triggerer is more patient
             if look.outcome:
                 return look.outcome
+            state = look.state
             time.sleep(min(1.0, self.poll_interval))
         return None
 
@@ -233,11 +236,8 @@ class PodOperator(base.Command, KubernetesPodOperator):
         answered, state = time.monotonic(), ""
         while True:
             try:
-                look = self._look(name, namespace)
-                answered = time.monotonic()
-                if look.state != state:
-                    state = look.state
-                    self.log.info("pod %s: %s", name, state)
+                look = self._look_and_tell(name, namespace, state)
+                answered, state = time.monotonic(), look.state
                 if look.outcome:
                     return look.outcome
                 if state == "running":
@@ -355,6 +355,13 @@ class PodOperator(base.Command, KubernetesPodOperator):
     def _look(self, name: str, namespace: str) -> Look:
         pod = self._api.get(name, namespace)
         return vanished(name) if pod is None else self._judge(pod)
+
+    def _look_and_tell(self, name: str, namespace: str, before: str) -> Look:
+        """Look, and log a state that is another one than ``before``."""
+        look = self._look(name, namespace)
+        if look.state != before:
+            self.log.info("pod %s: %s", name, look.state)
+        return look
 
     def _judge(self, pod: Pod) -> Look:
         limits = Limits(self._runner.pending_timeout, self._runner.start_timeout)

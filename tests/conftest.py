@@ -21,9 +21,10 @@ from xdist.scheduler import LoadScopeScheduling
 from chunkflow_core.__main__ import main
 
 __all__ = ["local_volumes", "pytest_runtest_makereport", "pytest_terminal_summary"]
+_ENDS_ITS_SERVICE = "tests/operators/test_service.py"
+"""Comes last of its group, in whatever order files are named."""
 SHARING_AN_AIRFLOW = {
-    # In this order: the last one ends the service.
-    "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", "tests/operators/test_service.py"),
+    "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", _ENDS_ITS_SERVICE),
     "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
 }
 """Files by what their session fixture gives them (``tests/dags/local_airflow.py``, ``tests/dags/conftest.py``)."""
@@ -41,14 +42,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     with_airflow = {item.path for item in items if item.get_closest_marker("airflow")}
     items.sort(
-        key=lambda item: (item.path not in with_airflow, group(item.nodeid) if item.path in with_airflow else "")
+        key=lambda item: (
+            item.path not in with_airflow,
+            group(item.nodeid) if item.path in with_airflow else "",
+            item.nodeid.startswith(_ENDS_ITS_SERVICE),
+        )
     )
 
 
 def group(nodeid: str) -> str:
     """The tests that run in one process: those of a file, or of files that share an Airflow."""
     file = nodeid.partition("::")[0]
-    return next((group for group, files in SHARING_AN_AIRFLOW.items() if file in files), file)
+    return next((name for name, files in SHARING_AN_AIRFLOW.items() if file in files), file)
 
 
 @pytest.hookimpl(trylast=True)

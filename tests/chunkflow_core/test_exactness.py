@@ -75,15 +75,15 @@ def axes(draw: st.DrawFn) -> tuple[int, ...]:
     return size, start, start + length, patch, draw(st.integers(0, 2)), overlap, block, chunk, draw(st.integers(1, 9))
 
 
-def fewer(start: list[int], stop: list[int], step: list[int]) -> list[int]:
+def fewer(start: tuple[int, ...], stop: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
     """An end of the ROI with at most ``MOST`` steps in it: the axis with the most of them loses one, again and again."""
     counts = [-(-(b - a) // c) for a, b, c in zip(start, stop, step, strict=True)]
     while math.prod(counts) > MOST:
         counts[counts.index(max(counts))] -= 1
-    return [min(b, a + n * c) for a, b, c, n in zip(start, stop, step, counts, strict=True)]
+    return tuple(min(b, a + n * c) for a, b, c, n in zip(start, stop, step, counts, strict=True))
 
 
-def coarse(chunk: list[int], size: list[int]) -> tuple[int, ...]:
+def coarse(chunk: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
     """A size of storage chunks with at most ``MOST`` of them: the axis with the most is cut more coarsely, again and again."""
     sizes = list(chunk)
     while math.prod(counts := [-(-n // c) for n, c in zip(size, sizes, strict=True)]) > MOST:
@@ -94,12 +94,12 @@ def coarse(chunk: list[int], size: list[int]) -> tuple[int, ...]:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Three axes and the rest."""
-    size, start, stop, patch, halo, overlap, block, chunk, input_chunk = map(
-        list, zip(*(draw(axes()) for _ in range(3)), strict=True)
+    size, start, stop, patch, halo, overlap, block, chunk, input_chunk = zip(
+        *(draw(axes()) for _ in range(3)), strict=True
     )
-    stop = fewer(start, fewer(start, stop, chunk), [p - o for p, o in zip(patch, overlap, strict=True)])
+    stop = fewer(start, stop, chunk)
+    stop = fewer(start, stop, tuple(p - o for p, o in zip(patch, overlap, strict=True)))
     input_chunk = coarse(input_chunk, size)
-    size, start, patch, halo, overlap, block, chunk = map(tuple, (size, start, patch, halo, overlap, block, chunk))
     return Case(
         size, (start, stop), patch, halo, overlap, block, chunk, input_chunk,
         padding=draw(st.sampled_from(["reflect", "edge", "constant"])),
