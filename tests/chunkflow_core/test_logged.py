@@ -254,7 +254,7 @@ def test_what_the_command_leaves_running_does_not_hold_the_end(start: Start, tmp
         subprocess.Popen(["sh", "-c", "echo left $$; exec sleep 600"])
         endless = subprocess.Popen(["sh", "-c", "while :; do echo endless; done"], stdin=subprocess.DEVNULL)
         time.sleep(0.1)
-        print("done", time.time())
+        os.write(1, f"done {time.time()}{os.linesep}".encode())  # in one piece: the endless one writes between two
         os._exit(3)
     """
     process = start(script, options=copied(tmp_path), stdout=(tmp_path / "output").open("wb"))
