@@ -12,6 +12,8 @@ WORKERS ?= 3
 # How many times as many random examples the long tests take.
 EXAMPLES ?= 10
 DEMO := $(CURDIR)/.demo
+# Hundreds of processes import the same modules: compile each once, also where an image says not to.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo airflow test test-long lint clean
 

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def command(arguments: Sequence[str]) -> None:
     options.function(options)
 
 
+@cache
 def parser() -> Parser:
     """The command line."""
     top = Parser(prog="chunkflow-core", description=__doc__, epilog=EXIT_CODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -107,6 +108,7 @@ def set_up_logging(*, verbose: bool) -> None:
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code. A user's mistake is told in a line, never with a traceback."""
     share_one_heap()
+    gc.set_threshold(50_000)  # imports make hundreds of thousands of objects that stay
     try:
         command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

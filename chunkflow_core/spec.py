@@ -33,6 +33,11 @@ from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec
 from chunkflow_core.schedule_spec import NotifySpec, Schedule
 from chunkflow_core.spec_transport import FROM_ENVIRONMENT, check_transportable, from_environment
 
+try:
+    from yaml import CSafeLoader as _SafeLoader  # libyaml's is several times as fast
+except ImportError:  # this PyYAML was built without it
+    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+
 ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
 """Names of the engines; each is a module of ``chunkflow_core.engines``."""
 
@@ -494,7 +499,7 @@ def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".")
         raise SpecError("\n".join(f"{source}: {line}" for line in map(_explain, error.errors()))) from error
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(_SafeLoader):
     """YAML without silently repeated keys."""
 
 
@@ -589,7 +594,10 @@ def _yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
-    parts = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    context, begin = getattr(error, "context", None), getattr(error, "context_mark", None)
+    if context and begin and begin.line != mark.line:
+        context += f" that begins in line {begin.line + 1}"
+    parts = [part for part in (context, getattr(error, "problem", None)) if part]
     return f"line {mark.line + 1}, column {mark.column + 1}: {', '.join(parts)}"
 
 

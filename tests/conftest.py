@@ -63,9 +63,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         SERVICES.close()
 
 
+def pytest_configure() -> None:
+    """Test files import a million objects that stay: to look for garbage among them meanwhile takes longer than all else."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """What was imported stays: the garbage collector need not look at it again and again, as at each new client of a storage."""
-    gc.collect()
+    """From now on there may be garbage, but not among what was imported; each new client of a storage would look for it there."""
+    gc.enable()
     gc.freeze()
 
 
