@@ -60,6 +60,8 @@ class Command(BaseOperator):
     """Index of the block that it is for, zyx."""
     runs_model = False
     """Whether it needs what inference needs: a GPU, memory for the network."""
+    _settings: tuple[Any, list[str]] | None = None
+    """A try's id, and what :meth:`settings` gave for it."""
 
     def __init__(
         self, *, spec: str, command: Sequence[str] = (), runs_model: bool | None = None, **options: Any
@@ -85,7 +87,7 @@ class Command(BaseOperator):
 
     def command_line(self, spec: str, context: Context) -> list[str]:
         """The whole command, with the ``spec`` by the name that it has where the command runs."""
-        settings = [word for setting in settings_of(context) for word in ("--set", setting)]
+        settings = [word for setting in self.settings(context) for word in ("--set", setting)]
         return [*self.words_for(context), spec, *settings, *self.arguments_for(context)]
 
     def words_for(self, context: Context) -> tuple[str, ...]:
@@ -108,9 +110,16 @@ class Command(BaseOperator):
         """The parsed spec."""
         return load_spec(self.spec)
 
+    def settings(self, context: Context) -> list[str]:
+        """:func:`settings_of` the run, asked for once a try: each time is a request to Airflow's API server."""
+        attempt = context["ti"].id
+        if self._settings is None or self._settings[0] != attempt:
+            self._settings = attempt, settings_of(context)
+        return self._settings[1]
+
     def grid(self, context: Context) -> BlockGrid:
         """The blocks of this run."""
-        return load_spec(self.spec, settings_of(context)).grid
+        return load_spec(self.spec, self.settings(context)).grid
 
 
 class BlockCommand(Command):
@@ -125,7 +134,7 @@ class BlockCommand(Command):
         self.block = block
 
     def before(self, context: Context) -> None:
-        if settings_of(context) and self.block not in self.grid(context):
+        if self.settings(context) and self.block not in self.grid(context):
             raise AirflowSkipException("the volume has grown since this run began; the next one does this block")
 
     def arguments_for(self, context: Context) -> list[str]:

@@ -23,6 +23,8 @@ RUN_LIMIT = 300.0
 ENVIRONMENT = {
     # What tests write they have read at once (:meth:`Volumes.parsed`); again and again, it would only take time from them.
     "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "300",
+    # What has changed a second time within half a minute need not wait for the rest of it.
+    "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "1",
     # New DAG files are found in seconds.
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
 }

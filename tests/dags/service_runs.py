@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -13,6 +16,8 @@ from operators.processes import is_alive, wait_until
 from operators.service import Client, main
 from operators.service_settings import SUPERVISED, Home
 from operators.service_state import State
+
+Answer = TypeVar("Answer")
 
 TIMEOUT = 300.0
 """Seconds after which something counts as stuck, on a busy machine, too."""
@@ -82,6 +87,17 @@ def everything(home: Path) -> list[psutil.Process]:
     roots = [identity.process() for identity in (state.guard, state.supervisor)]
     found = {process.pid: process for root in roots if root is not None for process in processes.tree(root)}
     return list(found.values())
+
+
+def asked(
+    found: list[psutil.Process], question: Callable[[psutil.Process], Answer]
+) -> list[tuple[psutil.Process, Answer]]:
+    """Processes with their answers, without those that have ended since they were listed."""
+    answers = []
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            answers.append((process, question(process)))
+    return answers
 
 
 def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float = TIMEOUT) -> None:

@@ -117,7 +117,7 @@ class TestRealStack:
         spec = volumes.folder / "volumes" / "em.yaml"
         run = volumes.trigger("em")
         victim = until(lambda: stage_processes(spec), RUN_LIMIT)[0]
-        arguments = victim.cmdline()
+        arguments = victim.info["cmdline"]
         block = "_".join(arguments[arguments.index("--block") + 1 :][:3])
         victim.kill()
 

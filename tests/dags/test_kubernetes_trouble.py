@@ -19,6 +19,7 @@ import pytest
 from airflow_volumes import until
 from clusters import why_no_real_cluster
 from kubernetes_world import ONE_BLOCK, World
+from service_runs import asked
 from volume import SHAPE
 
 from operators.processes import with_variable
@@ -26,7 +27,9 @@ from operators.processes import with_variable
 pytestmark = pytest.mark.airflow
 
 
-@pytest.mark.parametrize("component", ["triggerer", "task", pytest.param("scheduler", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "component", ["triggerer", *(pytest.param(other, marks=pytest.mark.long) for other in ("task", "scheduler"))]
+)
 def test_a_pod_outlives_what_watches_it(world: World, component: str) -> None:
     """Whatever is killed while a pod runs, the next process goes on with the same pod, and its log is complete."""
     name, deferrable, task = f"orphaned-by-{component}", component == "triggerer", "infer.0_0_0"
@@ -83,15 +86,18 @@ def processes(world: World, component: str, task: str) -> list[psutil.Process]:
     """The processes of a component of Airflow; of ``task``, the one that runs the task of this id."""
     home = str(world.volumes.folder.parent / "home")
     name = "scheduler" if component == "task" else component
-    ours = [
-        p for p in with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", home) if f"airflow {name}" in " ".join(p.cmdline())
-    ]
+    ours = called(f"airflow {name}", with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", home))
     if component == "task":
         # A task's process writes its title over its environment.
         below = [child for process in ours for child in process.children(recursive=True)]
-        ours = [p for p in below if f"airflow worker -- {task}" in " ".join(p.cmdline())]
+        ours = called(f"airflow worker -- {task}", below)
     assert ours
     return ours
+
+
+def called(title: str, found: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes that have this in their command line."""
+    return [process for process, line in asked(found, psutil.Process.cmdline) if title in " ".join(line)]
 
 
 PATIENCE = 2 if why_no_real_cluster() else 45
@@ -161,7 +167,9 @@ def test_a_step_that_takes_long_leaves_its_worker(world: World) -> None:
     world.check_no_pod_left(name)
 
 
-@pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
+@pytest.mark.parametrize(
+    "deferrable", [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
+)
 def test_clearing_and_cancelling_delete_pods(world: World, deferrable: bool) -> None:
     name = f"cancelled-{'deferrable' if deferrable else 'sync'}"
     world.add(name, {"infer.0_0_0": ["hang", "hang"]}, shape=ONE_BLOCK, deferrable=deferrable)

@@ -21,7 +21,7 @@ import jwt
 import psutil
 import pytest
 from airflow_volumes import Volumes
-from service_runs import DAGS, TIMEOUT, WIDE, Run, assert_gone, call, everything
+from service_runs import DAGS, TIMEOUT, WIDE, Run, asked, assert_gone, call, everything
 
 from operators import processes
 from operators.processes import is_alive, wait_until
@@ -88,11 +88,10 @@ def test_status_of_a_running_service(running: Service, home: Path, capsys: pytes
 
 
 def test_listens_on_loopback_only(client: Client, home: Path) -> None:
-    found = everything(home)
     listening = {
         connection.laddr
-        for process in found
-        for connection in process.net_connections("inet")
+        for _, connections in asked(everything(home), lambda process: process.net_connections("inet"))
+        for connection in connections
         if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
     }
     assert listening
