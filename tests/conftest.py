@@ -23,6 +23,13 @@ from chunkflow_core.__main__ import main
 __all__ = ["local_volumes", "pytest_runtest_makereport", "pytest_terminal_summary"]
 _ENDS_ITS_SERVICE = "tests/operators/test_service.py"
 """Comes last of its group, in whatever order files are named."""
+_LONG = (
+    "tests/chunkflow_core/test_object_storage.py",
+    "tests/operators/test_warm.py",
+    "tests/chunkflow_core/test_engine_contract.py",
+    "tests/chunkflow_core/test_histories.py",
+)
+"""Of the files without an Airflow, those that take longest: begun last, they would have the other processes wait for them."""
 SHARING_AN_AIRFLOW = {
     "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", _ENDS_ITS_SERVICE),
     "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
@@ -44,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(
         key=lambda item: (
             item.path not in with_airflow,
-            group(item.nodeid) if item.path in with_airflow else "",
+            group(item.nodeid) if item.path in with_airflow else not item.nodeid.startswith(_LONG),
             item.nodeid.startswith(_ENDS_ITS_SERVICE),
         )
     )

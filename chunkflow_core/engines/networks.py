@@ -9,13 +9,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import pickle
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +21,7 @@ import numpy as np
 import torch
 
 from chunkflow_core.engines.failures import is_of_the_machine, told
+from chunkflow_core.engines.model_imports import import_file
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
@@ -65,7 +62,7 @@ def load_model(spec: VolumeSpec, device: torch.device) -> Model:
 
 
 def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
-    module = _import_file(path)
+    module = import_file(path)
     weights = spec.model_path(spec.model.weights) if spec.model.weights else None
     if hasattr(module, "PatchInferencer"):
         for key in ("batch_statistics", "compile"):
@@ -152,43 +149,6 @@ def _load_state(spec: VolumeSpec, network: torch.nn.Module, weights: Path) -> No
         network.load_state_dict(state)
     except RuntimeError as error:
         raise SpecError(f"model.weights: {weights} does not fit the model: {told(error, spec)}") from error
-
-
-class _Imports:
-    """What the model file that was loaded last has brought into this process."""
-
-    folder: Path | None = None
-    before: frozenset[str] = frozenset()
-    """Names of the modules that were there before it."""
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Run a model file as a module; it may import its siblings.
-
-    The siblings of the model before are forgotten first, as another model's may have the same names.
-    """
-    if _Imports.folder is not None:
-        for name in set(sys.modules) - _Imports.before:
-            if _is_beside(sys.modules[name], name, _Imports.folder):
-                del sys.modules[name]
-        with suppress(ValueError):
-            sys.path.remove(str(_Imports.folder))
-    _Imports.folder, _Imports.before = path.parent.resolve(), frozenset(sys.modules)
-    sys.path.insert(0, str(_Imports.folder))
-    importlib.invalidate_caches()
-    spec = importlib.util.spec_from_file_location("chunkflow_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _is_beside(module: ModuleType, name: str, folder: Path) -> bool:
-    """Whether a module is a file or package directly in a folder, or inside such a package."""
-    top = name.partition(".")[0]
-    places = [Path(place) for place in (getattr(module, "__file__", None), *getattr(module, "__path__", ())) if place]
-    return any(place.is_relative_to(folder / top) or place == folder / f"{top}.py" for place in places)
 
 
 def _use_batch_statistics(network: Any) -> None:

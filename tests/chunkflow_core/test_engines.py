@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import textwrap
 from collections.abc import Callable
 from importlib import import_module
@@ -463,6 +465,39 @@ def test_two_models_do_not_get_each_others_siblings(
         path = make_spec(model=pytorch(weights=..., path=f"{folder}/model.py"), output=output)
         engines.append(load(path))
     assert [engine(patches()).max() for engine in engines] == [11, 22]
+
+
+@pytest.mark.parametrize("edited", ["model.py", "constants.py", "package/inner.py", "space/inner.py"])
+def test_what_runs_is_what_the_files_hold(
+    make_spec: MakeSpec, tmp_path: Path, output: dict[str, Any], monkeypatch: pytest.MonkeyPatch, edited: str
+) -> None:
+    """And not what Python has compiled before, when a file has the same size and date as now."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for name in ("constants.py", "package/__init__.py", "package/inner.py", "space/inner.py"):
+        write(tmp_path, "VALUE = 1\n", name)
+    write(
+        tmp_path,
+        """
+        import constants
+        from package import inner
+        from space import inner as other
+
+        VALUE = 1
+
+        def InstantiatedModel(x):
+            return (x * 0 + VALUE + constants.VALUE + inner.VALUE + other.VALUE).expand(-1, 2, -1, -1, -1)
+        """,
+    )
+    path = make_spec(model=pytorch(weights=...), output=output)
+    file = tmp_path / edited
+    assert load(path)(patches()).max() == 4
+
+    date = file.stat().st_mtime_ns
+    file.write_text(file.read_text().replace("VALUE = 1", "VALUE = 5"))
+    os.utime(file, ns=(date, date))
+
+    assert load(path)(patches()).max() == 8
+    assert not list(tmp_path.rglob("__pycache__")), "nothing is left in a user's folder"
 
 
 def test_a_sibling_missing_in_one_folder_is_not_taken_from_another_model(
