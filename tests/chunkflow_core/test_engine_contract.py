@@ -426,9 +426,11 @@ def results(file: Path) -> list[NDArray[np.float32]]:
         return list(archive.values())
 
 
-def test_same_bits_in_other_processes(make_case: Callable[[str], Case | None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_same_bits_in_other_processes(make_case: Callable[[str], Case | None], tmp_path: Path, compiled: bool) -> None:
     """Two that start at once, so that both convert the models, and this one."""
-    cases = [case for case in map(make_case, CASES) if case]
+    names = [name for name in CASES if (name == "pytorch compiled") == compiled]
+    cases = [case for case in map(make_case, names) if case]
     files = [tmp_path / "one.npz", tmp_path / "other.npz"]
     for process in [start(RUN, file, *(case.path for case in cases)) for file in files]:
         _, said = process.communicate(timeout=300)

@@ -302,7 +302,7 @@ def run_case(
     return workspace.output.read(spec.grid.roi), writes, patches, spec
 
 
-@examples(60)
+@examples(40)
 @given(case=cases(), data=st.data())
 def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> None:
     volume = random_volume(case)
@@ -324,7 +324,7 @@ def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> N
     assert set(chunks.values()) == {1}
 
 
-@examples(30)
+@examples(20)
 @given(case=cases())
 def test_identity_gives_the_input_back(case: Case) -> None:
     case = replace(case, dtype="uint8", masked=False)

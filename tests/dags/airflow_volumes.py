@@ -80,15 +80,18 @@ class Volumes:
         """Wait until Airflow has these DAGs."""
         self.parsed(lambda: set(names) <= {dag["dag_id"] for dag in self.client.pages("dags", "dags")})
 
-    def parsed(self, condition: Callable[[], Any], limit: float = 90) -> None:
-        """Wait for what a new spec brings about. Airflow reads files that have changed at once, others only now and then."""
-        end = time.monotonic() + limit
-        while not condition():
+    def parsed(self, condition: Callable[[], Any], file: str = "chunkflow_volumes.py") -> Any:
+        """Wait for what a new spec brings about in a DAG file; the condition's value.
+
+        Airflow reads files that have changed at once, others only now and then.
+        """
+        end = time.monotonic() + 90
+        while not (value := condition()):
             assert time.monotonic() < end, "waited in vain"
-            for file in self.dags.glob("*.py"):
-                file.touch()
+            (self.dags / file).touch()
             with suppress(TimeoutError):
-                until(condition, 10)
+                return until(condition, 10)
+        return value
 
     def clear(self, name: str, run: str, tasks: list[str]) -> None:
         """Clear tasks and what comes after them, as the UI does."""

@@ -97,8 +97,9 @@ def volumes(local_volumes: Callable[[str], Volumes]) -> Volumes:
 
 
 def test_a_broken_spec_is_an_import_error_that_names_file_and_key(volumes: Volumes) -> None:
-    errors = until(lambda: volumes.client.get("importErrors")["import_errors"], 60)
-    assert [error["filename"] for error in errors] == ["chunkflow_spec_errors.py"]
+    file = "chunkflow_spec_errors.py"
+    errors = volumes.parsed(lambda: volumes.client.get("importErrors")["import_errors"], file)
+    assert [error["filename"] for error in errors] == [file]
     assert (
         f'{volumes.folder}/volumes/broken.yaml: input.path: "nowhere": expected a storage path'
         in errors[0]["stack_trace"]
