@@ -12,7 +12,7 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -32,11 +32,7 @@ from chunkflow_core.model_files import with_companions
 from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec
 from chunkflow_core.schedule_spec import NotifySpec, Schedule
 from chunkflow_core.spec_transport import FROM_ENVIRONMENT, check_transportable, from_environment
-
-try:
-    from yaml import CSafeLoader as _SafeLoader  # libyaml's is several times as fast
-except ImportError:  # this PyYAML was built without it
-    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+from chunkflow_core.yaml_text import parse_yaml, problem_in_yaml
 
 ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
 """Names of the engines; each is a module of ``chunkflow_core.engines``."""
@@ -468,11 +464,11 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
         return _load_from_environment(str(path), overrides)
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"{path}: cannot read the volume spec: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid YAML: {_yaml_problem(error)}") from error
+        raise SpecError(f"{path}: not valid YAML: {problem_in_yaml(error)}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected keys and values (name, input, output, …), got {data!r:.60}")
     for override in overrides:
@@ -499,35 +495,16 @@ def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".")
         raise SpecError("\n".join(f"{source}: {line}" for line in map(_explain, error.errors()))) from error
 
 
-class _Loader(_SafeLoader):
-    """YAML without silently repeated keys."""
-
-
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, "a list or mapping can't be a key", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
-
-
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise SpecError(f"--set {override}: expected key=value, such as model.threads=2")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, UnicodeEncodeError) as error:  # the latter: bytes of a command line that are no text
         value = text  # such as @daily or */5 * * * *, which in YAML would need quotes
         if text.startswith(("[", "{", '"', "'")):
-            raise SpecError(f"--set {override}: the value is not valid YAML: {_yaml_problem(error)}") from error
+            raise SpecError(f"--set {override}: the value is not valid YAML: {problem_in_yaml(error)}") from error
     *parents, last = key.split(".")
     for parent in parents:
         if data.get(parent) is None:  # not there, or a section without keys
@@ -587,18 +564,6 @@ def _fields(location: Sequence[str], runner: str) -> list[str]:
             if isinstance(section, UnionType):  # such as Section | None
                 section = next((part for part in get_args(section) if hasattr(part, "model_fields")), None)
     return [name for name in getattr(section, "model_fields", ()) if name != "folder"]
-
-
-def _yaml_problem(error: Exception) -> str:
-    """In one line, where and what."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    context, begin = getattr(error, "context", None), getattr(error, "context_mark", None)
-    if context and begin and begin.line != mark.line:
-        context += f" that begins in line {begin.line + 1}"
-    parts = [part for part in (context, getattr(error, "problem", None)) if part]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {', '.join(parts)}"
 
 
 def _normalised(path: str) -> str:

@@ -111,7 +111,7 @@ class Command(BaseOperator):
         return load_spec(self.spec)
 
     def settings(self, context: Context) -> list[str]:
-        """:func:`settings_of` the run, asked for once a try: each time is a request to Airflow's API server."""
+        """:func:`settings_of` the run, asked for once in a process: each time is a request to Airflow's API server."""
         attempt = context["ti"].id
         if self._settings is None or self._settings[0] != attempt:
             self._settings = attempt, settings_of(context)

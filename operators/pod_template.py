@@ -11,13 +11,11 @@ import yaml
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.runner_spec import KubernetesRunner
+from chunkflow_core.yaml_text import parse_yaml, problem_in_yaml
 from operators.kubernetes_models import problems
 from operators.pod_ends import BASE
 
 Json = dict[str, Any]
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's is several times as fast, where PyYAML is built with it."""
 
 
 def read_template(runner: KubernetesRunner, folder: str) -> Json:
@@ -26,11 +24,11 @@ def read_template(runner: KubernetesRunner, folder: str) -> Json:
         return {}
     path = Path(folder, runner.pod_template)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"runner.pod_template: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"runner.pod_template: {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise SpecError(f"runner.pod_template: {path}: not valid YAML: {problem_in_yaml(error)}") from error
     if not isinstance(content, dict):
         raise SpecError(f"runner.pod_template: {path}: expected the manifest of one pod (apiVersion, kind, spec, …)")
     return dict(without_nulls(content))

@@ -70,13 +70,13 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         SERVICES.close()
 
 
-def pytest_configure() -> None:
+def pytest_collectstart() -> None:
     """Test files import a million objects that stay: to look for garbage among them meanwhile takes longer than all else."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """From now on there may be garbage, but not among what was imported; each new client of a storage would look for it there."""
+    """Among what was imported there is hardly any garbage; each new client of a storage would look for it there."""
     gc.enable()
     gc.freeze()
 

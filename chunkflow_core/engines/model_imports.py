@@ -10,19 +10,40 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import linecache
+import site
 import sys
-from contextlib import suppress
-from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
+import sysconfig
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
 from pathlib import Path
 from types import CodeType, ModuleType
+
+_INSTALLED = {
+    Path(place).resolve()
+    for place in (
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+    )
+}
+"""Folders of Python and of installed packages: whoever changes what is there installs it, and has it compiled."""
 
 
 class _Imports:
     """What the model file that was loaded last has brought into this process."""
 
     folder: Path | None = None
-    before: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
     """Names of the modules that were there before it."""
+    path: frozenset[str] = frozenset()
+    """What was on ``sys.path`` before it."""
 
 
 class _AsItIs(SourceFileLoader):
@@ -37,50 +58,66 @@ def import_file(path: Path) -> ModuleType:
 
     The siblings of the model before are forgotten first, as another model's may have the same names.
     """
-    if _Imports.folder is not None:
-        for name in set(sys.modules) - _Imports.before:
-            if _is_beside(sys.modules[name], name, _Imports.folder):
-                del sys.modules[name]
-        with suppress(ValueError):
-            sys.path.remove(str(_Imports.folder))
-    _Imports.folder, _Imports.before = path.parent.resolve(), frozenset(sys.modules)
+    _forget_model()
+    _Imports.folder = path.parent.resolve()
+    _Imports.modules, _Imports.path = frozenset(sys.modules), frozenset(sys.path)
     sys.path.insert(0, str(_Imports.folder))
-    _look_there_first()
-    spec = importlib.util.spec_from_file_location("chunkflow_model", path, loader=_AsItIs("chunkflow_model", str(path)))
-    assert spec is not None and spec.loader is not None
+    _forget_files()
+    loader = _AsItIs("chunkflow_model", str(path.absolute()))
+    spec = importlib.util.spec_from_file_location("chunkflow_model", path, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 
-def _look_there_first() -> None:
-    """Have what is in the model's folder found by :func:`_finder`, whoever has looked there before."""
+def _forget_model() -> None:
+    """Forget what the model before has brought along from its folder."""
+    folder = _Imports.folder
+    if folder is None:
+        return
+    new = {name: sys.modules[name] for name in set(sys.modules) - _Imports.modules}
+    for name in [name for name, module in new.items() if _is_of(name, module, folder)]:
+        del sys.modules[name]
+    sys.path[:] = [place for place in sys.path if place in _Imports.path or not _is_inside(place, folder)]
+
+
+def _forget_files() -> None:
+    """Have what is not installed found by :func:`_finder`, and read anew."""
     if _finder not in sys.path_hooks:
         sys.path_hooks.insert(0, _finder)
-    for place in list(sys.path_importer_cache):
-        if _is_inside(Path(place), _Imports.folder):
+        for place in [place for place in sys.path_importer_cache if not _is_installed(place)]:
             del sys.path_importer_cache[place]
     importlib.invalidate_caches()
-    linecache.clearcache()  # where torch.jit.script reads functions
+    for name in [name for name in linecache.cache if not name.startswith("<")]:  # those have no file
+        del linecache.cache[name]  # torch.jit.script reads functions there
 
 
 def _finder(place: str) -> FileFinder:
-    """A hook for ``sys.path``: the finder of the model's folder, and of the packages in it."""
-    if not _is_inside(Path(place), _Imports.folder):
-        raise ImportError(f"{place} is not a model's folder")
-    return FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_AsItIs, SOURCE_SUFFIXES))
+    """A hook for ``sys.path``: finds what Python does in a folder, but for compilations of files that are there."""
+    if _is_installed(place) or not Path(place or ".").is_dir():
+        raise ImportError(f"{place} is for Python's own finder")
+    return FileFinder(
+        place,
+        (ExtensionFileLoader, EXTENSION_SUFFIXES),
+        (_AsItIs, SOURCE_SUFFIXES),
+        (SourcelessFileLoader, BYTECODE_SUFFIXES),
+    )
 
 
-def _is_inside(place: Path, folder: Path | None) -> bool:
-    """Whether it is the folder or, by its name, a package in it; a virtual environment that lies there is not."""
-    if folder is None or not place.is_relative_to(folder):
+def _is_installed(place: str) -> bool:
+    folder = Path(place).resolve()
+    return not _INSTALLED.isdisjoint((folder, *folder.parents))
+
+
+def _is_inside(place: str, folder: Path) -> bool:
+    return Path(place).resolve().is_relative_to(folder) and not _is_installed(place)
+
+
+def _is_of(name: str, module: ModuleType, folder: Path) -> bool:
+    """Whether a module lies in a model's folder; this package may lie there, too, and imports its own when it needs them."""
+    if name.partition(".")[0] == __name__.partition(".")[0]:
         return False
-    return all(name.isidentifier() for name in place.relative_to(folder).parts)
-
-
-def _is_beside(module: ModuleType, name: str, folder: Path) -> bool:
-    """Whether a module is a file or package directly in a folder, or inside such a package."""
-    top = name.partition(".")[0]
-    places = [Path(place) for place in (getattr(module, "__file__", None), *getattr(module, "__path__", ())) if place]
-    return any(place.is_relative_to(folder / top) or place == folder / f"{top}.py" for place in places)
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any(_is_inside(place, folder) for place in places if place)

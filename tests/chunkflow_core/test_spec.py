@@ -47,6 +47,11 @@ def test_roi_and_smaller_output_patch_decide_grid_and_halo(make_spec: MakeSpec) 
     assert spec.halo == (2, 2, 0)
 
 
+def test_bytes_of_a_command_line_that_are_no_text(make_spec: MakeSpec) -> None:
+    with pytest.raises(SpecError, match="name"):
+        load_spec(make_spec(), ["name=\udcff"])
+
+
 @pytest.mark.parametrize(
     ("block", "overlap", "chunk"),
     [
@@ -386,6 +391,7 @@ def test_bad_spec_is_told_in_one_line(make_spec: MakeSpec, chunkflow: Command, c
         ("name: !!python/object/apply:os.system ['touch /tmp/x']\n", ["not valid YAML", "os.system"]),
         ("name: one\n---\nname: two\n", ["not valid YAML", "single document"]),
         ("name: \x01\n", ["not valid YAML"]),
+        ("name: " + "[" * 40_000, ["nested too deep"]),
         ("", ["expected keys and values"]),
         ("hello", ["expected keys and values", "hello"]),
         ("- 1\n- 2\n", ["expected keys and values", "[1, 2]"]),

@@ -22,7 +22,7 @@ from kubernetes_world import ONE_BLOCK, World
 from service_runs import asked
 from volume import SHAPE
 
-from operators.processes import with_variable
+from operators.processes import tree, with_variable
 
 pytestmark = pytest.mark.airflow
 
@@ -89,7 +89,7 @@ def processes(world: World, component: str, task: str) -> list[psutil.Process]:
     ours = called(f"airflow {name}", with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", home))
     if component == "task":
         # A task's process writes its title over its environment.
-        below = [child for process in ours for child in process.children(recursive=True)]
+        below = [child for process in ours for child in tree(process)[1:]]
         ours = called(f"airflow worker -- {task}", below)
     assert ours
     return ours

@@ -619,6 +619,14 @@ def test_bad_object_is_told_in_one_line(case: str) -> None:
 
 BAD_TEMPLATES: dict[str, tuple[str, list[str]]] = {
     "no YAML": ("spec: [", ["runner.pod_template: {path}: not valid YAML: "]),
+    "too deep": (
+        "spec: " + "[" * 40_000,
+        ["runner.pod_template: {path}: not valid YAML: lists or mappings are nested too deep"],
+    ),
+    "a key twice": (
+        "spec: {}\nspec: {}\n",
+        ["runner.pod_template: {path}: not valid YAML: line 2, column 1: the key 'spec' stands twice"],
+    ),
     "no manifest": (
         "- 1",
         ["runner.pod_template: {path}: expected the manifest of one pod (apiVersion, kind, spec, …)"],

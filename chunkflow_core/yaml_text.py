@@ -1,0 +1,57 @@
+"""YAML that people write: read fast, without silently repeated keys, and told about in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+try:
+    from yaml import CSafeLoader as _FastLoader  # libyaml's is several times as fast
+except ImportError:  # this PyYAML was built without it
+    from yaml import SafeLoader as _FastLoader  # type: ignore[assignment]
+
+
+class _Loader(_FastLoader):
+    """Refuses repeated keys."""
+
+
+class _PatientLoader(yaml.SafeLoader):
+    """The same, however deep lists are nested: libyaml's would end the process."""
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML text; ``YAMLError`` if it can't be told, or if a key stands twice."""
+    try:
+        return yaml.load(text, Loader=_Loader if text.count("[") + text.count("{") < 1000 else _PatientLoader)
+    except RecursionError:
+        raise yaml.YAMLError("lists or mappings are nested too deep") from None
+
+
+def problem_in_yaml(error: Exception) -> str:
+    """In one line, where and what."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    context, begin = getattr(error, "context", None), getattr(error, "context_mark", None)
+    if context and begin and begin.line != mark.line:
+        context += f" that begins in line {begin.line + 1}"
+    parts = [part for part in (context, getattr(error, "problem", None)) if part]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {', '.join(parts)}"
+
+
+def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a list or mapping can't be a key", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+for _kind in (_Loader, _PatientLoader):
+    _kind.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
