@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,44 +28,143 @@ from operators.processes import tree, with_variable
 
 pytestmark = pytest.mark.airflow
 
+BLOCK = "infer.0_0_0"
+"""Task of the only block of a small volume."""
+ORPHAN = "orphan"
+"""A pod that no task has launched."""
 
-@pytest.mark.parametrize(
-    "component", ["triggerer", *(pytest.param(other, marks=pytest.mark.long) for other in ("task", "scheduler"))]
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has begun."""
+
+    world: World
+    name: str
+    run: str
+    deferrable: bool
+
+    def task(self, task: str = BLOCK) -> dict[str, Any]:
+        """A task instance as it is now."""
+        return self.world.volumes.tasks(self.name, self.run)[task]
+
+    def log(self, attempt: int, task: str = BLOCK) -> str:
+        return self.world.volumes.log(self.name, self.run, task, attempt)
+
+    def watched(self, attempt: int, mood: str) -> list[str]:
+        """Pods in a mood that this try of the block has seen at work; only the log of a try that has begun can be read."""
+        if self.task()["try_number"] != attempt:
+            return []
+        pods = [pod for pod in running(self.world, self.name) if f"mood: {mood}" in self.world.cluster.log(pod)]
+        return [pod for pod in pods if f"pod {pod}: running" in self.log(attempt)]
+
+    def launched(self) -> list[str]:
+        """All pods that the block has ever had; only the double knows."""
+        return [pod for pod in self.world.pods_of(self.name, BLOCK) if pod != ORPHAN]
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        return until(condition, self.world.cluster.limit)
+
+    def check_that_a_pod_outlives(self, component: str, attempt: int, *, same_try: bool) -> None:
+        """Kill what watches the pod of this try of the block; the next process goes on with the same pod, and its log is complete."""
+        (pod,) = self.until(lambda: counts(self.world, self.name) and self.watched(attempt, "count"))
+        for process in processes(self.world, component, self.task()["id"]):
+            process.kill()
+
+        last = attempt if same_try else attempt + 1
+        self.until(lambda: self.task()["try_number"] == last)
+        # The next process says so in the log of the same try, or of its own.
+        self.until(lambda: self.log(last).count(f"pod {pod}: running") == (2 if same_try else 1))
+        self.world.let_go(self.name, BLOCK)
+        assert self.world.volumes.wait(self.name, self.run, self.world.cluster.limit) == "success"
+        assert self.task()["try_number"] == last
+        log = self.log(last)
+        check_counting(log, more_than=3)
+        assert log.count("patches inferred") == 1
+        self.world.check_no_pod_left(self.name)
+
+
+@pytest.fixture(
+    scope="class",
+    params=[pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)],
 )
-def test_a_pod_outlives_what_watches_it(world: World, component: str) -> None:
-    """Whatever is killed while a pod runs, the next process goes on with the same pod, and its log is complete."""
-    name, deferrable, task = f"orphaned-by-{component}", component == "triggerer", "infer.0_0_0"
-    world.add(name, {task: ["count"]}, shape=ONE_BLOCK, deferrable=deferrable)
-    run = world.volumes.trigger(name)
-    tries = 1 if deferrable else 2
+def begun(request: pytest.FixtureRequest, airflow_and_cluster: World) -> Iterator[Begun]:
+    """A run of one block, whose pods do not do as they should."""
+    world, name = airflow_and_cluster, f"troubled-{'deferrable' if request.param else 'sync'}"
+    moods = {"prepare": ["count"], BLOCK: ["hang", "count", "hang"]}
+    world.add(name, moods, shape=ONE_BLOCK, deferrable=request.param)
+    yield Begun(world, name, world.volumes.trigger(name), request.param)
+    world.remove_all()
 
-    def looks(attempt: int) -> int:
-        """How many processes have seen the pod at work in this try."""
-        log = world.volumes.log(name, run, task, attempt)
-        return sum(log.count(f"pod {pod}: running") for pod in running(world, name))
 
-    def at_work() -> bool:
-        """Whether the pod works and is watched; only the log of a try that has begun can be read."""
-        begun = world.volumes.tasks(name, run)[task]["try_number"] == 1
-        return begun and looks(1) == 1 and counts(world, name)
+class TestOneRun:
+    """In this order; the block's first pod hangs, the second one counts, the third one hangs."""
 
-    until(at_work, world.cluster.limit)
+    def test_a_step_that_takes_long_leaves_its_worker(self, begun: Begun) -> None:
+        state = "deferred" if begun.deferrable else "running"
+        begun.until(lambda: begun.task("prepare")["state"] == state and counts(begun.world, begun.name))
+        begun.world.let_go(begun.name, "prepare")
+        begun.until(lambda: begun.task("prepare")["state"] == "success")
 
-    for process in processes(world, component, world.volumes.tasks(name, run)[task]["id"]):
-        process.kill()
+        assert begun.task("prepare")["try_number"] == 1
+        check_counting(begun.log(1, "prepare"), more_than=3)
 
-    until(lambda: world.volumes.tasks(name, run)[task]["try_number"] == tries, world.cluster.limit)
-    # The next process says so in the log of the same try, or of its own.
-    until(lambda: looks(tries) == (2 if tries == 1 else 1), world.cluster.limit)
-    world.let_go(name, task)
-    assert world.volumes.wait(name, run, world.cluster.limit) == "success"
+    def test_orphans_are_found(self, begun: Begun) -> None:
+        """A pod whose task is over is deleted by the maintenance, one whose task goes on is not, nor by hand if that is not asked for."""
+        world, name = begun.world, begun.name
+        (at_work,) = begun.until(lambda: begun.watched(1, "hang"))
+        (pod,) = [pod for pod in world.cluster.pods(name) if pod["metadata"]["name"] == at_work]
+        world.cluster.api.create_namespaced_pod(world.cluster.namespace, orphan_of(pod, name))
+
+        dag = "chunkflow_maintenance"
+        world.volumes.known(dag)
+        maintenance = world.volumes.trigger(dag, youngest=0)
+        assert world.volumes.wait(dag, maintenance, world.cluster.limit) == "success"
+        until(lambda: [pod["metadata"]["name"] for pod in world.cluster.pods(name)] == [at_work], 60)
+
+        assert f"{at_work}  Running" in pods_command(world, name, "--delete", "ended")
+        assert running(world, name) == [at_work]
+
+    def test_clearing_deletes_the_pod(self, begun: Begun) -> None:
+        """While a task is just leaving its worker, nobody watches its pod: the next try goes on with it, or the maintenance finds it."""
+        first = begun.watched(1, "hang")
+        begun.world.volumes.clear(begun.name, begun.run, [BLOCK])
+        # Before the first pod is deleted, the next try may have begun to watch it; it then sees that it is gone, and launches another one.
+        second = begun.until(lambda: begun.watched(2, "count"))
+        begun.until(lambda: running(begun.world, begun.name) == second)
+        assert not set(first) & set(second)
+
+    def test_a_pod_outlives_what_watches_it(self, begun: Begun) -> None:
+        if begun.deferrable:
+            begun.check_that_a_pod_outlives("triggerer", 2, same_try=True)
+        else:
+            begun.check_that_a_pod_outlives("task", 2, same_try=False)
+        if begun.world.cluster.double:
+            assert len(begun.launched()) == 2
+
+    def test_cancelling_deletes_the_pod_and_by_hand_all_can_be(self, begun: Begun) -> None:
+        world, name = begun.world, begun.name
+        world.volumes.clear(name, begun.run, [BLOCK])
+        (last,) = begun.until(lambda: begun.watched(3 if begun.deferrable else 4, "hang"))
+        (pod,) = [pod for pod in world.cluster.pods(name) if pod["metadata"]["name"] == last]
+        world.volumes.client.patch(f"dags/{name}/dagRuns/{begun.run}", {"state": "failed"})
+        world.check_no_pod_left(name)
+        if world.cluster.double:
+            assert len(begun.launched()) == 3
+
+        world.cluster.api.create_namespaced_pod(world.cluster.namespace, orphan_of(pod, name))
+        assert world.cluster.pods(name)
+        pods_command(world, name, "--delete", "all")
+        world.check_no_pod_left(name)
+
+
+@pytest.mark.long
+def test_a_pod_outlives_the_scheduler(world: World) -> None:
+    name = "orphaned-by-scheduler"
+    world.add(name, {BLOCK: ["count"]}, shape=ONE_BLOCK, deferrable=False)
+    begun = Begun(world, name, world.volumes.trigger(name), deferrable=False)
+    begun.check_that_a_pod_outlives("scheduler", 1, same_try=False)
     if world.cluster.double:
-        assert len(world.pods_of(name, task)) == 1
-    assert world.volumes.tasks(name, run)[task]["try_number"] == tries
-    log = world.volumes.log(name, run, task, tries)
-    check_counting(log, more_than=3)
-    assert log.count("patches inferred") == 1
-    world.check_no_pod_left(name)
+        assert len(begun.launched()) == 1
 
 
 def counts(world: World, volume: str) -> bool:
@@ -149,74 +250,6 @@ def says(world: World, name: str, run: str, words: str) -> bool:
     return bool(re.search(words, world.volumes.log(name, run, "prepare", 1)))
 
 
-def test_a_step_that_takes_long_leaves_its_worker(world: World) -> None:
-    name = "thorough"
-    world.add(name, {"prepare": ["count"]}, shape=ONE_BLOCK)
-    run = world.volumes.trigger(name)
-
-    def prepare() -> dict[str, Any]:
-        return world.volumes.tasks(name, run)["prepare"]
-
-    until(lambda: prepare()["state"] == "deferred" and counts(world, name), world.cluster.limit)
-    world.let_go(name, "prepare")
-    until(lambda: prepare()["state"] == "success", world.cluster.limit)
-
-    assert prepare()["try_number"] == 1
-    check_counting(world.volumes.log(name, run, "prepare", 1), more_than=3)
-    world.volumes.client.patch(f"dags/{name}/dagRuns/{run}", {"state": "failed"})
-    world.check_no_pod_left(name)
-
-
-@pytest.mark.parametrize(
-    "deferrable", [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
-)
-def test_clearing_and_cancelling_delete_pods(world: World, deferrable: bool) -> None:
-    name = f"cancelled-{'deferrable' if deferrable else 'sync'}"
-    world.add(name, {"infer.0_0_0": ["hang", "hang"]}, shape=ONE_BLOCK, deferrable=deferrable)
-    run = world.volumes.trigger(name)
-
-    # While a task is just leaving its worker, nobody watches its pod: the next try goes on with it, or the maintenance finds it.
-    def watched(attempt: int) -> list[str]:
-        """Pods that hang and that this try of the task has seen at work."""
-        if world.volumes.tasks(name, run)["infer.0_0_0"]["try_number"] != attempt:
-            return []
-        hanging = [pod for pod in running(world, name) if "mood: hang" in world.cluster.log(pod)]
-        return [pod for pod in hanging if f"pod {pod}: running" in world.volumes.log(name, run, "infer.0_0_0", attempt)]
-
-    first = until(partial(watched, 1), world.cluster.limit)
-    world.volumes.clear(name, run, ["infer.0_0_0"])
-    # Before the first pod is deleted, the next try may have begun to watch it; it then sees that it is gone, and launches another one.
-    second = until(lambda: [pod for pod in watched(2) if pod not in first], world.cluster.limit)
-    assert running(world, name) == second
-
-    world.volumes.client.patch(f"dags/{name}/dagRuns/{run}", {"state": "failed"})
-    world.check_no_pod_left(name)
-    if world.cluster.double:
-        assert len(world.pods_of(name, "infer.0_0_0")) == 2
-
-
-def test_orphans_are_found(world: World) -> None:
-    """A pod whose task is over is deleted by the maintenance, one whose task goes on is not; by hand all can be."""
-    name = "with-orphans"
-    world.add(name, {"infer.0_0_0": ["hang"]}, shape=ONE_BLOCK)
-    run = world.volumes.trigger(name)
-    at_work = until(lambda: [pod for pod in world.cluster.pods(name) if hangs(world, pod)], world.cluster.limit)[0]
-    lost = orphan_of(at_work)
-    world.cluster.api.create_namespaced_pod(world.cluster.namespace, lost)
-
-    dag = "chunkflow_maintenance"
-    world.volumes.known(dag)
-    maintenance = world.volumes.trigger(dag, youngest=0)
-    assert world.volumes.wait(dag, maintenance, world.cluster.limit) == "success"
-    until(lambda: [pod["metadata"]["name"] for pod in world.cluster.pods(name)] == [at_work["metadata"]["name"]], 60)
-
-    assert f"{at_work['metadata']['name']}  Running" in pods_command(world, name, "--delete", "ended")
-    assert world.cluster.pods(name)
-    world.volumes.client.patch(f"dags/{name}/dagRuns/{run}", {"state": "failed"})
-    pods_command(world, name, "--delete", "all")
-    world.check_no_pod_left(name)
-
-
 def pods_command(world: World, volume: str, *options: str) -> str:
     """What ``chunkflow-core pods`` prints."""
     spec = str(world.volumes.folder / f"{volume}.yaml")
@@ -227,23 +260,19 @@ def pods_command(world: World, volume: str, *options: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def hangs(world: World, pod: dict[str, Any]) -> bool:
-    return pod["status"].get("phase") == "Running" and "mood: hang" in world.cluster.log(pod["metadata"]["name"])
-
-
-def orphan_of(pod: dict[str, Any]) -> dict[str, Any]:
+def orphan_of(pod: dict[str, Any], volume: str) -> dict[str, Any]:
     """A pod like another one, of a task of a run that is not there any more."""
     meta, spec = pod["metadata"], pod["spec"]
     container = {key: spec["containers"][0][key] for key in ("name", "image", "resources")}
     annotations = {
-        "chunkflow/dag-id": "with-orphans",
+        "chunkflow/dag-id": volume,
         "chunkflow/run-id": "long-ago",
         "chunkflow/task-id": "infer.0_0_0",
     }
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": "orphan", "labels": meta["labels"], "annotations": annotations},
+        "metadata": {"name": ORPHAN, "labels": meta["labels"], "annotations": annotations},
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": 1,

@@ -6,6 +6,7 @@ All with real processes, most with the one service that the tests of local volum
 
 from __future__ import annotations
 
+import configparser
 import ipaddress
 import json
 import os
@@ -14,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jwt
 import psutil
+import psycopg2
 import pytest
 from airflow_volumes import Volumes
 from service_runs import DAGS, TIMEOUT, WIDE, Run, asked, assert_gone, call, everything
@@ -154,6 +157,45 @@ def test_client_reads_all_pages(client: Client) -> None:
     rows = list(client.pages(f"dags/wide/dagRuns/{run['dag_run_id']}/taskInstances", "task_instances"))
     assert len({row["task_id"] for row in rows}) == len(rows) == WIDE
     assert client.patch("dags/wide", {"is_paused": True})["is_paused"] is True
+
+
+def test_of_two_that_wait_for_each_other_the_scheduler_gives_way(client: Client, home: Path) -> None:
+    """It tries again. Else whoever marks a run at the wrong moment is answered with an error."""
+    run = client.post("dags/wide/dagRuns", {"logical_date": None})["dag_run_id"]
+    of_run = "FROM task_instance WHERE dag_id = 'wide' AND run_id = %s"
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(home / "airflow.cfg")
+    address = settings["database"]["sql_alchemy_conn"].replace("+psycopg2", "")
+    with (
+        closing(psycopg2.connect(address)) as request,
+        closing(psycopg2.connect(address)) as obstacle,
+        closing(psycopg2.connect(address)) as watch,
+        request.cursor() as asking,
+        obstacle.cursor() as holding,
+        watch.cursor() as watching,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        watch.autocommit = True
+
+        def waits(query: str) -> bool:
+            watching.execute(blocked, (query,))
+            return bool(watching.fetchone()[0])
+
+        asking.execute(f"SELECT id {of_run} AND task_id = 'empty_{WIDE - 1}' FOR UPDATE", (run,))
+        holding.execute(f"SELECT id {of_run} FOR UPDATE SKIP LOCKED", (run,))
+        client.patch("dags/wide", {"is_paused": False})
+        # The scheduler has the run, and wants the tasks.
+        assert wait_until(lambda: waits("UPDATE task_instance%"), TIMEOUT)
+        marked = thread.submit(asking.execute, "UPDATE dag_run SET updated_at = now() WHERE run_id = %s", (run,))
+        assert wait_until(lambda: waits("UPDATE dag_run%"), TIMEOUT)
+        obstacle.rollback()  # now it wants the one that the request has, which has waited longer for the run
+
+        marked.result(TIMEOUT)
+        request.commit()
+
+    assert wait_until(lambda: client.get(f"dags/wide/dagRuns/{run}")["state"] == "success", TIMEOUT, poll=0.3)
+    client.patch("dags/wide", {"is_paused": True})
 
 
 def test_many_change_something_at_once(client: Client) -> None:
