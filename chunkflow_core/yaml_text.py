@@ -18,13 +18,20 @@ class _Loader(_FastLoader):
 
 
 class _PatientLoader(yaml.SafeLoader):
-    """The same, however deep lists are nested: libyaml's would end the process."""
+    """The same; where lists are nested too deep, it says so. libyaml's would end the process."""
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_DEEP = 10_000
+"""Half of what libyaml can take."""
 
 
 def parse_yaml(text: str) -> Any:
     """The content of a YAML text; ``YAMLError`` if it can't be told, or if a key stands twice."""
+    # No piece is nested deeper: each level is a bracket, or begins further to the right.
+    depth = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
     try:
-        return yaml.load(text, Loader=_Loader if text.count("[") + text.count("{") < 1000 else _PatientLoader)
+        return yaml.load(text, Loader=_Loader if depth < _DEEP else _PatientLoader)
     except RecursionError:
         raise yaml.YAMLError("lists or mappings are nested too deep") from None
 
@@ -44,6 +51,8 @@ def problem_in_yaml(error: Exception) -> str:
 def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:  # what it brings gives way to what stands here
+            continue
         key = loader.construct_object(key_node)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(None, None, "a list or mapping can't be a key", key_node.start_mark)

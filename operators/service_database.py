@@ -33,7 +33,7 @@ _SETTINGS = {
     "max_connections": str(_CONNECTIONS),
     # What shared memory leaves after a crash then lies in the data folder, not in /dev/shm.
     "dynamic_shared_memory_type": "mmap",
-    "deadlock_timeout": "5s",  # more than the scheduler's (service_settings)
+    "deadlock_timeout": "5s",  # more than the scheduler's (service_arguments)
     "jit": "off",
     "max_wal_size": "256MB",
 }

@@ -50,9 +50,6 @@ import sys
 # A component makes hundreds of thousands of objects that stay while it starts: looking again and again for garbage
 # among them is a tenth of its start.
 gc.set_threshold(50_000)
-# Of two that wait for each other, PostgreSQL ends the one whose patience ends first (the others have 5 s): the scheduler, which tries
-# again. A request of a user would fail.
-DATABASE_ARGUMENTS = {"options": "-c deadlock_timeout=1s"} if "scheduler" in sys.argv else {}
 if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
     from operators.launch import tie_forks
 
@@ -235,7 +232,7 @@ def _connections(password: str, port: int) -> dict[str, str]:
     return {
         "sql_alchemy_conn": f"postgresql+psycopg2://{address}",
         "sql_alchemy_conn_async": f"postgresql+asyncpg://{address}",
-        "sql_alchemy_connect_args": "airflow_local_settings.DATABASE_ARGUMENTS",
+        "sql_alchemy_connect_args": "operators.service_arguments.DATABASE",
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import linecache
+import os
 import site
 import sys
 import sysconfig
@@ -96,7 +97,7 @@ def _forget_files() -> None:
 
 def _finder(place: str) -> FileFinder:
     """A hook for ``sys.path``: finds what Python does in a folder, but for compilations of files that are there."""
-    if _is_installed(place) or not Path(place or ".").is_dir():
+    if _is_installed(place) or not os.path.isdir(place or "."):  # noqa: PTH112 - False also where nobody may look
         raise ImportError(f"{place} is for Python's own finder")
     return FileFinder(
         place,
@@ -112,7 +113,10 @@ def _is_installed(place: str) -> bool:
 
 
 def _is_inside(place: str, folder: Path) -> bool:
-    return Path(place).resolve().is_relative_to(folder) and not _is_installed(place)
+    """Whether it is in a model's folder; not what is installed there, unless the model is, too."""
+    if not Path(place).resolve().is_relative_to(folder) or folder in _INSTALLED:
+        return False
+    return _is_installed(str(folder)) or not _is_installed(place)
 
 
 def _is_of(name: str, module: ModuleType, folder: Path) -> bool:

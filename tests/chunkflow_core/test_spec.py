@@ -47,6 +47,13 @@ def test_roi_and_smaller_output_patch_decide_grid_and_halo(make_spec: MakeSpec) 
     assert spec.halo == (2, 2, 0)
 
 
+def test_merge_keys(make_spec: MakeSpec, tmp_path: Path) -> None:
+    path = make_spec()
+    text = path.read_text()
+    path.write_text(f"{text}\nrunner:\n  <<: &common {{kind: local, retries: 2}}\n  retries: 3\n")
+    assert load_spec(path).runner.retries == 3
+
+
 def test_bytes_of_a_command_line_that_are_no_text(make_spec: MakeSpec) -> None:
     with pytest.raises(SpecError, match="name"):
         load_spec(make_spec(), ["name=\udcff"])

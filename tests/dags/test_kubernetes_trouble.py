@@ -106,6 +106,7 @@ class TestOneRun:
         begun.until(lambda: begun.task("prepare")["state"] == "success")
 
         assert begun.task("prepare")["try_number"] == 1
+        until(lambda: "[pod] counted" in begun.log(1, "prepare"), 60)
         check_counting(begun.log(1, "prepare"), more_than=3)
 
     def test_orphans_are_found(self, begun: Begun) -> None:
@@ -126,12 +127,12 @@ class TestOneRun:
 
     def test_clearing_deletes_the_pod(self, begun: Begun) -> None:
         """While a task is just leaving its worker, nobody watches its pod: the next try goes on with it, or the maintenance finds it."""
-        first = begun.watched(1, "hang")
+        (first,) = begun.watched(1, "hang")
         begun.world.volumes.clear(begun.name, begun.run, [BLOCK])
         # Before the first pod is deleted, the next try may have begun to watch it; it then sees that it is gone, and launches another one.
         second = begun.until(lambda: begun.watched(2, "count"))
-        begun.until(lambda: running(begun.world, begun.name) == second)
-        assert not set(first) & set(second)
+        assert first not in second
+        until(lambda: running(begun.world, begun.name) == second, 60)
 
     def test_a_pod_outlives_what_watches_it(self, begun: Begun) -> None:
         if begun.deferrable:

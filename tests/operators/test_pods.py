@@ -623,6 +623,10 @@ BAD_TEMPLATES: dict[str, tuple[str, list[str]]] = {
         "spec: " + "[" * 40_000,
         ["runner.pod_template: {path}: not valid YAML: lists or mappings are nested too deep"],
     ),
+    "too deep without brackets": (
+        "spec:\n  " + "- " * 40_000,
+        ["runner.pod_template: {path}: not valid YAML: lists or mappings are nested too deep"],
+    ),
     "a key twice": (
         "spec: {}\nspec: {}\n",
         ["runner.pod_template: {path}: not valid YAML: line 2, column 1: the key 'spec' stands twice"],
