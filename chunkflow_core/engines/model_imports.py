@@ -63,7 +63,7 @@ def import_file(path: Path) -> ModuleType:
     _Imports.folder = path.parent.resolve()
     _Imports.modules, _Imports.path = frozenset(sys.modules), frozenset(sys.path)
     sys.path.insert(0, str(_Imports.folder))
-    _forget_files()
+    forget_files()
     loader = _AsItIs("chunkflow_model", str(path.absolute()))
     spec = importlib.util.spec_from_file_location("chunkflow_model", path, loader=loader)
     assert spec is not None
@@ -84,8 +84,8 @@ def _forget_model() -> None:
     sys.path[:] = [place for place in sys.path if place in _Imports.path or not _is_inside(place, folder)]
 
 
-def _forget_files() -> None:
-    """Have what is not installed found by :func:`_finder`, and read anew."""
+def forget_files() -> None:
+    """Have Python forget what it knows of files that are not installed: their next import reads and compiles them as they are."""
     if _finder not in sys.path_hooks:
         sys.path_hooks.insert(0, _finder)
         for place in [place for place in sys.path_importer_cache if not _is_installed(place)]:

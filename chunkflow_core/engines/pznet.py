@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from importlib import import_module, invalidate_caches
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.engines.failures import is_of_the_machine, told
+from chunkflow_core.engines.model_imports import forget_files
 from chunkflow_core.engines.outputs import each_by_itself, failed, finished
 from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import VolumeSpec
@@ -87,7 +88,7 @@ def _net(folder: Path) -> Any:
 def _module_of(folder: Path) -> ModuleType | None:
     """The folder's own ``znet``, which is what ``import znet`` finds from now on, also in the package ``pznet``."""
     sys.modules.pop("znet", None)
-    invalidate_caches()
+    forget_files()
     found = PathFinder.find_spec("znet", [str(folder)])
     if found is None or found.loader is None:
         return None

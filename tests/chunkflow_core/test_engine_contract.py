@@ -209,6 +209,20 @@ def convolution() -> torch.nn.Conv3d:
     return torch.nn.Conv3d(1, 2, 3, padding=1).eval()
 
 
+IN_PYTHON = """
+import numpy as np
+
+VALUE = 1
+
+class znet:
+    def __init__(self, weights, layers):
+        pass
+
+    def forward(self, patch):
+        return np.full((len(patch), 2, *patch.shape[2:]), VALUE, np.float32)
+"""
+
+
 @pytest.fixture(scope="session")
 def znet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension module, compiled."""
@@ -494,6 +508,24 @@ def test_package_that_is_not_installed(
     said = refused_without(package, path)
     assert f'pip install "chunkflow-airflow[{engine}]"' in said
     assert f"model.engine: {engine} needs the package {package}" in said
+
+
+def test_a_net_in_python_runs_as_it_is(
+    make_spec: MakeSpec, tmp_path: Path, output: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as it was compiled, when the file has the same size and date as now."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "net" / "znet.py"
+    (file.parent / "weights").mkdir(parents=True)
+    file.write_text(IN_PYTHON)
+    path = make_spec(model={"engine": "pznet", "path": "net"}, output=output)
+    assert load(path)(patches()).max() == 1
+
+    date = file.stat().st_mtime_ns
+    file.write_text(IN_PYTHON.replace("VALUE = 1", "VALUE = 2"))
+    os.utime(file, ns=(date, date))
+
+    assert load(path)(patches()).max() == 2
 
 
 def test_neither_pznet_nor_a_compiled_net(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:

@@ -47,10 +47,9 @@ def test_roi_and_smaller_output_patch_decide_grid_and_halo(make_spec: MakeSpec) 
     assert spec.halo == (2, 2, 0)
 
 
-def test_merge_keys(make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_merge_keys(make_spec: MakeSpec) -> None:
     path = make_spec()
-    text = path.read_text()
-    path.write_text(f"{text}\nrunner:\n  <<: &common {{kind: local, retries: 2}}\n  retries: 3\n")
+    path.write_text(f"{path.read_text()}\nrunner:\n  <<: &common {{kind: local, retries: 2}}\n  retries: 3\n")
     assert load_spec(path).runner.retries == 3
 
 

@@ -6,7 +6,7 @@ import configparser
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,15 @@ def until(condition: Callable[[], Any], seconds: float, poll: float = 0.4) -> An
 
 def change_database(home: Path, statement: str, *values: Any) -> None:
     """Change something behind Airflow's back: a statement of SQL on the database of the service in this home."""
+    with closing(connect_to_database(home)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute(statement, values)
+
+
+def connect_to_database(home: Path) -> psycopg2.extensions.connection:
+    """A connection to the database of the service in this home."""
     settings = configparser.ConfigParser()
     settings.read(home / "airflow.cfg")
-    connection = psycopg2.connect(settings["database"]["sql_alchemy_conn"].replace("+psycopg2", ""))
-    with connection, connection.cursor() as cursor:
-        cursor.execute(statement, values)
-    connection.close()
+    return psycopg2.connect(settings["database"]["sql_alchemy_conn"].replace("+psycopg2", ""))
 
 
 def copy_dags(folder: Path) -> Path:

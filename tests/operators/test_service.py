@@ -6,7 +6,6 @@ All with real processes, most with the one service that the tests of local volum
 
 from __future__ import annotations
 
-import configparser
 import ipaddress
 import json
 import os
@@ -21,9 +20,8 @@ from typing import Any
 
 import jwt
 import psutil
-import psycopg2
 import pytest
-from airflow_volumes import Volumes
+from airflow_volumes import Volumes, connect_to_database
 from service_runs import DAGS, TIMEOUT, WIDE, Run, asked, assert_gone, call, everything
 
 from operators import processes
@@ -164,13 +162,10 @@ def test_of_two_that_wait_for_each_other_the_scheduler_gives_way(client: Client,
     run = client.post("dags/wide/dagRuns", {"logical_date": None})["dag_run_id"]
     of_run = "FROM task_instance WHERE dag_id = 'wide' AND run_id = %s"
     blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
-    settings = configparser.ConfigParser(interpolation=None)
-    settings.read(home / "airflow.cfg")
-    address = settings["database"]["sql_alchemy_conn"].replace("+psycopg2", "")
     with (
-        closing(psycopg2.connect(address)) as request,
-        closing(psycopg2.connect(address)) as obstacle,
-        closing(psycopg2.connect(address)) as watch,
+        closing(connect_to_database(home)) as request,
+        closing(connect_to_database(home)) as obstacle,
+        closing(connect_to_database(home)) as watch,
         request.cursor() as asking,
         obstacle.cursor() as holding,
         watch.cursor() as watching,
