@@ -27,8 +27,10 @@ from double import Cluster, Node  # noqa: E402
 
 from chunkflow_core.geometry import Box  # noqa: E402
 from chunkflow_core.volumes import NewLayer  # noqa: E402
-from operators.processes import describe, tree, with_variable  # noqa: E402
+from operators.processes import tree  # noqa: E402
 from operators.service import Client, start  # noqa: E402
+from operators.service_settings import Home  # noqa: E402
+from operators.service_state import State  # noqa: E402
 
 _IMAGE = "chunkflow:bench"
 _COMPONENTS = ("triggerer", "scheduler")
@@ -169,10 +171,11 @@ def skip_steps(client: Client, run: str) -> None:
 
 def sample(home: Path, usage: dict[str, Usage]) -> None:
     """Look at the processes of Airflow."""
-    ours = with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", str(home))
+    state = State.read(Home(home))
     for name, used in usage.items():
-        roots = [process for process in ours if f"airflow {name}" in describe(process)]
-        used.look(list({process.pid: process for root in roots for process in tree(root)}.values()))
+        component = state and state.components.get(name)
+        process = component and component.process()
+        used.look(tree(process) if process else [])
 
 
 def states(client: Client, run: str) -> dict[str, int]:

@@ -7,6 +7,8 @@
                          ├─ dag-processor ── file processors
                          └─ triggerer ── trigger runner
 
+Airflow's components are forks of the supervisor (``operators.service_components``).
+
 Guard and supervisor both adopt the orphans below them, so either can be killed and the other one ends the rest. If
 both are killed at once, the kernel ends the components (``operators.launch``), and what they forked
 (``airflow_local_settings.py``).
@@ -29,10 +31,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import psutil
 
-from operators import launch, processes, warm
+from operators import launch, processes, service_components, warm
 from operators.processes import Identity
 from operators.service_database import Database
 from operators.service_health import (
@@ -137,16 +140,26 @@ def _parent(process: psutil.Process) -> int | None:
         return None
 
 
+class Process(Protocol):
+    """A child of this process."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit code if it has ended, negative for a signal, else ``None``."""
+
+
 @dataclass(slots=True)
 class Component:
-    """One command, which may be started many times."""
+    """One command, which may be started many times, in a session of its own: Ctrl-C in a terminal is for the supervisor,
+    which knows the right order.
+    """
 
     name: str
-    command: Callable[[], Sequence[str]]
-    """The command line as a child of this process, asked for at each start."""
-    environment: Mapping[str, str]
+    begin: Callable[[int], Process]
+    """Starts it as a child of this process, with what it prints going to this descriptor."""
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     started: float = 0.0
     """Time of the last start, seconds since the epoch."""
     restart: float = 0.0
@@ -159,18 +172,11 @@ class Component:
     _offset: int = field(default=0, repr=False)
 
     def start(self) -> None:
-        """Start it, in a session of its own: Ctrl-C in a terminal is for the supervisor, which knows the right order."""
+        """Start it."""
         log = open_log(self.log)
         try:
             self._offset = os.fstat(log).st_size
-            self.process = subprocess.Popen(
-                self.command(),
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            self.process = self.begin(log)
         finally:
             os.close(log)
         self.started = Identity.of(self.process.pid).created
@@ -240,12 +246,13 @@ class Supervisor:
         )
         write_settings(options.home, private, tuning_settings(options.parallelism))
         self._environment = component_environment(options.home, private, os.environ)
+        self._mark = database_mark(os.environ, version("apache-airflow-core"))
         self._components = [self._airflow(name, [name, *_ARGUMENTS.get(name, ())]) for name in COMPONENTS]
         if self._database is not None:
-            self._components.insert(0, self._component(DATABASE, self._start_database))
+            self._components.insert(0, self._program(DATABASE, self._start_database))
         if (name := self._warm_parent) is not None:
             command = [sys.executable, "-P", "-m", "operators.warm", name]
-            self._components.append(self._component(WARM_PARENT, lambda: launch.command(command)))
+            self._components.append(self._program(WARM_PARENT, lambda: launch.command(command)))
         self._deadline = time.monotonic() + options.timeout
         self._next_probe = 0.0
         self._serves_tasks = False
@@ -260,11 +267,25 @@ class Supervisor:
             password_file=str(options.home.passwords),
         )
 
-    def _component(self, name: str, command: Callable[[], Sequence[str]]) -> Component:
-        return Component(name, command, self._environment, self._home.log(name))
+    def _program(self, name: str, command: Callable[[], Sequence[str]]) -> Component:
+        """A component that is executed; its command line is asked for at each start."""
+
+        def begin(log: int) -> Process:
+            return subprocess.Popen(
+                command(),
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+        return Component(name, begin, self._home.log(name))
 
     def _airflow(self, name: str, arguments: Sequence[str]) -> Component:
-        return self._component(name, lambda: launch.command([sys.executable, "-P", "-m", "airflow", *arguments]))
+        if sys.platform != "linux":  # forks that go on as other programs end badly elsewhere
+            return self._program(name, lambda: launch.command([sys.executable, "-P", "-m", "airflow", *arguments]))
+        return Component(name, partial(service_components.start, arguments), self._home.log(name))
 
     def _start_database(self) -> Sequence[str]:
         assert self._database is not None
@@ -279,7 +300,11 @@ class Supervisor:
         """Run the service until it is told to stop. Raises :class:`ServiceError` if it can't be started or kept up."""
         try:
             self._write_state()
-            self._wait_until_ready(*(component for component in self._components if component.name == DATABASE))
+            database = [component for component in self._components if component.name == DATABASE]
+            self._look_after_all(database)  # it comes up while Airflow is imported
+            if sys.platform == "linux":
+                service_components.import_airflow(self._environment, lambda: self._stop)
+            self._wait_until_ready(*database)
             self._migrate()
             self._wait_until_ready(*self._components)
             self._tell_ready()
@@ -300,8 +325,7 @@ class Supervisor:
 
     def _migrate(self) -> None:
         """Bring the database to the installed Airflow's schema, unless it was before."""
-        mark = database_mark(os.environ, version("apache-airflow-core"))
-        if self._stop or is_migrated(self._home, mark):
+        if self._stop or is_migrated(self._home, self._mark):
             return
         migration = self._airflow("migrate", ["db", "migrate"])
         migration.start()
@@ -312,7 +336,7 @@ class Supervisor:
             time.sleep(_TICK)
         if code:
             raise ServiceError(f"Airflow's database can't be set up:\n{migration.tail()}")
-        self._home.migrated.write_text(mark)
+        self._home.migrated.write_text(self._mark)
 
     def _wait_until_ready(self, *components: Component) -> None:
         """Start these components and wait until they are healthy, or this one is told to stop."""

@@ -13,30 +13,24 @@ so is the child when the parent dies. The name is one of Linux's abstract socket
 from __future__ import annotations
 
 import array
-import atexit
 import gc
 import importlib
-import io
 import json
 import os
 import resource
-import runpy
 import select
 import selectors
 import signal
 import socket
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO, cast
+from typing import Any, Protocol
 
-from setproctitle import setproctitle
-
-from operators import launch
+from operators import forks, launch
 
 VARIABLE = "CHUNKFLOW_WARM_PARENT"
 """Environment variable with the name of the parent that a service keeps."""
@@ -333,13 +327,7 @@ def _receive(connection: socket.socket) -> tuple[list[int], dict[str, Any]]:
 
 def _become(streams: Sequence[int], request: Mapping[str, Any]) -> None:
     """Take over everything by which one process differs from another."""
-    setproctitle(" ".join([sys.executable, "-m", *request["arguments"]]))
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    standard: Any = sys
-    standard.stdin = standard.__stdin__ = open(0, encoding=sys.stdin.encoding)  # noqa: SIM115
-    standard.stdout = standard.__stdout__ = _text(1, sys.stdout)
-    standard.stderr = standard.__stderr__ = _text(2, sys.stderr)
+    forks.become([sys.executable, "-m", *request["arguments"]], streams)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -351,17 +339,10 @@ def _become(streams: Sequence[int], request: Mapping[str, Any]) -> None:
         sys.modules["numpy"].random.seed()
 
 
-def _text(descriptor: int, like: TextIO) -> TextIO:
-    """A standard stream that keeps nothing back, as with ``python -u``."""
-    binary = open(descriptor, "wb", 0)  # noqa: SIM115
-    return io.TextIOWrapper(cast(BinaryIO, binary), like.encoding, like.errors, write_through=True)
-
-
 def _run(arguments: Sequence[str]) -> None:
     """As ``python -m`` does."""
     sys.path.insert(0, str(Path.cwd()))
-    sys.argv = list(arguments)
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    forks.run_module(arguments)
 
 
 def _stamp(path: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -392,40 +373,13 @@ def _umask() -> int:
     return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
 
 
-def _end_of(job: Callable[[], None]) -> int:
-    """Run a job as a program; its exit code. All that a program's end brings, but for taking the interpreter apart: that would
-    copy the parent's memory, and take longer than many a job.
-    """
-    code = 0
-    try:
-        job()
-    except SystemExit as ending:
-        code = _exit_code(ending)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does in its children
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    return code
-
-
-def _exit_code(ending: SystemExit) -> int:
-    if ending.code is None or isinstance(ending.code, int):
-        return (ending.code or 0) & 255
-    print(ending.code, file=sys.stderr)
-    return 1
-
-
 def main(arguments: Sequence[str]) -> None:
     """Be the parent of this name until told to end; in a child, run its command."""
     # numpy's library would start threads when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     job = Parent(arguments[0]).run()
     if job is not None:
-        os._exit(_end_of(job))
+        os._exit(forks.end_of(job))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 from chunkflow_core.__main__ import main
 
+# Tests say what CPUs do, also on a machine with a GPU; those of a GPU run where this is set.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 __all__ = ["local_volumes", "pytest_runtest_makereport", "pytest_terminal_summary"]
 _ENDS_ITS_SERVICE = "tests/operators/test_service.py"
 """Comes last of its group, in whatever order files are named."""

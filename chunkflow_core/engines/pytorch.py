@@ -87,7 +87,9 @@ class PyTorch(Engine):
         value: Any = patches
         if self._model.pre_process is not None:
             value = self._model.pre_process(_to_numpy(patches))
-            value = torch.from_numpy(value).to(self._device) if isinstance(value, np.ndarray) else value
+            value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            # one that was written for a CPU leaves it there, one for a GPU doesn't
+            value = value.to(self._device) if isinstance(value, torch.Tensor) else value
         if self._channels_last and isinstance(value, torch.Tensor) and value.ndim == 5:
             value = value.contiguous(memory_format=torch.channels_last_3d)
         return value

@@ -752,6 +752,15 @@ def test_settings_of_a_model_file_decide_no_number(
     assert torch.are_deterministic_algorithms_enabled() and import_module("torch._inductor.config").deterministic
 
 
+def test_a_pre_process_for_cpus_does_on_any_device(
+    make_spec: MakeSpec, tmp_path: Path, output: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunkflow's return a tensor that they have moved to a GPU, or have not."""
+    engine = load(make_spec(model=with_pre_and_post_process(tmp_path, trained()), output=output))
+    monkeypatch.setattr(engine, "_device", torch.device("meta"))
+    assert engine._prepared(torch.zeros(1, 1, *PATCH)).device == torch.device("meta")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(make_spec: MakeSpec, tmp_path: Path, output: dict[str, Any]) -> None:
     path = make_spec(model=bare_state(tmp_path, trained()) | {"device": "cuda"}, output=output)

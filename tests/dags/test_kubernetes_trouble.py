@@ -24,7 +24,9 @@ from kubernetes_world import ONE_BLOCK, World
 from service_runs import asked
 from volume import SHAPE
 
-from operators.processes import tree, with_variable
+from operators.processes import tree
+from operators.service_settings import Home
+from operators.service_state import State
 
 pytestmark = pytest.mark.airflow
 
@@ -186,20 +188,16 @@ def running(world: World, volume: str) -> list[str]:
 
 def processes(world: World, component: str, task: str) -> list[psutil.Process]:
     """The processes of a component of Airflow; of ``task``, the one that runs the task of this id."""
-    home = str(world.volumes.folder.parent / "home")
-    name = "scheduler" if component == "task" else component
-    ours = called(f"airflow {name}", with_variable("CHUNKFLOW_AIRFLOW_SUPERVISED", home))
-    if component == "task":
-        # A task's process writes its title over its environment.
-        below = [child for process in ours for child in tree(process)[1:]]
-        ours = called(f"airflow worker -- {task}", below)
+    state = State.read(Home(world.volumes.folder.parent / "home"))
+    assert state is not None
+    process = state.components["scheduler" if component == "task" else component].process()
+    assert process is not None
+    if component != "task":
+        return [process]
+    lines = asked(tree(process)[1:], psutil.Process.cmdline)
+    ours = [process for process, line in lines if f"airflow worker -- {task}" in " ".join(line)]
     assert ours
     return ours
-
-
-def called(title: str, found: list[psutil.Process]) -> list[psutil.Process]:
-    """The processes that have this in their command line."""
-    return [process for process, line in asked(found, psutil.Process.cmdline) if title in " ".join(line)]
 
 
 PATIENCE = 2 if why_no_real_cluster() else 45

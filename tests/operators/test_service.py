@@ -27,6 +27,7 @@ from service_runs import DAGS, TIMEOUT, WIDE, Run, asked, assert_gone, call, eve
 from operators import processes
 from operators.processes import is_alive, wait_until
 from operators.service import AlreadyRunning, ApiError, Client, Service, ServiceError, find, start
+from operators.service_health import COMPONENTS
 from operators.service_settings import SUPERVISED, Home
 from operators.service_state import State
 from operators.service_supervisor import _UNHEALTHY_LIMIT
@@ -97,6 +98,23 @@ def test_listens_on_loopback_only(client: Client, home: Path) -> None:
     }
     assert listening
     assert all(ipaddress.ip_address(address.ip).is_loopback for address in listening), listening
+
+
+def test_components_share_what_was_imported_and_nothing_else(client: Client, home: Path) -> None:
+    state = State.read(Home(home))
+    assert state is not None
+    supervisor = state.supervisor.process()
+    assert supervisor is not None and supervisor.num_threads() == 1, (
+        "a lock that another thread holds would stay locked"
+    )
+    components = {name: process for name in COMPONENTS if (process := state.components[name].process())}
+    assert [process.ppid() for process in components.values()] == 4 * [supervisor.pid]
+    for name, process in components.items():
+        assert name.replace("-", "_") in " ".join(process.cmdline()).replace("-", "_"), process.cmdline()
+        assert os.getsid(process.pid) == process.pid
+        opened = {str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
+        assert str(home / "service.lock") not in opened
+        assert str(home / "logs" / f"{name}.log") in opened
 
 
 def test_secrets_are_private(client: Client, home: Path) -> None:
@@ -274,9 +292,14 @@ def wait_until_begun(home: Path) -> State:
 
 
 @pytest.fixture
-def foreground(home: Path, dags: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A service in the foreground, as soon as its first components have been started."""
-    process = subprocess.Popen([*UP, f"--home={home}", f"--dags={dags}"], stderr=subprocess.DEVNULL)
+def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A service in the foreground, as soon as its first components have been started.
+
+    What lies in its working directory takes the place of no module.
+    """
+    (tmp_path / "airflow.py").write_text("raise RuntimeError('this is not Airflow')\n")
+    command = [*UP, f"--home={home}", f"--dags={dags}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path)
     try:
         assert wait_until_begun(home).guard.pid == process.pid
         yield process
@@ -348,6 +371,14 @@ def test_failed_start_shows_the_log(dags: Path, tmp_path: Path) -> None:
     )
     assert not (home / "postgres").exists()
     assert processes.with_variable(SUPERVISED, str(home)) == []
+
+
+def test_an_airflow_that_can_not_be_imported_is_told(dags: Path, tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "cadwyn.py").write_text("raise ImportError('half an installation')\n")
+    with pytest.raises(ServiceError, match="Airflow can't be imported: ImportError: half an installation"):
+        start(tmp_path / "home", dags=dags, durable=False, environment={"PYTHONPATH": str(tmp_path / "modules")})
+    assert not (tmp_path / "home" / "service.json").exists()
 
 
 @pytest.mark.parametrize(
