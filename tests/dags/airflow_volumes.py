@@ -1,4 +1,7 @@
-"""Volumes in a real Airflow, as a test sees them: through the REST API."""
+"""Volumes in a real Airflow, as a test sees them: through the REST API.
+
+Only what is waited for is asked of the database. The API takes twenty times as long for an answer, from all that runs beside the test.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +52,26 @@ class Volumes:
 
     def wait(self, name: str, run: str, limit: float = RUN_LIMIT) -> str:
         """Wait until a run has ended; its state."""
-        until(lambda: self.client.get(f"dags/{name}/dagRuns/{run}")["state"] in ("success", "failed"), limit, poll=1)
+        ended = "SELECT 1 FROM dag_run WHERE dag_id = %s AND run_id = %s AND state IN ('success', 'failed')"
+        until(lambda: self._ask(ended, name, run), limit)
         return str(self.client.get(f"dags/{name}/dagRuns/{run}")["state"])
+
+    def now(self, name: str, run: str, task: str) -> tuple[str | None, int]:
+        """State and number of the try of a task that is waited for."""
+        state = "SELECT state, try_number FROM task_instance WHERE dag_id = %s AND run_id = %s AND task_id = %s"
+        ((found, attempt),) = self._ask(state, name, run, task)
+        return found, attempt
+
+    @cached_property
+    def _connection(self) -> psycopg2.extensions.connection:
+        connection = connect_to_database(self.home)
+        connection.autocommit = True
+        return connection
+
+    def _ask(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement, values)
+            return cursor.fetchall()
 
     def tasks(self, name: str, run: str) -> dict[str, dict[str, Any]]:
         """Task instances of a run by task id."""
@@ -78,7 +100,8 @@ class Volumes:
 
     def known(self, *names: str) -> None:
         """Wait until Airflow has these DAGs."""
-        self.parsed(lambda: set(names) <= {dag["dag_id"] for dag in self.client.pages("dags", "dags")})
+        found = "SELECT dag_id FROM dag WHERE dag_id = ANY(%s) AND NOT is_stale"
+        self.parsed(lambda: len(self._ask(found, list(names))) == len(names))
 
     def parsed(self, condition: Callable[[], Any], file: str = "chunkflow_volumes.py") -> Any:
         """Wait for what a new spec brings about in a DAG file; the condition's value.

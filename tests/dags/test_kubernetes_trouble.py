@@ -49,12 +49,16 @@ class Begun:
         """A task instance as it is now."""
         return self.world.volumes.tasks(self.name, self.run)[task]
 
+    def now(self, task: str = BLOCK) -> tuple[str | None, int]:
+        """State and number of the try, where they are waited for."""
+        return self.world.volumes.now(self.name, self.run, task)
+
     def log(self, attempt: int, task: str = BLOCK) -> str:
         return self.world.volumes.log(self.name, self.run, task, attempt)
 
     def watched(self, attempt: int, mood: str) -> list[str]:
         """Pods in a mood that this try of the block has seen at work; only the log of a try that has begun can be read."""
-        if self.task()["try_number"] != attempt:
+        if self.now()[1] != attempt:
             return []
         pods = [pod for pod in running(self.world, self.name) if f"mood: {mood}" in self.world.cluster.log(pod)]
         return [pod for pod in pods if f"pod {pod}: running" in self.log(attempt)]
@@ -73,7 +77,7 @@ class Begun:
             process.kill()
 
         last = attempt if same_try else attempt + 1
-        self.until(lambda: self.task()["try_number"] == last)
+        self.until(lambda: self.now()[1] == last)
         # The next process says so in the log of the same try, or of its own.
         self.until(lambda: self.log(last).count(f"pod {pod}: running") == (2 if same_try else 1))
         self.world.let_go(self.name, BLOCK)
@@ -103,9 +107,9 @@ class TestOneRun:
 
     def test_a_step_that_takes_long_leaves_its_worker(self, begun: Begun) -> None:
         state = "deferred" if begun.deferrable else "running"
-        begun.until(lambda: begun.task("prepare")["state"] == state and counts(begun.world, begun.name))
+        begun.until(lambda: begun.now("prepare")[0] == state and counts(begun.world, begun.name))
         begun.world.let_go(begun.name, "prepare")
-        begun.until(lambda: begun.task("prepare")["state"] == "success")
+        begun.until(lambda: begun.now("prepare")[0] == "success")
 
         assert begun.task("prepare")["try_number"] == 1
         until(lambda: "[pod] counted" in begun.log(1, "prepare"), 60)
@@ -311,7 +315,7 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
     )
     cluster.resume()
     world.let_go(name, "infer.0_0_0")
-    until(lambda: world.volumes.tasks(name, run)["infer.0_0_0"]["state"] == "success", world.cluster.limit)
+    until(lambda: world.volumes.now(name, run, "infer.0_0_0")[0] == "success", world.cluster.limit)
     cluster.set_quota(None)
 
     assert world.volumes.wait(name, run, world.cluster.limit) == "success"

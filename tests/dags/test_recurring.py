@@ -163,7 +163,7 @@ class TestOneVolume:
         for name in ("hold", "flag"):
             (volumes.folder / name).touch()
         run = volumes.trigger("frail")
-        until(lambda: states(volumes, run)["infer.0_4_0"] == "running", RUN_LIMIT)
+        until(lambda: volumes.now("frail", run, "infer.0_4_0")[0] == "running", RUN_LIMIT)
         second = volumes.trigger("frail")
         change_database(volumes.home, "UPDATE dag_run SET state = 'running' WHERE run_id = %s", second)
 
@@ -283,7 +283,7 @@ def test_a_volume_grows_while_a_run_is_at_work(volumes: Volumes) -> None:
     write_spec(volumes.folder, "growing", input={"path": layer}, block_size=[12, 20, 20])
     volumes.known("growing")
     run = volumes.trigger("growing")
-    until(lambda: states(volumes, run, name="growing")["infer.0_2_0"] == "running", RUN_LIMIT)
+    until(lambda: volumes.now("growing", run, "infer.0_2_0")[0] == "running", RUN_LIMIT)
 
     old = np.asarray(CloudVolume(layer, progress=False)[:, :, :]).T
     new = np.random.default_rng(1).integers(1, 255, (1, 12, 20, 20), dtype=np.uint8)

@@ -278,12 +278,12 @@ def test_stop_leaves_nothing(client: Client, home: Path, tmp_path: Path, capsys:
 UP = [sys.executable, "-m", "operators.service", "up", "--no-fsync"]
 
 
-def wait_until_begun(home: Path) -> State:
-    """Wait until the first components of a service have been started."""
+def wait_until_begun(home: Path, components: int = 3) -> State:
+    """Wait until so many components of a service have been started; the database comes first, before Airflow is imported."""
 
     def begun() -> bool:
         state = State.read(Home(home))
-        return state is not None and len(state.components) > 2
+        return state is not None and len(state.components) >= components
 
     assert wait_until(begun, TIMEOUT)
     state = State.read(Home(home))
@@ -293,7 +293,7 @@ def wait_until_begun(home: Path) -> State:
 
 @pytest.fixture
 def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A service in the foreground, as soon as its first components have been started.
+    """A service in the foreground, as soon as its first component has been started.
 
     What lies in its working directory takes the place of no module.
     """
@@ -301,7 +301,7 @@ def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Po
     command = [*UP, f"--home={home}", f"--dags={dags}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path)
     try:
-        assert wait_until_begun(home).guard.pid == process.pid
+        assert wait_until_begun(home, 1).guard.pid == process.pid
         yield process
     finally:
         if process.poll() is None:
@@ -309,8 +309,11 @@ def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Po
             process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_ends_everything(number: signal.Signals, foreground: subprocess.Popen[bytes], home: Path) -> None:
+@pytest.mark.parametrize(("number", "components"), [(signal.SIGINT, 1), (signal.SIGTERM, 3), (signal.SIGHUP, 1)])
+def test_signal_ends_everything(
+    number: signal.Signals, components: int, foreground: subprocess.Popen[bytes], home: Path
+) -> None:
+    wait_until_begun(home, components)
     found = everything(home)
     foreground.send_signal(number)
     assert foreground.wait(TIMEOUT) == 0
@@ -318,6 +321,7 @@ def test_signal_ends_everything(number: signal.Signals, foreground: subprocess.P
 
 
 def test_killed_guard_leaves_nothing(foreground: subprocess.Popen[bytes], home: Path) -> None:
+    wait_until_begun(home)
     found = everything(home)
     foreground.kill()
     foreground.wait()
@@ -342,9 +346,8 @@ def test_ends_with_the_process_that_started_it(home: Path, dags: Path) -> None:
 def test_what_is_left_when_all_watchers_are_killed_is_cleaned_up(
     foreground: subprocess.Popen[bytes], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    state = wait_until_begun(home)
     found = everything(home)
-    state = State.read(Home(home))
-    assert state is not None
     # What a task's program would be: the kernel does not end it, and nobody is left to do so.
     program = subprocess.Popen(["sleep", "600"], env={**os.environ, SUPERVISED: str(home)})
     for identity in (state.supervisor, state.guard):
@@ -375,7 +378,7 @@ def test_failed_start_shows_the_log(dags: Path, tmp_path: Path) -> None:
 
 def test_an_airflow_that_can_not_be_imported_is_told(dags: Path, tmp_path: Path) -> None:
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "cadwyn.py").write_text("raise ImportError('half an installation')\n")
+    (tmp_path / "modules" / "sqlalchemy.py").write_text("raise ImportError('half an installation')\n")
     with pytest.raises(ServiceError, match="Airflow can't be imported: ImportError: half an installation"):
         start(tmp_path / "home", dags=dags, durable=False, environment={"PYTHONPATH": str(tmp_path / "modules")})
     assert not (tmp_path / "home" / "service.json").exists()
