@@ -24,15 +24,20 @@ def become(command: Sequence[str], streams: Sequence[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     standard: Any = sys
-    standard.stdin = standard.__stdin__ = open(0, encoding=sys.stdin.encoding)  # noqa: SIM115
+    standard.stdin = standard.__stdin__ = open(0, encoding=_encoding(sys.stdin))  # noqa: SIM115
     standard.stdout = standard.__stdout__ = _text(1, sys.stdout)
     standard.stderr = standard.__stderr__ = _text(2, sys.stderr)
 
 
-def _text(descriptor: int, like: TextIO) -> TextIO:
+def _text(descriptor: int, like: TextIO | None) -> TextIO:
     """A standard stream that keeps nothing back, as with ``python -u``."""
-    binary = open(descriptor, "wb", 0)  # noqa: SIM115
-    return io.TextIOWrapper(cast(BinaryIO, binary), like.encoding, like.errors, write_through=True)
+    binary = cast(BinaryIO, open(descriptor, "wb", 0))  # noqa: SIM115
+    return io.TextIOWrapper(binary, _encoding(like), like.errors if like else None, write_through=True)
+
+
+def _encoding(stream: TextIO | None) -> str:
+    """Of a standard stream, which is ``None`` where this process was started with it closed."""
+    return "utf-8" if stream is None else stream.encoding
 
 
 def run_module(arguments: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ _LOCAL_SETTINGS = '''\
 
 import gc
 import os
+import sys
 
 # A component makes hundreds of thousands of objects that stay while it starts: looking again and again for garbage
 # among them is a tenth of its start.
@@ -53,6 +54,10 @@ if "CHUNKFLOW_AIRFLOW_SUPERVISED" in os.environ:
     from operators.launch import tie_forks
 
     tie_forks()
+    if {"scheduler", "dag-processor"} & set(sys.argv):
+        from operators.service_preload import preload
+
+        preload()
 
 __all__ = []
 '''

@@ -7,7 +7,7 @@
                          ├─ dag-processor ── file processors
                          └─ triggerer ── trigger runner
 
-Airflow's components are forks of the supervisor (``operators.service_components``).
+Airflow's components are forks of the supervisor (``operators.service_components``) where that can be.
 
 Guard and supervisor both adopt the orphans below them, so either can be killed and the other one ends the rest. If
 both are killed at once, the kernel ends the components (``operators.launch``), and what they forked
@@ -35,8 +35,9 @@ from typing import Protocol
 
 import psutil
 
-from operators import launch, processes, service_components, warm
+from operators import launch, processes, warm
 from operators.processes import Identity
+from operators.service_components import Parent
 from operators.service_database import Database
 from operators.service_health import (
     API_SERVER,
@@ -246,6 +247,7 @@ class Supervisor:
         )
         write_settings(options.home, private, tuning_settings(options.parallelism))
         self._environment = component_environment(options.home, private, os.environ)
+        self._parent, self._forking = Parent(self._environment), False
         self._mark = database_mark(os.environ, version("apache-airflow-core"))
         self._components = [self._airflow(name, [name, *_ARGUMENTS.get(name, ())]) for name in COMPONENTS]
         if self._database is not None:
@@ -270,22 +272,20 @@ class Supervisor:
     def _program(self, name: str, command: Callable[[], Sequence[str]]) -> Component:
         """A component that is executed; its command line is asked for at each start."""
 
+        return Component(name, lambda log: self._execute(command(), log), self._home.log(name))
+
+    def _airflow(self, name: str, arguments: Sequence[str]) -> Component:
         def begin(log: int) -> Process:
-            return subprocess.Popen(
-                command(),
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            if self._forking:
+                return self._parent.start(arguments, log)
+            return self._execute(launch.command([sys.executable, "-P", "-m", "airflow", *arguments]), log)
 
         return Component(name, begin, self._home.log(name))
 
-    def _airflow(self, name: str, arguments: Sequence[str]) -> Component:
-        if sys.platform != "linux":  # forks that go on as other programs end badly elsewhere
-            return self._program(name, lambda: launch.command([sys.executable, "-P", "-m", "airflow", *arguments]))
-        return Component(name, partial(service_components.start, arguments), self._home.log(name))
+    def _execute(self, command: Sequence[str], log: int) -> Process:
+        return subprocess.Popen(
+            command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
     def _start_database(self) -> Sequence[str]:
         assert self._database is not None
@@ -302,8 +302,7 @@ class Supervisor:
             self._write_state()
             database = [component for component in self._components if component.name == DATABASE]
             self._look_after_all(database)  # it comes up while Airflow is imported
-            if sys.platform == "linux":
-                service_components.import_airflow(self._environment, lambda: self._stop)
+            self._forking = self._parent.import_airflow(self._deadline - time.monotonic())
             self._wait_until_ready(*database)
             self._migrate()
             self._wait_until_ready(*self._components)

@@ -35,7 +35,7 @@ def write(path):
     import os
 
     with open(path, "w") as file:
-        file.write(os.environ["SERVICE_TEST"])
+        file.write(os.environ["SERVICE_TEST"] + os.environ.get("_AIRFLOW__AS_LIBRARY", ""))
 
 
 with DAG("tasks", schedule=None, params={{"folder": Param("", type="string", minLength=1)}}):
@@ -105,7 +105,23 @@ def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float =
     assert len(found) > 1
     wait_until(lambda: not any(is_alive(process) for process in found), timeout)
     assert [process for process in found if is_alive(process)] == []
-    assert home is None or processes.with_variable(SUPERVISED, str(home)) == []
+    if home is not None:
+        assert processes.with_variable(SUPERVISED, str(home)) == []
+        assert [process for process, logs in asked(list(psutil.process_iter()), logs_below(home)) if logs] == []
+
+
+def logs_below(home: Path) -> Callable[[psutil.Process], bool]:
+    """Whether a process has a log of this service open: forked components have nothing of it in their first environment."""
+
+    def opened(process: psutil.Process) -> bool:
+        with suppress(OSError):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with suppress(OSError):
+                    if descriptor.readlink().is_relative_to(home / "logs"):
+                        return True
+        return False
+
+    return opened
 
 
 def as_user(user: str) -> list[str]:
