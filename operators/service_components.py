@@ -41,7 +41,9 @@ _MODULES = (
 )
 """What more than one component imports. The API server alone has as much again, which can be imported while the others start."""
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""By which a service is told to stop."""
+
 _THREADS = Path("/proc/self/task")
 _DESCRIPTORS = Path("/proc/self/fd")
 _FAILED = 70
@@ -102,7 +104,7 @@ class Parent:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         # A signal that comes before the child has handlers of its own would call those of its parent.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         pid = os.fork()
         if pid == 0:
             code = _FAILED
@@ -156,12 +158,9 @@ def _set_environment(environment: Mapping[str, str]) -> None:
 
 def _open_descriptors() -> list[int]:
     """Those besides the standard streams."""
-    found = []
-    for number in [int(path.name) for path in _DESCRIPTORS.iterdir()]:
-        with suppress(OSError):  # the one by which they were listed
-            os.fstat(number)
-            found.append(number)
-    return [number for number in found if number > 2]
+    listed = [path for path in _DESCRIPTORS.iterdir() if int(path.name) > 2]
+    # The one by which they were listed is closed by now.
+    return [int(path.name) for path in listed if path.is_symlink()]
 
 
 @contextmanager
@@ -170,7 +169,7 @@ def _interruptible(seconds: float) -> Iterator[None]:
 
     What is imported may run commands of the user's, and hang.
     """
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (*_STOP_SIGNALS, signal.SIGALRM)}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM)}
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if callable(handlers[number]):

@@ -37,7 +37,7 @@ import psutil
 
 from operators import launch, processes, warm
 from operators.processes import Identity
-from operators.service_components import Parent
+from operators.service_components import STOP_SIGNALS, Parent
 from operators.service_database import Database
 from operators.service_health import (
     API_SERVER,
@@ -78,7 +78,6 @@ _API_GRACE = 1.0
 _DATABASE_GRACE = 10.0
 _REST_GRACE = 1.0
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _QUICK_DEATHS_LIMIT = 5
 LOG_TAIL_LINES = 15
 """Of a component's log, told to the user."""
@@ -271,7 +270,6 @@ class Supervisor:
 
     def _program(self, name: str, command: Callable[[], Sequence[str]]) -> Component:
         """A component that is executed; its command line is asked for at each start."""
-
         return Component(name, lambda log: self._execute(command(), log), self._home.log(name))
 
     def _airflow(self, name: str, arguments: Sequence[str]) -> Component:
@@ -491,7 +489,7 @@ def run(options: Options) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     # Signals wait until there are handlers for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     child = os.fork()
     if child == 0:
         os._exit(_supervise(options, guard))
@@ -499,9 +497,9 @@ def run(options: Options) -> int:
 
 
 def _handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _supervise(options: Options, guard: int) -> int:
