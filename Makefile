@@ -15,7 +15,10 @@ DEMO := $(CURDIR)/.demo
 # Hundreds of processes import the same modules: compile each once, also where an image says not to.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo airflow test test-long lint clean
+# What types have to say, until the tests are through.
+TYPES := .mypy_cache/said
+
+.PHONY: demo airflow test test-long lint style types clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py --home $(DEMO) $(if $(INPUT),--input '$(INPUT)') $(if $(MIP),--mip $(MIP)) $(if $(ROI),--roi '$(ROI)')
@@ -24,13 +27,20 @@ airflow: $(INSTALLED)
 	@mkdir -p $(DEMO)/volumes
 	@CHUNKFLOW_VOLUMES=$(CURDIR)/dags/volumes:$(DEMO)/volumes $(BIN)/chunkflow-airflow up --home $(DEMO)/airflow
 
-lint: $(INSTALLED)
+lint: style types
+
+style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
 	$(BIN)/mypy --num-workers 2
 
-test: lint
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Types are checked in the time that tests spend waiting.
+test: style
+	@mkdir -p $(dir $(TYPES)); trap 'kill $$types' INT TERM; nice $(BIN)/mypy --num-workers 2 >$(TYPES) 2>&1 & types=$$!; \
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types || tests=1; cat $(TYPES); exit $$tests
 
 test-long: $(INSTALLED)
 	CHUNKFLOW_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest --numprocesses $(WORKERS) -m 'long or hypothesis'

@@ -164,12 +164,16 @@ class World:
             resolution=resolution,
             chunk=vector(chunk),
         )
+        changed = {}
         for corner in product(*(range(0, n, c) for n, c in zip(data.shape, chunk, strict=True))):
             stop = tuple(min(a + c, n) for a, c, n in zip(corner, chunk, data.shape, strict=True))
             part = tuple(map(slice, corner, stop))
-            if before[part].shape == data[part].shape and (before[part] == data[part]).all() and corner != touched:
-                continue
-            layer.write(Box(vector(corner), vector(stop)), data[part][None])
+            if before[part].shape != data[part].shape or (before[part] != data[part]).any() or corner == touched:
+                changed[corner] = stop
+        at_once = {(0, 0, 0): data.shape} if before.size == 0 else changed
+        for corner, stop in at_once.items():
+            layer.write(Box(vector(corner), vector(stop)), data[tuple(map(slice, corner, stop))][None])
+        for corner, stop in changed.items():
             x, y, z = (f"{a}-{b}" for a, b in zip(reversed(corner), reversed(stop), strict=True))
             self.clock += 1
             for file in (self.folder / name).glob(f"*/{x}_{y}_{z}*"):

@@ -24,6 +24,15 @@ from urllib.request import Request, urlopen
 
 BUCKET = "lab"
 
+_ONLY_S3 = """
+import logging, sys
+from moto.server import create_backend_app
+from werkzeug.serving import run_simple
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+run_simple("127.0.0.1", int(sys.argv[1]), create_backend_app("s3"), threaded=True)
+"""
+"""What ``moto_server`` runs, without asking of each request which of AWS's services it is for."""
+
 _CODES = {401: "InvalidToken", 403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
@@ -174,8 +183,7 @@ def proxy_before(url: str) -> Iterator[Proxy]:
 def s3_server(folder: Path) -> Iterator[str]:
     """A server that speaks S3's protocol, with one bucket; its URL."""
     port = _free_port()
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    with _running(command, port, folder / "s3.log"):
+    with _running([sys.executable, "-c", _ONLY_S3, str(port)], port, folder / "s3.log"):
         url = f"http://127.0.0.1:{port}"
         with urlopen(Request(f"{url}/{BUCKET}", method="PUT"), timeout=30):
             yield url

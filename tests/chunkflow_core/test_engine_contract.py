@@ -364,7 +364,11 @@ def common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(params=CASES)
+_IN_TURN = [pytest.param(name, marks=pytest.mark.long) if name == "pytorch compiled" else name for name in CASES]
+"""To compile a network takes longer than all that is asked of it."""
+
+
+@pytest.fixture(params=_IN_TURN)
 def case(
     request: pytest.FixtureRequest,
     make_case: Callable[[str], Case | None],
@@ -441,14 +445,17 @@ def results(file: Path) -> list[NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_same_bits_in_other_processes(make_case: Callable[[str], Case | None], tmp_path: Path, compiled: bool) -> None:
+def test_same_bits_in_other_processes(
+    make_case: Callable[[str], Case | None], tmp_path: Path, with_torch: Nursery, compiled: bool
+) -> None:
     """Two that start at once, so that both convert the models, and this one."""
     names = [name for name in CASES if (name == "pytorch compiled") == compiled]
     cases = [case for case in map(make_case, names) if case]
     files = [tmp_path / "one.npz", tmp_path / "other.npz"]
-    for process in [start(RUN, file, *(case.path for case in cases)) for file in files]:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+    with (tmp_path / "said").open("w") as said:
+        commands = [[sys.executable, "-c", RUN, str(file), *(str(case.path) for case in cases)] for file in files]
+        for process in [with_torch.start(command, os.environ, tmp_path, said.fileno()) for command in commands]:
+            assert process.wait() == 0, (tmp_path / "said").read_text()
     for case, one, other in zip(cases, *map(results, files), strict=True):
         np.testing.assert_array_equal(one, other, err_msg=case.path.name)
         np.testing.assert_array_equal(load(case.path)(patches()), one, err_msg=case.path.name)

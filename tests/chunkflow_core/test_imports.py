@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ from volume import write_volume
 from chunkflow_core.__main__ import main
 
 RUN = """
-import runpy, sys
-module, *arguments = sys.argv[1:]
-sys.argv = [module, *arguments]
-try:
-    runpy.run_module(module, run_name="__main__")
-except SystemExit as ending:
-    assert not ending.code, ending.code
-print(*sys.modules)
+import json, runpy, sys
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ending:
+        assert not ending.code, ending.code
+    print(*sys.modules)
 """
 
 CLIENTS = {"cloudvolume", "cloudfiles", "boto3", "botocore", "google.cloud", "requests", "urllib3", "gevent"}
@@ -37,13 +38,25 @@ class Twice(torch.nn.Module):
 InstantiatedModel = Twice()
 """
 
+SETTINGS = """
+import torch, torch._inductor.config as config
 
-def run(module: str, *arguments: object) -> set[str]:
-    """Run a command to its end in a fresh process; the modules that it has imported."""
-    command = [sys.executable, "-c", RUN, module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+print(torch.get_deterministic_debug_mode(), torch.are_deterministic_algorithms_enabled(), config.deterministic)
+"""
+
+
+def run(*commands: list[object], folder: Path | None = None) -> list[tuple[set[str], str]]:
+    """Run commands to their ends, one after the other in a fresh process.
+
+    For each, the modules that are imported then, and the last line that it has printed.
+    """
+    words = json.dumps([[*map(str, command)] for command in commands])
+    done = subprocess.run([sys.executable, "-c", RUN, words], capture_output=True, text=True, timeout=120, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split())
+    lines = done.stdout.splitlines()
+    ends = [number for number, line in enumerate(lines) if line.startswith("sys ")]
+    assert len(ends) == len(commands), done.stdout
+    return [(set(lines[end].split()), lines[end - 1]) for end in ends]
 
 
 def volume(folder: Path, **changes: object) -> Path:
@@ -54,47 +67,36 @@ def volume(folder: Path, **changes: object) -> Path:
     return spec
 
 
-def stage(name: str, spec: Path, *options: str) -> set[str]:
-    """Run a stage of block (0, 0, 1)."""
-    return run(f"chunkflow_core.{name}", spec, "--block", 0, 0, 1, *options)
+def stage(name: str, spec: Path, x: int, *options: str) -> list[object]:
+    """A stage of block (0, 0, x)."""
+    return [f"chunkflow_core.{name}", spec, "--block", 0, 0, x, *options]
 
 
 def test_identity_and_blending_need_no_torch_and_on_a_disk_no_client(tmp_path: Path) -> None:
     spec = volume(tmp_path)
+    infer = [stage("inference_and_donate", spec, x, "--check-input") for x in (1, 0)]
+    for modules, _ in run(*infer, stage("receive_and_blend", spec, 1)):
+        assert not modules & {"torch", *CLIENTS, *NEVER}
 
-    assert not stage("inference_and_donate", spec, "--check-input") & {"torch", *CLIENTS, *NEVER}
-    run("chunkflow_core.inference_and_donate", spec, "--block", 0, 0, 0)
-    assert not stage("receive_and_blend", spec) & {"torch", *CLIENTS, *NEVER}
 
-
-@pytest.mark.parametrize("command", ["plan", "prepare", "verify --begun", "report", "cleanup"])
-def test_other_commands(tmp_path: Path, command: str) -> None:
-    name, *options = command.split()
+def test_other_commands(tmp_path: Path) -> None:
     spec = volume(tmp_path)
-    assert not run("chunkflow_core", name, spec, *options) & {"torch", *CLIENTS, *NEVER}
+    commands = ("plan", "prepare", "verify --begun", "report", "cleanup")
+    found = run(*(["chunkflow_core", *name.split()[:1], spec, *name.split()[1:]] for name in commands))
+    assert {
+        name: modules & {"torch", *CLIENTS, *NEVER} for name, (modules, _) in zip(commands, found, strict=True)
+    } == {name: set() for name in commands}
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_compiler_of_pytorch_is_imported_where_it_compiles(tmp_path: Path, compiled: bool) -> None:
+    """All that is computed and compiled is deterministic, also what a model compiles by itself later."""
     spec = volume(tmp_path, model={"engine": "pytorch", "path": "model.py", "compile": compiled})
-    modules = stage("inference_and_donate", spec)
+    (tmp_path / "settings.py").write_text(SETTINGS)
+    (modules, _), (_, settings) = run(stage("inference_and_donate", spec, 1), ["settings"], folder=tmp_path)
     assert "torch" in modules and not modules & CLIENTS
     if compiled:
         assert modules >= COMPILER  # with whatever they use
     else:
         assert not modules & {*COMPILER, *NEVER}
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_all_that_is_computed_and_compiled_is_deterministic(tmp_path: Path, compiled: bool) -> None:
-    """Also what a model compiles by itself later."""
-    (tmp_path / "model.py").write_text(MODEL)
-    spec = write_volume(tmp_path, model={"engine": "pytorch", "path": "model.py", "compile": compiled})
-    text = (
-        "import sys, torch; from chunkflow_core.engines import load_engine; from chunkflow_core.spec import load_spec\n"
-        "load_engine(load_spec(sys.argv[1]))\n"
-        "import torch._inductor.config as config\n"
-        "print(torch.get_deterministic_debug_mode(), torch.are_deterministic_algorithms_enabled(), config.deterministic)"
-    )
-    done = subprocess.run([sys.executable, "-c", text, spec], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "2 True True\n", done.stderr
+    assert settings == "2 True True"

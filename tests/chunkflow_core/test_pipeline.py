@@ -203,12 +203,13 @@ def unet_runs(tmp_path: Path) -> Callable[..., NDArray[Any]]:
             folder,
             input={"path": f"file://{folder}/input", "prefetch": prefetch},
             output={"path": f"file://{folder}/output", "dtype": "float32", "chunk_size": [4, 8, 8]},
+            roi=[[0, 0, 0], [12, 40, 40]],
             patch_size=[4, 16, 16],
             patch_overlap=[2, 8, 8],
             block_size=[8, 24, 24],
             model={"path": str(unet / "model.py"), "weights": str(unet / "model.pt"), **model},
         )
-        assert main(["run", str(path)]) == 0
+        assert main(["run", str(path), "--seams", "0"]) == 0
         return output_of(path)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
-from volume import SHAPE
+from volume import SHAPE, spec_content
 
+from chunkflow_core.__main__ import main
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.marks import STAGES
 from chunkflow_core.receipts import Receipt
@@ -28,12 +31,24 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 DAY = 86400.0
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, random_layer: Path) -> Path:
+    """A folder with a volume that has been run; another one beside it keeps what it was."""
+    folder = tmp_path_factory.mktemp("finished") / "volume"
+    folder.mkdir()
+    content = spec_content(random_layer, folder) | {"model": {"engine": "identity", "streams": 2}}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(content))
+    assert main(["run", str(folder / "spec.yaml"), "--seams", "0"]) == 0
+    shutil.copytree(folder, folder.with_name("kept"))
+    return folder
+
+
 @pytest.fixture
-def done(make_spec: MakeSpec, chunkflow: Command) -> Path:
+def done(finished: Path) -> Path:
     """The spec of a volume that has been run."""
-    spec = make_spec(model={"engine": "identity", "streams": 2})
-    assert chunkflow("run", spec, "--seams", 0).returncode == 0
-    return spec
+    shutil.rmtree(finished)
+    shutil.copytree(finished.with_name("kept"), finished)
+    return finished / "spec.yaml"
 
 
 def receipts_of(folder: Path, stage: str) -> list[dict[str, Any]]:
@@ -87,9 +102,9 @@ def area(pixels: NDArray[np.uint8], colour: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_figures_are_those_of_the_receipts(done: Path, tmp_path: Path, chunkflow: Command) -> None:
+def test_figures_are_those_of_the_receipts(done: Path, chunkflow: Command) -> None:
     report = report_json(chunkflow, done)
-    infer, blend = receipts_of(tmp_path, "infer"), receipts_of(tmp_path, "blend")
+    infer, blend = receipts_of(done.parent, "infer"), receipts_of(done.parent, "blend")
     both = infer + blend
     assert (report["inferred"], report["blocks"], report["blended"], report["to_blend"]) == (8, 8, 7, 7)
     assert report["patches"] == sum(r["patches"] for r in infer) == report["all_patches"] == 36
@@ -358,6 +373,6 @@ def test_picture_that_can_not_be_written(done: Path, tmp_path: Path, chunkflow: 
     outcome = chunkflow("report", done, "--picture", tmp_path / "report.jpg")
     assert outcome.returncode == 64
     assert "--picture" in outcome.stderr and "ends in .png" in outcome.stderr
-    outcome = chunkflow("report", done, "--picture", tmp_path / "spec.yaml" / "report.png")
+    outcome = chunkflow("report", done, "--picture", done / "report.png")
     assert outcome.returncode == 64
     assert "can't be written" in outcome.stderr

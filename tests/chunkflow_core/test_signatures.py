@@ -255,7 +255,6 @@ def use(servers: dict[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     yield choose
     for proxy in servers.values():
         proxy.clear()
-    reset_connection_pools()
 
 
 def asked(proxy: Proxy) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +188,6 @@ class TestRealStack:
         assert files(volumes.folder / "em" / "output") == files(volumes.folder / "edited" / "output")
         again = volumes.trigger("em")
         assert volumes.wait("em", again) == "success"
-        (record,) = [each for each in volumes.runs("em") if each["dag_run_id"] == again]
-        start, end = (datetime.fromisoformat(record[name]) for name in ("start_date", "end_date"))
-        assert (end - start).total_seconds() < 30
         assert {t["state"] for name, t in volumes.tasks("em", again).items() if "." in name} == {"skipped"}
 
     def test_the_form_refuses_what_is_outside(self, volumes: Volumes) -> None:

@@ -231,6 +231,7 @@ def test_dags_of_pods_need_no_more_than_the_airflow_image_has(tmp_path: Path) ->
     assert "21 tasks" in done.stdout
 
 
+@pytest.mark.long
 def test_the_trial_of_the_worker(tmp_path: Path) -> None:
     command = [sys.executable, DOCKER / "smoke.py", "--root", "pytorch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

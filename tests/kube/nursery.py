@@ -90,7 +90,8 @@ class Child:
 class Nursery:
     """A process to fork containers from. Starts at once; the first child waits until it has imported ``modules``."""
 
-    def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
+    def __init__(self, modules: Sequence[str] = PRELOADED, **variables: str) -> None:
+        """``variables`` are those of the environment that the modules are imported in, besides the least."""
         self._channel, theirs = socket.socketpair()
         package = importlib.import_module(PACKAGE)
         environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
@@ -104,7 +105,7 @@ class Nursery:
                     Path(str(package.__file__)).parents[1],
                     *modules,
                 ],
-                env=environment | {"HOME": nowhere},
+                env=environment | {"HOME": nowhere} | variables,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -704,16 +705,21 @@ def test_problems_of_both_stages_and_the_template_are_told_together(tmp_path: Pa
 
 
 def test_a_check_takes_few_milliseconds(tmp_path: Path) -> None:
-    """Airflow does it at every parsing of the DAG's file."""
+    """Airflow does it at every parsing of the DAG's file. Read by the slower of YAML's parsers, the template takes seven."""
     (tmp_path / "pod.yaml").write_text(TEMPLATE)
     runner = make_runner(**SECTIONS["placed"], pod_template="pod.yaml")
     check_runner(runner, str(tmp_path))  # imports the client
-    took = []
-    for _ in range(5):
-        start = time.process_time()
-        check_runner(runner, str(tmp_path))
-        took.append(time.process_time() - start)
-    assert min(took) < 0.02
+
+    def least_time(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    of_parsing = least_time(lambda: yaml.load(TEMPLATE, yaml.SafeLoader))
+    assert least_time(lambda: check_runner(runner, str(tmp_path))) < 2 * of_parsing
 
 
 def test_without_raw_objects_the_client_is_not_imported() -> None:

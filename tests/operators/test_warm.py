@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from nursery import Nursery
 
 import operators
 from operators import launch, warm
@@ -56,6 +58,15 @@ def parent(start: Start, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[by
     started = start()
     monkeypatch.setenv(warm.VARIABLE, name_of(started))
     return started
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts programs that have imported, as a task's process has, what runs commands."""
+    home = str(tmp_path_factory.mktemp("airflow"))
+    nursery = Nursery(["operators.local"], AIRFLOW_HOME=home, _AIRFLOW__AS_LIBRARY="1")
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture
@@ -103,7 +114,7 @@ print(json.dumps({
 
 
 def test_it_is_what_a_process_is_that_starts_from_nothing(
-    parent: subprocess.Popen[bytes], module: Module, monkeypatch: pytest.MonkeyPatch
+    parent: subprocess.Popen[bytes], tasks: Nursery, module: Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = module(FACTS)
     os.sched_setaffinity(0, before := os.sched_getaffinity(0))
@@ -121,7 +132,8 @@ sys.exit(code)
     found = []
     for name in (name_of(parent), ""):
         monkeypatch.setenv(warm.VARIABLE, name)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = tasks.run([sys.executable, "-c", script], os.environ, Path.cwd())
+        assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))
     one, other = found
     assert one["environment"].pop(warm.VARIABLE) == name_of(parent), "else nothing was compared"
@@ -217,43 +229,62 @@ while True: time.sleep(0.05)
 """
 
 
-def begin(module: Module, tmp_path: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A task whose command has started a process: the task, and both of the others."""
-    command = [sys.executable, "-c", TASK, module(FAMILY), how]
-    task = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert wait_until((tmp_path / "family").exists, LIMIT)
-    return task, [psutil.Process(int(pid)) for pid in (tmp_path / "family").read_text().split()]
+class Task:
+    """A task whose command has started a process."""
+
+    def __init__(self, tasks: Nursery, name: str, folder: Path, how: str) -> None:
+        self._output = folder / "output"
+        with self._output.open("wb") as output:
+            command = [sys.executable, "-c", TASK, name, how]
+            self._process = tasks.start(command, os.environ, folder, output.fileno())
+        assert wait_until((folder / "family").exists, LIMIT), self._output.read_text()
+        self.family = [psutil.Process(int(pid)) for pid in (folder / "family").read_text().split()]
+        """Both of the others."""
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
+    def code(self) -> str:
+        """What it says at its end of how the command has ended."""
+        self._process.wait()
+        return self._output.read_text().splitlines()[-1]
+
+    def wait_for_family(self) -> bool:
+        return wait_until(lambda: not any(map(is_alive, self.family)), LIMIT)
 
 
-def test_it_ends_with_the_task(parent: subprocess.Popen[bytes], module: Module, tmp_path: Path) -> None:
-    task, family = begin(module, tmp_path, "stubborn")
-    assert children(parent) == family[:1]
-    task.kill()
-    task.communicate()
-    assert wait_until(lambda: not any(map(is_alive, family)), LIMIT)
+@pytest.fixture
+def begin(tasks: Nursery, module: Module, tmp_path: Path) -> Callable[[str], Task]:
+    """Begins a task whose command is ``gentle`` or ``stubborn``."""
+    return lambda how: Task(tasks, module(FAMILY), tmp_path, how)
 
 
-@pytest.mark.parametrize(("how", "code"), [("gentle", -15), ("stubborn", -9)])
+def test_it_ends_with_the_task(parent: subprocess.Popen[bytes], begin: Callable[[str], Task]) -> None:
+    task = begin("stubborn")
+    assert children(parent) == task.family[:1]
+    task.send(signal.SIGKILL)
+    assert task.wait_for_family()
+
+
+@pytest.mark.parametrize(("how", "code"), [("gentle", "-15"), ("stubborn", "-9")])
 def test_a_task_that_is_cancelled_ends_it(
-    parent: subprocess.Popen[bytes], module: Module, tmp_path: Path, how: str, code: int
+    parent: subprocess.Popen[bytes], begin: Callable[[str], Task], how: str, code: str
 ) -> None:
-    task, family = begin(module, tmp_path, how)
-    task.terminate()
-    output, _ = task.communicate(timeout=LIMIT)
-    assert output.splitlines()[-1] == str(code)
-    assert wait_until(lambda: not any(map(is_alive, family)), LIMIT)
+    task = begin(how)
+    task.send(signal.SIGTERM)
+    assert task.code() == code
+    assert task.wait_for_family()
 
 
 def test_a_parent_that_dies_takes_it_along_and_others_start_from_nothing(
-    parent: subprocess.Popen[bytes], module: Module, tmp_path: Path
+    parent: subprocess.Popen[bytes], begin: Callable[[str], Task], module: Module
 ) -> None:
-    task, family = begin(module, tmp_path, "stubborn")
+    task = begin("stubborn")
     parent.kill()
     parent.wait()
-    assert wait_until(lambda: not is_alive(family[0]), LIMIT)
-    family[1].kill()  # as it holds on to the output
-    output, _ = task.communicate(timeout=LIMIT)
-    assert output.splitlines()[-1] == "-9", "as whatever is killed, it is worth a retry"
+    assert wait_until(lambda: not is_alive(task.family[0]), LIMIT)
+    task.family[1].kill()  # as it holds on to the output
+    assert task.code() == "-9", "as whatever is killed, it is worth a retry"
     assert run(module("print('from nothing')"))[2] == "from nothing"
 
 
