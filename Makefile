@@ -34,11 +34,11 @@ style: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 
 # Types are checked in the time that tests spend waiting.
 test: style
-	@mkdir -p $(dir $(TYPES)); trap 'kill $$types' INT TERM; nice $(BIN)/mypy --num-workers 2 >$(TYPES) 2>&1 & types=$$!; \
+	@mkdir -p $(dir $(TYPES)); trap 'kill $$types' INT TERM; nice $(BIN)/mypy >$(TYPES) 2>&1 & types=$$!; \
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$types || tests=1; cat $(TYPES); exit $$tests
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from chunkflow_core.__main__ import main
 
 # Tests say what CPUs do, also on a machine with a GPU; those of a GPU run where this is set.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Ctrl-C is a signal here, and to all programs that tests start, also where a shell in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["local_volumes", "pytest_runtest_makereport", "pytest_terminal_summary"]
 _ENDS_ITS_SERVICE = "tests/operators/test_service.py"
