@@ -314,10 +314,7 @@ def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Po
             process.wait()
 
 
-@pytest.mark.parametrize(
-    ("number", "components"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 3), pytest.param(signal.SIGHUP, 1, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize(("number", "components"), [(signal.SIGINT, 1), (signal.SIGTERM, 3), (signal.SIGHUP, 1)])
 def test_signal_ends_everything(
     number: signal.Signals, components: int, foreground: subprocess.Popen[bytes], home: Path
 ) -> None:

@@ -65,8 +65,10 @@ def dags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ENVIRONMENT = {
     "SERVICE_TEST": "from the environment",
-    # A dead scheduler's tasks are looked for sooner than by default.
-    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
+    # A dead scheduler's tasks are looked for sooner than by default. One that seems dead to itself resets its own tasks: on a busy
+    # machine it may not show a sign of life in twice the time after which it should.
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "20",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
 }
 
