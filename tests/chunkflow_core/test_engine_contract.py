@@ -455,7 +455,7 @@ def test_same_bits_in_other_processes(
     with (tmp_path / "said").open("w") as said:
         commands = [[sys.executable, "-c", RUN, str(file), *(str(case.path) for case in cases)] for file in files]
         for process in [with_torch.start(command, os.environ, tmp_path, said.fileno()) for command in commands]:
-            assert process.wait() == 0, (tmp_path / "said").read_text()
+            assert process.wait(300) == 0, (tmp_path / "said").read_text()
     for case, one, other in zip(cases, *map(results, files), strict=True):
         np.testing.assert_array_equal(one, other, err_msg=case.path.name)
         np.testing.assert_array_equal(load(case.path)(patches()), one, err_msg=case.path.name)

@@ -292,7 +292,7 @@ def axes(draw: st.DrawFn, blocks: int) -> tuple[int, ...]:
     patch, overlap, block, chunk = draw(st.sampled_from(cuts()))
     start, beyond, halo = draw(st.integers(0, 2)), draw(st.integers(0, 3)), draw(st.integers(0, 1))
     length = (blocks - 1) * block + draw(st.integers(overlap + 1 if blocks > 1 else 1, block + overlap))
-    return start, start + length, beyond, patch, halo, overlap, block, chunk, draw(st.integers(3, 6))
+    return start, start + length, beyond, patch, halo, overlap, block, chunk, draw(st.integers(2, 6))
 
 
 @st.composite
@@ -372,7 +372,7 @@ def test_a_mask_that_is_edited_between_the_stages() -> None:
     play(case, [Run(), Edit("input", 0, 1), Switch(), Run(), *edits, Run(check=False)])
 
 
-@examples(20)
+@examples(30)
 @given(case=cases(), rounds=EVENTS)
 def test_any_history(case: Case, rounds: list[list[Event]]) -> None:
     play(case, [Run(), *chain.from_iterable(rounds)])

@@ -79,9 +79,14 @@ class Child:
             raise RuntimeError("the nursery is gone; what it had to say is on standard error")
         return line
 
-    def wait(self) -> int:
-        """How it has ended: its exit code, negative for a signal."""
+    def wait(self, timeout: float | None = None) -> int:
+        """How it has ended: its exit code, negative for a signal. ``TimeoutError`` if it has not within so many seconds."""
         if self.returncode is None:
+            if timeout is not None:
+                ended = select.poll()
+                ended.register(self.descriptor, select.POLLIN)
+                if not ended.poll(timeout * 1000):
+                    raise TimeoutError(f"process {self.pid} has not ended within {timeout:g} s")
             self.returncode = int(self._line())
             self._lines.close()
         return self.returncode

@@ -134,6 +134,15 @@ def test_it_is_as_if_it_had_been_executed(
         assert forked(nursery, argv, variables, folder) == executed(argv, variables, folder), code
 
 
+def test_one_is_waited_for_no_longer_than_one_wants(nursery: Nursery, tmp_path: Path) -> None:
+    with (tmp_path / "said").open("wb") as said:
+        child = nursery.start(["python", "-c", "import time; time.sleep(600)"], {}, tmp_path, said.fileno())
+    with pytest.raises(TimeoutError, match=f"process {child.pid} has not ended within 0.1 s"):
+        child.wait(0.1)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait(LIMIT) == -signal.SIGKILL
+
+
 def test_an_error_is_told(nursery: Nursery, environment: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     code, text = forked(nursery, ["python", "-m", "chunkflow_core.nothing"], environment(""), tmp_path)
     assert code == 1 and "No module named chunkflow_core.nothing" in text

@@ -705,7 +705,7 @@ def test_problems_of_both_stages_and_the_template_are_told_together(tmp_path: Pa
 
 
 def test_a_check_takes_few_milliseconds(tmp_path: Path) -> None:
-    """Airflow does it at every parsing of the DAG's file. Read by the slower of YAML's parsers, the template takes seven."""
+    """Airflow does it at every parsing of the DAG's file. The slower of YAML's parsers takes some milliseconds to read the template."""
     (tmp_path / "pod.yaml").write_text(TEMPLATE)
     runner = make_runner(**SECTIONS["placed"], pod_template="pod.yaml")
     check_runner(runner, str(tmp_path))  # imports the client

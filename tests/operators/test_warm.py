@@ -244,9 +244,12 @@ class Task:
     def send(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
 
+    def wait(self) -> None:
+        self._process.wait(LIMIT)
+
     def code(self) -> str:
         """What it says at its end of how the command has ended."""
-        self._process.wait()
+        self.wait()
         return self._output.read_text().splitlines()[-1]
 
     def wait_for_family(self) -> bool:
@@ -263,6 +266,7 @@ def test_it_ends_with_the_task(parent: subprocess.Popen[bytes], begin: Callable[
     task = begin("stubborn")
     assert children(parent) == task.family[:1]
     task.send(signal.SIGKILL)
+    task.wait()
     assert task.wait_for_family()
 
 
