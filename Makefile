@@ -1,6 +1,7 @@
 # make demo    a sample volume through a private Airflow on this machine, verified, with a picture
 # make airflow the same Airflow, kept running to click around in (Ctrl-C ends it)
-# make test    lint, types and all tests but the long ones
+# make lint    style and types
+# make test    all tests but the long ones
 # make test-long  the long ones: what takes minutes by its nature, and EXAMPLES times as many random examples
 # make clean   remove what demo and test have made (not the virtual environment)
 
@@ -15,10 +16,7 @@ DEMO := $(CURDIR)/.demo
 # Hundreds of processes import the same modules: compile each once, also where an image says not to.
 export PYTHONDONTWRITEBYTECODE :=
 
-# What types have to say, until the tests are through.
-TYPES := .mypy_cache/said
-
-.PHONY: demo airflow test test-long lint style types clean
+.PHONY: demo airflow lint test test-long clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py --home $(DEMO) $(if $(INPUT),--input '$(INPUT)') $(if $(MIP),--mip $(MIP)) $(if $(ROI),--roi '$(ROI)')
@@ -27,20 +25,13 @@ airflow: $(INSTALLED)
 	@mkdir -p $(DEMO)/volumes
 	@CHUNKFLOW_VOLUMES=$(CURDIR)/dags/volumes:$(DEMO)/volumes $(BIN)/chunkflow-airflow up --home $(DEMO)/airflow
 
-lint: style types
-
-style: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: $(INSTALLED)
 	$(BIN)/mypy
 
-# Types are checked in the time that tests spend waiting.
-test: style
-	@mkdir -p $(dir $(TYPES)); trap 'kill $$types' INT TERM; nice $(BIN)/mypy >$(TYPES) 2>&1 & types=$$!; \
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
-	wait $$types || tests=1; cat $(TYPES); exit $$tests
+test: $(INSTALLED)
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(INSTALLED)
 	CHUNKFLOW_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest --numprocesses $(WORKERS) -m 'long or hypothesis'

@@ -17,23 +17,32 @@ class _Loader(_FastLoader):
     """Refuses repeated keys."""
 
 
-class _PatientLoader(yaml.SafeLoader):
-    """The same; where lists are nested too deep, it says so. libyaml's would end the process."""
-
-
 _MERGE = "tag:yaml.org,2002:merge"
 _DEEP = 10_000
-"""Half of what libyaml can take."""
+"""Levels of lists and mappings; with twice as many, libyaml's composer would end the process."""
+_TOO_DEEP = "lists or mappings are nested too deep"
 
 
 def parse_yaml(text: str) -> Any:
     """The content of a YAML text; ``YAMLError`` if it can't be told, or if a key stands twice."""
     # No piece is nested deeper: each level is a bracket, or begins further to the right.
     depth = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
+    if depth >= _DEEP:
+        _check_depth(text)
     try:
-        return yaml.load(text, Loader=_Loader if depth < _DEEP else _PatientLoader)
+        return yaml.load(text, Loader=_Loader)
     except RecursionError:
-        raise yaml.YAMLError("lists or mappings are nested too deep") from None
+        raise yaml.YAMLError(_TOO_DEEP) from None
+
+
+def _check_depth(text: str) -> None:
+    """Say so where a text is nested too deep. Its events are read one after the other, at whatever depth."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_FastLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEP:
+            raise yaml.YAMLError(_TOO_DEEP)
 
 
 def problem_in_yaml(error: Exception) -> str:
@@ -62,5 +71,4 @@ def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) ->
     return loader.construct_mapping(node, deep=True)
 
 
-for _kind in (_Loader, _PatientLoader):
-    _kind.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)

@@ -60,9 +60,15 @@ class World:
         self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
     ) -> None:
         """Add a volume and wait until Airflow has it; ``shape`` takes only a part of the input."""
+        self.write(name, moods, shape, **runner)
+        self.volumes.known(name)
+
+    def write(
+        self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
+    ) -> None:
+        """The same without the wait."""
         section = self.cluster.runner_section(moods or {}, self._moods(name), **runner)
         write_spec(self.volumes.folder, self.cluster.storage, name, section, shape)
-        self.volumes.known(name)
 
     def _moods(self, name: str) -> str:
         return f"{self.cluster.storage}/{name}/moods"

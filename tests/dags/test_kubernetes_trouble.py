@@ -238,7 +238,8 @@ UNSTARTABLE: dict[str, tuple[dict[str, Any], str]] = {
 def test_pods_that_can_not_start_say_what_to_do(world: World) -> None:
     beside = f"{Path(world.cluster.mount).parent}/nowhere".replace("//", "/")
     for name, (runner, _) in UNSTARTABLE.items():
-        world.add(name, retries=0, shape=ONE_BLOCK, **json.loads(json.dumps(runner).replace("BESIDE_MOODS", beside)))
+        world.write(name, retries=0, shape=ONE_BLOCK, **json.loads(json.dumps(runner).replace("BESIDE_MOODS", beside)))
+    world.volumes.known(*UNSTARTABLE)
     runs = {name: world.volumes.trigger(name) for name in UNSTARTABLE}
     for name, (_, said) in UNSTARTABLE.items():
         assert world.volumes.wait(name, runs[name], world.cluster.limit) == "failed"
