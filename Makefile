@@ -1,6 +1,6 @@
 # make demo    a sample volume through a private Airflow on this machine, verified, with a picture
 # make airflow the same Airflow, kept running to click around in (Ctrl-C ends it)
-# make lint    style and types
+# make lint    style, types, and that rooms import only what stands below them
 # make test    all tests but the long ones
 # make test-long  the long ones: what takes minutes by its nature, and EXAMPLES times as many random examples
 # make clean   remove what demo and test have made (not the virtual environment)
@@ -29,6 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder

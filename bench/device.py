@@ -43,11 +43,11 @@ from chunkflow_core.engines.base import Engine
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.identity import Identity
 from chunkflow_core.estimate import data_bytes
-from chunkflow_core.geometry import Box, Vector, ceil_to, indices, vector
-from chunkflow_core.lattice import Block
+from chunkflow_core.lattice.blocks import Block
+from chunkflow_core.lattice.boxes import Box, Vector, ceil_to, indices, vector
+from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.prepare import prepare
 from chunkflow_core.receipts import Receipt
-from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
 from chunkflow_core.volumes import NewLayer

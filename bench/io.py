@@ -33,7 +33,7 @@ from compare import describe, em_like, machine, markdown
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.volumes import NewLayer
 
 CODECS = ("none", "gzip", "zstd", "br")

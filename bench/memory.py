@@ -25,7 +25,7 @@ import yaml
 from tqdm import tqdm
 from volumes import UNET_FILES, spec_content, write_random
 
-from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.lattice.boxes import Vector, vector
 
 UNET_MODEL: dict[str, object] = {**UNET_FILES, "streams": 2}
 SMALL: tuple[Vector, Vector] = (16, 128, 128), (4, 32, 32)

@@ -24,7 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace

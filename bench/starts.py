@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np, yaml
 from chunkflow_core.__main__ import main
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.volumes import NewLayer
 folder, tree = Path(sys.argv[1]), Path(sys.argv[2])

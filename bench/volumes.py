@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.volumes import NewLayer
 
 UNET = Path(__file__).resolve().parents[1] / "examples" / "unet"

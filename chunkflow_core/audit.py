@@ -14,8 +14,8 @@ from typing import cast
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.exchange import group_of
 from chunkflow_core.findings import Audit, Kind
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import Block, Donation
+from chunkflow_core.lattice.blocks import Block, Donation
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
 from chunkflow_core.planner import Done
 from chunkflow_core.receipts import DonationEntry, Receipt

@@ -9,7 +9,7 @@ from typing import Final, Protocol, TypeVar
 
 from chunkflow_core.compression import EXTENSIONS
 from chunkflow_core.disk_files import local_path
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.layer_info import LayerScale
 from chunkflow_core.storage import is_on_disk
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from chunkflow_core.disk_files import delete_partials
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.layer_info import layer_path
 from chunkflow_core.planner import Done
 from chunkflow_core.spec import VolumeSpec

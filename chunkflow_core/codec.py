@@ -10,8 +10,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Vector
-from chunkflow_core.kernels import join_bytes, split_bytes
+from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.lattice.kernels import join_bytes, split_bytes
 
 _STRETCH = 1 << 16
 """Numbers of a stretch."""

@@ -21,7 +21,7 @@ from chunkflow_core.errors import DataError, UsageError
 from chunkflow_core.progress import progress
 
 if TYPE_CHECKING:
-    from chunkflow_core.geometry import Box, Vector
+    from chunkflow_core.lattice.boxes import Box, Vector
     from chunkflow_core.planner import Plan
     from chunkflow_core.stages import Workspace
 
@@ -266,8 +266,8 @@ def compile(options: argparse.Namespace) -> None:
 
 def ingest(options: argparse.Namespace) -> None:
     """Store an image stack as a precomputed layer."""
-    from chunkflow_core.geometry import vector
     from chunkflow_core.ingest import ingest, open_stack
+    from chunkflow_core.lattice.boxes import vector
 
     stack = open_stack(options.source)
     with tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from chunkflow_core.augmentation import Transform
-from chunkflow_core.blending import Grid, normalised_weight
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import Block, BlockGrid
+from chunkflow_core.lattice.blocks import Block, BlockGrid
+from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.weights import ExactStep, normalised_weight
 from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.record import Record
 
@@ -31,7 +31,7 @@ class DeviceSlab:
     """``Slab`` on a device, for one thread."""
 
     def __init__(
-        self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid, device: torch.device
+        self, grid: BlockGrid, region: Box, depth: int, channels: int, values: ExactStep, device: torch.device
     ) -> None:
         """Start at the first plane of ``region``; arguments as ``Slab``."""
         self.grid, self.region, self.values, self.device = grid, region, values, device

@@ -8,7 +8,7 @@ from typing import Any
 
 from chunkflow_core import digests
 from chunkflow_core.errors import DataError
-from chunkflow_core.lattice import Donation
+from chunkflow_core.lattice.blocks import Donation
 
 _MAGIC = b"CFDONATE"
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from chunkflow_core.errors import ChunkflowError, StorageError
-from chunkflow_core.geometry import Vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.marks import Stage
 
 KINDS = {

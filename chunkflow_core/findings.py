@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec
 
 Kind = Literal[

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from chunkflow_core.content import Content
 from chunkflow_core.engines.base import Engine
-from chunkflow_core.geometry import Box, Vector, indices, vector
-from chunkflow_core.lattice import Block, Piece
+from chunkflow_core.lattice.blocks import Block, Piece
+from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
+from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.mask import Mask
 from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.record import Record
-from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.streams import Streams
 

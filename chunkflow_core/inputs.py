@@ -7,8 +7,8 @@ from functools import cached_property
 
 from chunkflow_core.digests import short_digest
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Box, Vector, vector
 from chunkflow_core.inference import ChunkInference
+from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.mask import Mask
 from chunkflow_core.receipts import Receipt
 from chunkflow_core.signatures import LayerSignatures

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_core.errors import MissingInputError, StorageError
-from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.lattice.boxes import Box, Vector, vector
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.compression import CorruptFileError
 from chunkflow_core.disk_files import DiskFiles
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.layer_info import LayerScale, layer_path
 from chunkflow_core.storage import MissingChunkError, is_on_disk
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.layer_info import layer_path
 from chunkflow_core.marks import STAGES, Stage
 from chunkflow_core.provenance import History, digests, now, spec_record, user

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from chunkflow_core.digests import short_digest
-from chunkflow_core.geometry import Vector
+from chunkflow_core.lattice.boxes import Vector
 
 Stage = Literal["infer", "blend"]
 STAGES: tuple[Stage, Stage] = ("infer", "blend")

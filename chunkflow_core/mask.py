@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.geometry import Box, vector
+from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.layer_reader import open_layer
 from chunkflow_core.spec import VolumeSpec

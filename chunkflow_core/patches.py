@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.augmentation import Transform, contributions
-from chunkflow_core.blending import Grid
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.kernels import take_scaled
+from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.kernels import take_scaled
+from chunkflow_core.lattice.slab import Slab
+from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.mask import Mask
 from chunkflow_core.record import Record
-from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec
 
 Planes = tuple[Box, NDArray[Any]]
@@ -32,7 +32,7 @@ class Patches:
         """Prepare for a spec; ``load`` gives the engine when the first patch is run."""
         self.spec, self.mask, self._load = spec, mask, load
         self.grid = spec.grid
-        self.values = Grid(*spec.output.range)
+        self.values = ExactStep(*spec.output.range)
         self.transforms = contributions(spec.model.augmentation, affinity=spec.model.outputs == "affinity")
         self.share = 1 / len(self.transforms)
 

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Box, vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.stages import Workspace
 
 MAX_SIDE = 2048

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.marks import BlendingMark, InferenceMark, consumed_digest, slot
 from chunkflow_core.spec import VolumeSpec
 

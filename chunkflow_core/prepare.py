@@ -7,7 +7,7 @@ from typing import Literal
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange import Exchange, Trial
-from chunkflow_core.geometry import vector
+from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.layer_info import LayerScale
 from chunkflow_core.provenance import History, Mode
 from chunkflow_core.spec import VolumeSpec

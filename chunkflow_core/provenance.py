@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from chunkflow_core.blending import NUMERICS_VERSION
 from chunkflow_core.errors import SpecError, StorageError
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.lattice.weights import NUMERICS_VERSION
 from chunkflow_core.layer_info import layer_path
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage import put_file, storage_errors

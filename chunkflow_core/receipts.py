@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chunkflow_core.digests import checksum, short_digest
-from chunkflow_core.geometry import Vector, vector
+from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.marks import BlendingMark, InferenceMark, Mark, Stage, consumed_digest, given_places
 
 

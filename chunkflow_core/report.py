@@ -10,7 +10,7 @@ from statistics import median
 from typing import TypeVar
 
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.lattice import Block
+from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.marks import STAGES, Stage
 from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec

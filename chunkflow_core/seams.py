@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.audit import StoredAudit
-from chunkflow_core.blending import Grid
 from chunkflow_core.codec import decompress
 from chunkflow_core.errors import MissingInputError, SpecError, StorageError
 from chunkflow_core.findings import Audit
-from chunkflow_core.geometry import Box, Vector, indices, vector
+from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
+from chunkflow_core.lattice.slab import Slab, convert
+from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.record import Record
-from chunkflow_core.slab import Slab, convert
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace
 
@@ -53,7 +53,7 @@ def check_window(workspace: Workspace, window: Box, complete: set[Vector], audit
     """Compute a window again and compare what of it belongs to audited blocks that are complete."""
     spec = workspace.spec
     sums = workspace.inference.window(window)
-    expected = workspace.masked(window, convert(sums, spec.output.dtype, Grid(*spec.output.range)))
+    expected = workspace.masked(window, convert(sums, spec.output.dtype, ExactStep(*spec.output.range)))
     known, touching = len(audit.findings), complete.intersection(spec.grid.blocks_touching(window))
     for index in sorted(touching):
         block = spec.grid.block(index)

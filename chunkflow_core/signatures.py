@@ -10,7 +10,7 @@ from itertools import product
 
 from chunkflow_core.chunk_stores import CannotTell, Chunks, Column, Wanted, open_store
 from chunkflow_core.digests import short_digest
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.layer_info import LayerScale
 from chunkflow_core.storage import storage_errors
 

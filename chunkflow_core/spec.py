@@ -22,11 +22,11 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from chunkflow_core.blending import MAX_PATCH, NUMERICS_VERSION
 from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import MissingInputError, SpecError
-from chunkflow_core.geometry import AXES, Box, Vector, vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import AXES, Box, Vector, vector
+from chunkflow_core.lattice.weights import MAX_PATCH, NUMERICS_VERSION
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.model_files import with_companions
 from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.blending import Grid
 from chunkflow_core.codec import compress, decompress
 from chunkflow_core.content import Content
 from chunkflow_core.digests import short_digest
@@ -26,15 +25,16 @@ from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference import ChunkInference, Sums
 from chunkflow_core.inputs import Inputs
-from chunkflow_core.lattice import Block, Donation, Piece
+from chunkflow_core.lattice.blocks import Block, Donation, Piece
+from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.slab import convert
+from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.mask import Mask, MaskWindow
 from chunkflow_core.provenance import check_claim
 from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.record import Record
-from chunkflow_core.slab import convert
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.state import ExchangeState
 from chunkflow_core.volumes import InputLayer, OutputLayer
@@ -259,7 +259,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     payloads = record.measure("read", exchange.get_donations, wanted)
     record.count("bytes read", sum(map(len, payloads.values())))
     donations = [donation for donation, _ in wanted if donation.key in payloads]
-    values, written = Grid(*spec.output.range), dict[str, str]()
+    values, written = ExactStep(*spec.output.range), dict[str, str]()
     workspace.check_claim()
     exchange.retract("blend", index)
     for piece in spec.grid.pieces(block):

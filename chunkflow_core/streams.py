@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import Block
+from chunkflow_core.lattice.blocks import Block
+from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.record import Record
-from chunkflow_core.slab import Slab
 
 
 class Streams:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterator
 from chunkflow_core.audit import StoredAudit
 from chunkflow_core.findings import Audit, Finding, Kind
 from chunkflow_core.findings import advice as advice
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.marks import Stage
 from chunkflow_core.progress import progress
 from chunkflow_core.provenance import History, check_claim

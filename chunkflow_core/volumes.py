@@ -15,7 +15,7 @@ from chunkflow_core.compression import CorruptFileError, compress, decompress
 from chunkflow_core.digests import short_digest
 from chunkflow_core.disk_files import PARTIAL
 from chunkflow_core.errors import DataError, MissingInputError, SpecError, StorageError
-from chunkflow_core.geometry import Box, Vector, vector
+from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.layer_info import LayerScale, layer_path, read_scale
 from chunkflow_core.layer_reader import LayerReader, cloudvolume_slices, open_layer, open_volume
 from chunkflow_core.spec import VolumeSpec

@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from chunkflow_core import stages as stages  # what it imports is what takes the time
-from chunkflow_core.blending import Grid
 from chunkflow_core.codec import compress, decompress
-from chunkflow_core.geometry import Box
-from chunkflow_core.kernels import take_scaled
-from chunkflow_core.lattice import BlockGrid
-from chunkflow_core.slab import Slab
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.lattice.kernels import take_scaled
+from chunkflow_core.lattice.slab import Slab
+from chunkflow_core.lattice.weights import ExactStep
 
 _INPUTS = (np.uint8, np.uint16, np.float32)
 """Usual dtypes of inputs; the loop for another one is loaded when it is needed."""
@@ -23,7 +23,7 @@ def warm_up() -> None:
     """Run each compiled loop on next to nothing, so that it is loaded, or compiled where that has never been done."""
     size = (2, 2, 2)
     box = Box((0, 0, 0), size)
-    slab = Slab(BlockGrid(box, size, (0, 0, 0), size, size), box, 2, 1, Grid(0.0, 1.0))
+    slab = Slab(BlockGrid(box, size, (0, 0, 0), size, size), box, 2, 1, ExactStep(0.0, 1.0))
     patch = np.zeros((1, *size), np.float32)
     for dtype in _INPUTS:
         take_scaled(np.zeros((1, *size), dtype), (0, 0, 0), np.float32(1), patch)

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from airflow.sdk import Asset, BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
 
-from chunkflow_core.geometry import Vector, vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.spec import VolumeSpec, load_spec
 from operators.form import OTHER_MODEL, check_request, requested_box
 from operators.outcomes import Outcome, Retry

@@ -22,8 +22,8 @@ from airflow.sdk import DAG, BaseOperator, TaskGroup
 from airflow.sdk.exceptions import AirflowException
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.geometry import Vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import VolumeSpec
 from operators.base import PREPARE, SELECT, blend_task_id, infer_task_id

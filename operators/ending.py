@@ -12,8 +12,8 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.failures import Failure, lines
-from chunkflow_core.geometry import Vector, vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.schedule_spec import NotifySpec
 from chunkflow_core.spec import load_spec
 from operators.base import FAILURE, SELECT, settings_of

@@ -8,8 +8,8 @@ from typing import Any, get_args
 from airflow.sdk import Param
 from airflow.sdk.exceptions import AirflowFailException
 
-from chunkflow_core.geometry import AXES
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import AXES
 from chunkflow_core.runner_spec import KubernetesRunner, Spot
 from chunkflow_core.spec import VolumeSpec
 

@@ -17,7 +17,7 @@ from copy import deepcopy
 from typing import Any
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.geometry import Vector
+from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.runner_spec import OWN_LABELS, KubernetesRunner, PodResources, PodVolume
 from operators.kubernetes_models import problems
 from operators.pod_ends import BASE

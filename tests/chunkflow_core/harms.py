@@ -14,7 +14,7 @@ from volume import files_below, write_volume
 from chunkflow_core.__main__ import main
 from chunkflow_core.codec import compress, decompress
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Vector
+from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.marks import Stage
 from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec

@@ -22,7 +22,7 @@ from cloudfiles.interfaces import FileInterface
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine
-from chunkflow_core.geometry import Box, vector
+from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.volumes import NewLayer
 

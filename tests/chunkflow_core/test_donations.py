@@ -20,7 +20,7 @@ from chunkflow_core.codec import compress, decompress
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.inference_and_donate import main as infer
-from chunkflow_core.lattice import Donation
+from chunkflow_core.lattice.blocks import Donation
 from chunkflow_core.receive_and_blend import main as blend
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from random_examples import examples
 
 from chunkflow_core.engines.base import Engine
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend

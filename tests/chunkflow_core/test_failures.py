@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from random_examples import examples
 
 from chunkflow_core.failures import Failure, is_final, lines, most_telling
-from chunkflow_core.geometry import Box
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box
 
 GRID = BlockGrid(Box((0, 0, 0), (20, 48, 40)), (8, 16, 16), (2, 4, 4), (12, 24, 24), (6, 12, 12))
 """2 × 2 × 2 blocks; storage chunks that touch a margin end 6, 12, 12 voxels after a block's start."""

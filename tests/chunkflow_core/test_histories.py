@@ -24,7 +24,7 @@ from random_examples import examples
 from chunkflow_core import disk_files, stages
 from chunkflow_core.cleanup import cleanup
 from chunkflow_core.errors import ChunkflowError
-from chunkflow_core.geometry import Box, vector
+from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.local import run_here
 from chunkflow_core.planner import Plan, Request, plan
 from chunkflow_core.prepare import prepare

@@ -21,8 +21,8 @@ from volume import output_of, spec_content
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.failures import BlocksFailedError
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.local import Schedule, Task, run_here, run_in_processes
 from chunkflow_core.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec

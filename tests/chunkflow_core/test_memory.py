@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.volumes import NewLayer
 

@@ -24,7 +24,7 @@ from volume import output_of
 from chunkflow_core import manifest, remote_files
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import MissingInputError, SpecError
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.object_stores import located, open_files
 from chunkflow_core.spec import load_spec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend

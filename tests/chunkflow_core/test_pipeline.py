@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from volume import output_of, write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.blending import Grid
 from chunkflow_core.content import Content
 from chunkflow_core.device import DeviceSlab
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
-from chunkflow_core.geometry import Box
 from chunkflow_core.inference import ChunkInference, read_ahead
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.lattice.slab import Slab
+from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.record import Record
-from chunkflow_core.slab import Slab
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
 from chunkflow_core.volumes import NewLayer
@@ -226,7 +226,7 @@ def test_the_split_decides_no_bit(unet_runs: Callable[..., NDArray[Any]], engine
 
 def test_a_device_sums_to_the_same_bits_as_the_host() -> None:
     """Also where the ring of planes is cut, and with values that are not steps."""
-    region, values = Box((0, 0, 0), (20, 30, 28)), Grid(-0.7, 1.3)
+    region, values = Box((0, 0, 0), (20, 30, 28)), ExactStep(-0.7, 1.3)
     grid = BlockGrid(region, (8, 12, 12), (2, 3, 4), (6, 9, 8), (6, 9, 8))
     host = Slab(grid, region, 11, 2, values)
     device = DeviceSlab(grid, region, 11, 2, values, torch.device("cpu"))

@@ -18,9 +18,9 @@ from volume import CHUNK, files_below, write_layer, write_volume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Box, Vector
 from chunkflow_core.inference_and_donate import main as infer_command
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.layer_info import read_scale
 from chunkflow_core.layer_reader import open_volume
 from chunkflow_core.local import Schedule

@@ -17,7 +17,7 @@ from chunkflow_core import provenance
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import DataError, SpecError, StorageError
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.marks import Stage
 from chunkflow_core.prepare import Other, prepare
 from chunkflow_core.provenance import History

@@ -22,7 +22,7 @@ from object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_se
 
 from chunkflow_core import chunk_servers
 from chunkflow_core.errors import SpecError, StorageError
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.layer_info import LayerScale, read_scale
 from chunkflow_core.object_stores import PATIENCE_VARIABLE, open_files
 from chunkflow_core.signatures import LayerSignatures

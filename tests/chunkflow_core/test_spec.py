@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.schedule_spec import ScheduleSpec
 from chunkflow_core.spec import load_spec
 

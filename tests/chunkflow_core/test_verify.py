@@ -15,7 +15,7 @@ from chunkflow_core.__main__ import main
 from chunkflow_core.audit import StoredAudit
 from chunkflow_core.errors import SpecError
 from chunkflow_core.findings import Audit, Finding, advice
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.seams import windows
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from volume import SHAPE
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.geometry import Box, Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.storage import put_file

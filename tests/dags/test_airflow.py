@@ -17,7 +17,7 @@ from airflow_volumes import RUN_LIMIT, Volumes, files, until
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import NewLayer

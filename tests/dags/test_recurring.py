@@ -18,7 +18,7 @@ from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.geometry import Box
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.volumes import NewLayer
 from operators.service import ApiError
 

@@ -113,7 +113,7 @@ def checkout(tmp_path: Path) -> Path:
         "dags/volumes/lab.yaml",
         "dags/volumes/secret.json",
         "chunkflow_core/__pycache__/spec.cpython-311.pyc",
-        "chunkflow_core/__pycache__/kernels.add_plane-15.py311.1.nbc",
+        "chunkflow_core/lattice/__pycache__/kernels.add_plane-15.py311.1.nbc",
         "chunkflow_core/engines/__pycache__/base.cpython-311.pyc",
         "helm/values.yaml",
         "operators.egg-info/PKG-INFO",

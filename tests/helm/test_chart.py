@@ -16,7 +16,7 @@ import pytest
 import yaml
 from cloudfiles.paths import extract
 
-from chunkflow_core.geometry import vector
+from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import VolumeSpec, load_spec
 from operators.pods import own_labels

@@ -170,7 +170,7 @@ def main(channel: socket.socket, modules: Sequence[str]) -> None:
     channel.set_inheritable(False)
     for name in modules:
         importlib.import_module(name)
-    if f"{PACKAGE}.kernels" in sys.modules:
+    if f"{PACKAGE}.lattice.kernels" in sys.modules:
         _compile()
     gc.collect()
     gc.freeze()
@@ -203,7 +203,7 @@ def _compile() -> None:
     """Load the compiled loops, as a block's first patch would."""
     import numpy as np
 
-    from chunkflow_core import kernels
+    from chunkflow_core.lattice import kernels
 
     for dtype in (np.uint8, np.float32):
         kernels.take_scaled(np.zeros((1, 1, 1, 1), dtype), (0, 0, 0), np.float32(1), np.zeros((1, 1, 1, 1), np.float32))

@@ -326,9 +326,11 @@ def test_changed_code_makes_another_parent(
     monkeypatch.setenv(warm.VARIABLE, name_of(parent))
     name = module("import os; print(os.getppid())")
     assert run(name)[2] == str(parent.pid)
-    changed = {"edit": "chunkflow_core/lattice.py", "new": "operators/new.py", "package": "package-1.0.dist-info"}[
-        change
-    ]
+    changed = {
+        "edit": "chunkflow_core/lattice/blocks.py",
+        "new": "operators/new.py",
+        "package": "package-1.0.dist-info",
+    }[change]
     (copy / changed).open("a").close()
     if change == "edit":
         os.utime(copy / changed, ns=(1, 1))

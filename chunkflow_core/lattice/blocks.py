@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, product
 
-from chunkflow_core.geometry import Box, Vector, ceil_to, indices, vector
+from chunkflow_core.lattice.boxes import Box, Vector, ceil_to, indices, vector
 
 
 @dataclass(frozen=True, slots=True)

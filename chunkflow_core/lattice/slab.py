@@ -13,11 +13,11 @@ from threading import Condition, Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.blending import Grid, normalised_weight, strips
 from chunkflow_core.errors import ChunkflowError
-from chunkflow_core.geometry import Box, Vector
-from chunkflow_core.kernels import add_plane, to_float32, to_uint8
-from chunkflow_core.lattice import BlockGrid
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.kernels import add_plane, to_float32, to_uint8
+from chunkflow_core.lattice.weights import ExactStep, normalised_weight, strips
 
 Map = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 """``map``, or an executor's."""
@@ -28,10 +28,10 @@ class Cancelled(ChunkflowError):
 
 
 class Slab:
-    """Sums over consecutive planes of a chunk, in grid steps; moves up along z as planes become final."""
+    """Sums over consecutive planes of a chunk, in exact steps; moves up along z as planes become final."""
 
     def __init__(
-        self, grid: BlockGrid, region: Box, depth: int, channels: int, values: Grid, mapping: Map = map
+        self, grid: BlockGrid, region: Box, depth: int, channels: int, values: ExactStep, mapping: Map = map
     ) -> None:
         """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped.
 
@@ -150,7 +150,7 @@ class Slab:
         deque(self._map(function, planes), maxlen=0)
 
 
-def convert(sums: NDArray[np.float32], dtype: str, values: Grid) -> NDArray[np.float32 | np.uint8]:
+def convert(sums: NDArray[np.float32], dtype: str, values: ExactStep) -> NDArray[np.float32 | np.uint8]:
     """Convert complete sums to the output's dtype, once, after the last addition.
 
     ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and clipped.

@@ -3,7 +3,7 @@
 The weight of a patch is a separable bump, normalised over the lattice. Since the lattice is a tensor product too, the sum
 of all weights at a voxel is a product of three one-dimensional sums, and the normalised weight a product of three vectors.
 
-Each weighted value is rounded to a multiple of one grid step before it is added. Sums of a few such multiples are exact in
+Each weighted value is rounded to a multiple of one exact step before it is added. Sums of a few such multiples are exact in
 float32, hence the same in any order: across patches, blocks, donations and retries. Only multiplication by float32 weights,
 rounding half to even, and addition are used, which IEEE 754 defines to the last bit, so every processor agrees.
 """
@@ -17,8 +17,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import ceil_to
-from chunkflow_core.lattice import AxisLattice
+from chunkflow_core.lattice.blocks import AxisLattice
+from chunkflow_core.lattice.boxes import ceil_to
 
 MAX_PATCH = 2048
 """Longest patch edge whose bump stays clear of the smallest float64 numbers."""
@@ -70,7 +70,7 @@ def strips(width: int) -> tuple[int, int]:
     return count, ceil_to(-(-width // count), 16)
 
 
-class Grid:
+class ExactStep:
     """The step to which contributions are rounded, for values within a declared range.
 
     With ``R`` the smallest power of two that bounds the range, the step is ``2⁻²³·R``: a sum within ``±2R`` is at most
@@ -78,7 +78,7 @@ class Grid:
     """
 
     def __init__(self, low: float, high: float) -> None:
-        """Make the grid for values in ``[low, high]``."""
+        """Choose the step for values in ``[low, high]``."""
         self.low, self.high = float(np.float32(low)), float(np.float32(high))
         mantissa, exponent = math.frexp(max(abs(low), abs(high)))
         self.step = math.ldexp(1.0, (exponent - 1 if mantissa == 0.5 else exponent) - MANTISSA_BITS)

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.geometry import Vector
+from chunkflow_core.lattice.boxes import Vector
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
