@@ -42,8 +42,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chunkflow_core.cpus import available_cpus
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.machine import available_cpus
 from chunkflow_core.spec import VolumeSpec, parse_spec
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -37,7 +37,6 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from chunkflow_core.codec import decompress
-from chunkflow_core.cpus import available_cpus
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.engines.gpu import claim
@@ -46,6 +45,7 @@ from chunkflow_core.estimate import data_bytes
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box, Vector, ceil_to, indices, vector
 from chunkflow_core.lattice.slab import Slab
+from chunkflow_core.machine import available_cpus
 from chunkflow_core.prepare import prepare
 from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec, parse_spec

@@ -1,4 +1,4 @@
-"""Memory of a block's process beside what ``plan`` says, and what settings of glibc's malloc gain (``chunkflow_core/heap.py``).
+"""Memory of a block's process beside what ``plan`` says, and what settings of glibc's malloc gain (``chunkflow_core/machine.py``).
 
     python bench/memory.py [--rounds 3] [--rows openvino pytorch ...] [--block Z Y X] [--output memory.json]
 
@@ -32,9 +32,9 @@ SMALL: tuple[Vector, Vector] = (16, 128, 128), (4, 32, 32)
 LARGE: tuple[Vector, Vector] = (16, 192, 192), (4, 64, 64)
 RUN = """
 import sys, time
-from chunkflow_core import heap
+from chunkflow_core import machine
 if sys.argv[1] == "default":
-    heap.set_glibc = lambda parameter, value: None
+    machine.set_glibc = lambda parameter, value: None
 from chunkflow_core.inference_and_donate import main
 from chunkflow_core.stages import peak_memory
 start = time.perf_counter()

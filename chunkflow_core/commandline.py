@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from chunkflow_core.errors import ChunkflowError, UsageError
-from chunkflow_core.heap import share_one_heap
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.machine import share_one_heap
 from chunkflow_core.spec import VolumeSpec, load_spec
 
 EXIT_CODES = """exit codes: 0 done or up to date, 64 wrong usage, 65 data that can't be right, 66 an input is missing,

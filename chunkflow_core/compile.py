@@ -14,11 +14,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from chunkflow_core.cpus import available_cpus
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine, cpu_streams
 from chunkflow_core.errors import ChunkflowError, DataError, UsageError
 from chunkflow_core.lattice.boxes import vector
+from chunkflow_core.machine import available_cpus
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace
 

@@ -22,7 +22,7 @@ from chunkflow_core.lattice.blocks import Block, BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight
 from chunkflow_core.patches import Patches, Planes
-from chunkflow_core.record import Record
+from chunkflow_core.timing import Timings
 
 Job = tuple[Vector, Transform]
 
@@ -100,10 +100,10 @@ class OnDevice:
     ahead = 0
     """The queue of the device is filled ahead anyway."""
 
-    def __init__(self, patches: Patches, block: Block, record: Record, patch_done: Callable[[], object]) -> None:
+    def __init__(self, patches: Patches, block: Block, timings: Timings, patch_done: Callable[[], object]) -> None:
         device = patches.engine.device
         assert device is not None
-        self._patches, self._record, self._patch_done, self._device = patches, record, patch_done, device
+        self._patches, self._timings, self._patch_done, self._device = patches, timings, patch_done, device
         grid, channels = patches.grid, patches.spec.output.channels
         self._slab = DeviceSlab(grid, block.chunk, grid.slab_depth(block), channels, patches.values, device)
         self._incoming, self._outgoing = _stream(device), _stream(device)
@@ -151,12 +151,12 @@ class OnDevice:
 
     def _time_forward(self) -> None:
         start, end = self._forward.popleft()
-        self._record.seconds["forward"] += start.elapsed_time(end) / 1000
+        self._timings.seconds["forward"] += start.elapsed_time(end) / 1000
 
     def _due(self, positions: list[Vector], planes: Planes) -> Iterator[Vector]:
         for position in positions:
             if self._patches.is_skipped(position, planes):
-                self._record.count("zeros")
+                self._timings.count("zeros")
                 self._patch_done()
             else:
                 yield position
@@ -191,12 +191,12 @@ class OnDevice:
             self._extremes.append((position, extreme))
             self._slab.add(position, transform.undo(output), patches.share)
             if transform == patches.transforms[-1]:
-                self._record.count("patches")
+                self._timings.count("patches")
                 self._patch_done()
 
     def _run_network(self, given: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda":
-            return self._record.measure("forward", self._patches.engine.forward, given)
+            return self._timings.measure("forward", self._patches.engine.forward, given)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         stream = torch.cuda.current_stream(self._device)
         start.record(stream)

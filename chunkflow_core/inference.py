@@ -29,9 +29,9 @@ from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.mask import Mask
 from chunkflow_core.patches import Patches, Planes
-from chunkflow_core.record import Record
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.streams import Streams
+from chunkflow_core.timing import Timings
 
 
 class Reader(Protocol):
@@ -89,7 +89,7 @@ class ChunkInference:
         self.patches = Patches(spec, load, mask)
 
     def block(
-        self, block: Block, record: Record, patch_done: Callable[[], object], content: Content
+        self, block: Block, timings: Timings, patch_done: Callable[[], object], content: Content
     ) -> Iterator[tuple[Piece, Sums]]:
         """Run a block's patches; yield each final piece, and where its numbers are.
 
@@ -98,14 +98,14 @@ class ChunkInference:
         patch_done = _one_at_a_time(patch_done)
         layers = self._layers(block)
         outside = block.patches - sum(map(len, layers))
-        record.count("outside mask", outside)
+        timings.count("outside mask", outside)
         for _ in range(outside):
             patch_done()
         if any(layers):
-            record.measure("load", lambda: self.patches.engine)
+            timings.measure("load", lambda: self.patches.engine)
         self._add_mask(block, content)
-        with closing(self._runner(block, record, patch_done, idle=not any(layers))) as runner:
-            yield from self._stream(runner, block, layers, record, content)
+        with closing(self._runner(block, timings, patch_done, idle=not any(layers))) as runner:
+            yield from self._stream(runner, block, layers, timings, content)
 
     def content(self, block: Block) -> str:
         """Digest of a block's input, as ``block`` gives it to its ``content``, without running anything."""
@@ -138,7 +138,7 @@ class ChunkInference:
         ]
         positions = indices(vector(r.start for r in touching), vector(r.stop for r in touching))
         for position in self.patches.inside_mask(positions):
-            self.patches.run(slab, position, self._read_patch(position), Record(), lambda: None)
+            self.patches.run(slab, position, self._read_patch(position), Timings(), lambda: None)
         return slab.sum(window)
 
     def take(self, position: Vector) -> NDArray[np.float32]:
@@ -182,11 +182,11 @@ class ChunkInference:
             content.add_mask(self.patches.mask.window(block.chunk & self.spec.grid.roi))
 
     def _stream(
-        self, runner: Runner, block: Block, layers: list[list[Vector]], record: Record, content: Content
+        self, runner: Runner, block: Block, layers: list[list[Vector]], timings: Timings, content: Content
     ) -> Iterator[tuple[Piece, Sums]]:
         grid = self.spec.grid
         pieces = deque(grid.pieces(block))
-        with closing(self._planes(block, record, [bool(layer) for layer in layers], content)) as arriving:
+        with closing(self._planes(block, timings, [bool(layer) for layer in layers], content)) as arriving:
             started = 0
             for done in range(len(layers)):
                 while started < min(len(layers), done + 1 + runner.ahead):
@@ -201,22 +201,22 @@ class ChunkInference:
                     yield piece, runner
                     runner.advance(piece.box.stop[0])
 
-    def _runner(self, block: Block, record: Record, patch_done: Callable[[], object], *, idle: bool) -> Runner:
+    def _runner(self, block: Block, timings: Timings, patch_done: Callable[[], object], *, idle: bool) -> Runner:
         if idle or self.patches.engine.device is None:
             streams = 1 if idle else self.patches.engine.streams
-            return Streams(self.patches, block, record, patch_done, streams)
+            return Streams(self.patches, block, timings, patch_done, streams)
         from chunkflow_core.device import OnDevice  # torch, which takes seconds to import, is there already
 
-        return OnDevice(self.patches, block, record, patch_done)
+        return OnDevice(self.patches, block, timings, patch_done)
 
     def _planes(
-        self, block: Block, record: Record, used: list[bool], content: Content
+        self, block: Block, timings: Timings, used: list[bool], content: Content
     ) -> Generator[Planes, None, None]:
         """For each layer of patches, the input planes it needs (none where it has no patches); the next are read meanwhile."""
         whole, boxes, planes = self.reads(block), self._layer_boxes(block), self._used_planes(block, used)
         reading = read_ahead(
             self._used_steps(block, used),
-            lambda box: record.measure("read", self._read, box, record, content, planes),
+            lambda box: timings.measure("read", self._read, box, timings, content, planes),
             self.spec.input.prefetch,
         )
         with closing(reading) as arriving:
@@ -229,9 +229,9 @@ class ChunkInference:
                     held.append(next(arriving))
                 yield _joined(held if there else [], whole.with_z(start, stop))
 
-    def _read(self, box: Box, record: Record, content: Content, used: Container[int]) -> NDArray[Any]:
+    def _read(self, box: Box, timings: Timings, content: Content, used: Container[int]) -> NDArray[Any]:
         data = self.reader.read(box)
-        record.count("bytes read", data.nbytes)
+        timings.count("bytes read", data.nbytes)
         content.add(box.start[0], data, used)
         return data
 

@@ -23,12 +23,11 @@ from typing import Self
 
 from tqdm import tqdm
 
-from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
 from chunkflow_core.errors import ChunkflowError, StorageError
 from chunkflow_core.failures import KINDS, BlocksFailedError, Failure, lines, most_telling
-from chunkflow_core.heap import share_one_heap
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.machine import CPUS_VARIABLE, available_cpus, share_one_heap
 from chunkflow_core.marks import Stage
 from chunkflow_core.planner import Plan
 from chunkflow_core.receipts import Receipt

@@ -18,8 +18,8 @@ from chunkflow_core.lattice.kernels import take_scaled
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.mask import Mask
-from chunkflow_core.record import Record
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.timing import Timings
 
 Planes = tuple[Box, NDArray[Any]]
 """A box of the input, and its voxels ``(channels, z, y, x)``."""
@@ -73,18 +73,18 @@ class Patches:
         """What voxels of a dtype are divided by: integers become values from 0 to 1."""
         return np.float32(1 if dtype.kind == "f" else np.iinfo(dtype).max)
 
-    def run(self, slab: Slab, position: Vector, planes: Planes, record: Record, wait: Callable[[], None]) -> None:
+    def run(self, slab: Slab, position: Vector, planes: Planes, timings: Timings, wait: Callable[[], None]) -> None:
         """Run a patch and add it to a slab; ``wait`` returns when there is room for it."""
-        if record.measure("stitch", self.is_skipped, position, planes):
-            record.count("zeros")
+        if timings.measure("stitch", self.is_skipped, position, planes):
+            timings.count("zeros")
             return
-        patch = record.measure("stitch", self.take, position, planes)
+        patch = timings.measure("stitch", self.take, position, planes)
         for transform in self.transforms:
-            turned = record.measure("stitch", np.ascontiguousarray, transform.apply(patch))
-            output = record.measure("forward", self.forward, turned)
+            turned = timings.measure("stitch", np.ascontiguousarray, transform.apply(patch))
+            output = timings.measure("forward", self.forward, turned)
             wait()
-            record.measure("stitch", self._add, slab, position, transform, output)
-        record.count("patches")
+            timings.measure("stitch", self._add, slab, position, transform, output)
+        timings.count("patches")
 
     def forward(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run one patch ``(channels, z, y, x)``, in a batch that is filled up: another batch shape could give other bits."""

@@ -9,9 +9,10 @@ from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange import Exchange, Trial
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.layer_info import LayerScale
+from chunkflow_core.machine import peak_memory
 from chunkflow_core.provenance import History, Mode
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.stages import Workspace, peak_memory
+from chunkflow_core.stages import Workspace
 from chunkflow_core.volumes import (
     check_output,
     create_output,

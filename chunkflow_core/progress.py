@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from chunkflow_core.machine import peak_memory
+
 log = logging.getLogger(__name__)
 
 EVERY = 30.0
@@ -42,8 +44,6 @@ class Lines:
         passed = self._now() - self._when
         if passed < self._every:
             return
-        from chunkflow_core.stages import peak_memory  # which the work has imported, torch and all
-
         rate, share = (self._done - self._told) / passed, 100 * self._done // self._total
         log.info(
             "%s: %d of %d %s (%d %%), %.3g/s, some %d s to go, peak memory %.2f GiB",

@@ -17,9 +17,9 @@ from chunkflow_core.findings import Audit
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab, convert
 from chunkflow_core.lattice.weights import ExactStep
-from chunkflow_core.record import Record
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace
+from chunkflow_core.timing import Timings
 
 log = logging.getLogger(__name__)
 
@@ -131,5 +131,5 @@ def _given(workspace: Workspace, donor: Vector, box: Box) -> NDArray[np.float32]
     for position in inference.patches.inside_mask(own):
         read = inference.patches.input_box(position)
         planes = read, np.ascontiguousarray(inference.reader.read(read))
-        inference.patches.run(slab, position, planes, Record(), lambda: None)
+        inference.patches.run(slab, position, planes, Timings(), lambda: None)
     return slab.sum(box)

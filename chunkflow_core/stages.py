@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import platform
-import resource
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
@@ -31,12 +28,13 @@ from chunkflow_core.lattice.blocks import Block, Donation, Piece
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.slab import convert
 from chunkflow_core.lattice.weights import ExactStep
+from chunkflow_core.machine import peak_memory
 from chunkflow_core.mask import Mask, MaskWindow
 from chunkflow_core.provenance import check_claim
 from chunkflow_core.receipts import DonationEntry, Receipt
-from chunkflow_core.record import Record
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.state import ExchangeState
+from chunkflow_core.timing import Timings
 from chunkflow_core.volumes import InputLayer, OutputLayer
 
 log = logging.getLogger(__name__)
@@ -158,20 +156,20 @@ def inference_and_donate(
         if good:
             return StageResult(done, up_to_date=True)
     workspace.check_claim()  # and again later, since a block can take hours
-    started, record, content = perf_counter(), Record(), Content()
+    started, timings, content = perf_counter(), Timings(), Content()
     signature = workspace.inputs.signature(index)  # before anything is read: what changes meanwhile is noticed later
     mask = workspace.frame_mask(block)
     exchange.retract("infer", index)
     leaving = _Leaving()
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
-        for piece, sums in workspace.inference.block(block, record, patch_done, content):
-            leaving.wait(record)  # so that no more than one piece is in memory
+        for piece, sums in workspace.inference.block(block, timings, patch_done, content):
+            leaving.wait(timings)  # so that no more than one piece is in memory
             if piece.core:
                 workspace.check_claim()
-            leaving.start(workspace, record, piece, sums, pool)
+            leaving.start(workspace, timings, piece, sums, pool)
             log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
-        leaving.wait(record)
-    engine = workspace.engine if record.counts["patches"] else None
+        leaving.wait(timings)
+    engine = workspace.engine if timings.counts["patches"] else None
     exchange.keep_donations(index, leaving.entries)
     receipt = Receipt(
         stage="infer",
@@ -180,15 +178,15 @@ def inference_and_donate(
         fingerprint=exchange.fingerprint,
         geometry=geometry,
         run=run,
-        patches=record.counts["patches"],
-        skipped={why: record.counts[why] for why in SKIPPED if record.counts[why]},
+        patches=timings.counts["patches"],
+        skipped={why: timings.counts[why] for why in SKIPPED if timings.counts[why]},
         donations=tuple(leaving.entries),
         signature=signature,
         content=content.digest,
         mask=mask,
         written=leaving.written,
         changes=_changes(done, run, leaving.written),
-        facts=_facts(record, started, voxels=block.box.voxels, engine=engine),
+        facts=_facts(timings, started, voxels=block.box.voxels, engine=engine),
     )
     workspace.check_claim()
     if spec.input.fill_missing:
@@ -215,18 +213,18 @@ class _Leaving:
         self._donating: list[Future[DonationEntry]] = []
         self._writing: list[Future[dict[str, str]]] = []
 
-    def start(self, workspace: Workspace, record: Record, piece: Piece, sums: Sums, pool: ThreadPoolExecutor) -> None:
+    def start(self, workspace: Workspace, timings: Timings, piece: Piece, sums: Sums, pool: ThreadPoolExecutor) -> None:
         """Start to write and donate what has become final."""
         for donation in piece.donations:
-            self._donating.append(pool.submit(_give, workspace, record, donation, sums.sum(donation.box)))
-        window = record.measure("read", workspace.mask.window, piece.core) if workspace.mask and piece.core else None
+            self._donating.append(pool.submit(_give, workspace, timings, donation, sums.sum(donation.box)))
+        window = timings.measure("read", workspace.mask.window, piece.core) if workspace.mask and piece.core else None
         for row in workspace.output.rows(piece.core):
-            self._writing.append(pool.submit(_write, workspace, record, row, sums.converted(row), window))
+            self._writing.append(pool.submit(_write, workspace, timings, row, sums.converted(row), window))
 
-    def wait(self, record: Record) -> None:
+    def wait(self, timings: Timings) -> None:
         """Wait for all that was started."""
-        self.entries += record.measure("wait for output", lambda: [future.result() for future in self._donating])
-        for digests in record.measure("wait for output", lambda: [future.result() for future in self._writing]):
+        self.entries += timings.measure("wait for output", lambda: [future.result() for future in self._donating])
+        for digests in timings.measure("wait for output", lambda: [future.result() for future in self._writing]):
             self.written |= digests
         self._donating, self._writing = [], []
 
@@ -246,7 +244,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     block = spec.grid.block(index)
     if not block.frame:
         return StageResult(None, up_to_date=True)
-    started, record = perf_counter(), Record()
+    started, timings = perf_counter(), Timings()
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
     mask = workspace.frame_mask(block)
     consumed = {receipt.box: receipt.given(index, mask) for receipt in donors}
@@ -256,18 +254,18 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
     if done is not None and current and (not force or (run and done.run == run)):
         return StageResult(done, up_to_date=True)
     wanted = [pair for receipt in donors for pair in _donations(workspace, receipt, block)]
-    payloads = record.measure("read", exchange.get_donations, wanted)
-    record.count("bytes read", sum(map(len, payloads.values())))
+    payloads = timings.measure("read", exchange.get_donations, wanted)
+    timings.count("bytes read", sum(map(len, payloads.values())))
     donations = [donation for donation, _ in wanted if donation.key in payloads]
     values, written = ExactStep(*spec.output.range), dict[str, str]()
     workspace.check_claim()
     exchange.retract("blend", index)
     for piece in spec.grid.pieces(block):
         boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
-        given = record.measure("stitch", _decompress, workspace, piece.box, donations, payloads) if boxes else []
+        given = timings.measure("stitch", _decompress, workspace, piece.box, donations, payloads) if boxes else []
         for box in boxes:
-            sums = record.measure("stitch", _sum, spec.output.channels, box, given)
-            written |= _write(workspace, record, box, partial(convert, sums, spec.output.dtype, values))
+            sums = timings.measure("stitch", _sum, spec.output.channels, box, given)
+            written |= _write(workspace, timings, box, partial(convert, sums, spec.output.dtype, values))
         log.info("block %s: planes %d–%d of %d–%d done", block.name, *_z(piece.box), *_z(block.chunk))
     receipt = Receipt(
         stage="blend",
@@ -279,7 +277,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", for
         consumed=consumed,
         written=written,
         changes=_changes(done, run, written),
-        facts=_facts(record, started, voxels=sum(box.voxels for box in block.frame)),
+        facts=_facts(timings, started, voxels=sum(box.voxels for box in block.frame)),
     )
     workspace.check_claim()
     exchange.put_receipt(receipt)
@@ -326,26 +324,26 @@ def _donations(workspace: Workspace, receipt: Receipt, block: Block) -> list[tup
 
 
 def _give(
-    workspace: Workspace, record: Record, donation: Donation, sums: Callable[[], NDArray[np.float32]]
+    workspace: Workspace, timings: Timings, donation: Donation, sums: Callable[[], NDArray[np.float32]]
 ) -> DonationEntry:
     data = sums()
-    payload = record.measure("donate", compress, data) if data.any() else None
-    entry = record.measure("donate", workspace.exchange.put_donation, donation, payload)
-    record.count("bytes donated", entry.bytes)
+    payload = timings.measure("donate", compress, data) if data.any() else None
+    entry = timings.measure("donate", workspace.exchange.put_donation, donation, payload)
+    timings.count("bytes donated", entry.bytes)
     return entry
 
 
 def _write(
     workspace: Workspace,
-    record: Record,
+    timings: Timings,
     box: Box,
     converted: Callable[[], NDArray[Any]],
     window: MaskWindow | None = None,
 ) -> dict[str, str]:
     """Write a box; the storage chunks, with digests of their voxels."""
-    data = record.measure("convert", workspace.masked, box, converted(), window)
-    written: dict[str, str] = record.measure("write", workspace.output.write, box, data)
-    record.count("bytes written", data.nbytes)
+    data = timings.measure("convert", workspace.masked, box, converted(), window)
+    written: dict[str, str] = timings.measure("write", workspace.output.write, box, data)
+    timings.count("bytes written", data.nbytes)
     return written
 
 
@@ -353,27 +351,18 @@ def _z(box: Box) -> tuple[int, int]:
     return box.start[0], box.stop[0]
 
 
-def _facts(record: Record, started: float, *, voxels: int, engine: Engine | None = None) -> dict[str, Any]:
-    wall, seconds, streams = perf_counter() - started, record.seconds, engine.streams if engine else 1
+def _facts(timings: Timings, started: float, *, voxels: int, engine: Engine | None = None) -> dict[str, Any]:
+    wall, seconds, streams = perf_counter() - started, timings.seconds, engine.streams if engine else 1
     seconds["idle"] = max(0.0, wall - (seconds["forward"] + seconds["stitch"]) / streams)
     return {
         "seconds": {phase: round(value, 4) for phase, value in sorted(seconds.items())},
         "wall": round(wall, 4),
         "streams": streams,
         "voxels_per_second": round(voxels / wall),
-        "bytes": {what: record.counts[f"bytes {what}"] for what in ("read", "written", "donated")},
+        "bytes": {what: timings.counts[f"bytes {what}"] for what in ("read", "written", "donated")},
         "finished": round(time(), 3),
         "host": socket.gethostname(),
         "processor": platform.processor() or platform.machine(),
         "peak_memory_bytes": peak_memory(),
         **(engine.description if engine else {}),
     }
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    with suppress(OSError):  # Linux's rusage counts the memory of the process that started this one too
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,7 @@ from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.patches import Patches, Planes
-from chunkflow_core.record import Record
+from chunkflow_core.timing import Timings
 
 
 class Streams:
@@ -29,9 +29,9 @@ class Streams:
     """Layers that may be started before the one before them has been finished."""
 
     def __init__(
-        self, patches: Patches, block: Block, record: Record, patch_done: Callable[[], object], streams: int
+        self, patches: Patches, block: Block, timings: Timings, patch_done: Callable[[], object], streams: int
     ) -> None:
-        self._patches, self._record, self._patch_done = patches, record, patch_done
+        self._patches, self._timings, self._patch_done = patches, timings, patch_done
         grid = patches.grid
         self._copying = ThreadPoolExecutor(streams, thread_name_prefix="copy")
         self._slab = Slab(
@@ -56,17 +56,17 @@ class Streams:
 
     def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
         """See ``inference.Sums``."""
-        data = self._record.measure("convert", self._slab.sum, box)
+        data = self._timings.measure("convert", self._slab.sum, box)
         return lambda: data
 
     def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
         """See ``inference.Sums``."""
-        data = self._record.measure("convert", self._slab.converted, box, self._patches.spec.output.dtype)
+        data = self._timings.measure("convert", self._slab.converted, box, self._patches.spec.output.dtype)
         return lambda: data
 
     def advance(self, plane: int) -> None:
         """Drop the sums below a plane."""
-        self._record.measure("convert", self._slab.advance, plane)
+        self._timings.measure("convert", self._slab.advance, plane)
 
     def close(self) -> None:
         """Give up what has not been done."""
@@ -76,5 +76,5 @@ class Streams:
 
     def _run(self, position: Vector, planes: Planes) -> None:
         wait = partial(self._slab.wait_for_room, position)
-        self._patches.run(self._slab, position, planes, self._record, wait)
+        self._patches.run(self._slab, position, planes, self._timings, wait)
         self._patch_done()

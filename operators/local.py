@@ -17,7 +17,7 @@ from pathlib import Path
 from airflow.sdk import Context
 from airflow.sdk.configuration import conf
 
-from chunkflow_core.cpus import CPUS_VARIABLE, available_cpus
+from chunkflow_core.machine import CPUS_VARIABLE, available_cpus
 from operators import base, warm
 from operators.outcomes import classify, last_word
 from operators.warm import Child

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.cpus import available_cpus
+from chunkflow_core.machine import available_cpus
 from chunkflow_core.spec import VolumeSpec
 
 if TYPE_CHECKING:

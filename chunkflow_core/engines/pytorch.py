@@ -16,7 +16,7 @@ from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.networks import Model, load_model
 from chunkflow_core.engines.outputs import cropped, failed, select
 from chunkflow_core.errors import SpecError
-from chunkflow_core.heap import keep_large_arrays
+from chunkflow_core.machine import keep_large_arrays
 from chunkflow_core.spec import VolumeSpec
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -21,7 +21,7 @@ from chunkflow_core.volumes import NewLayer
 MEASURE = """
 import json, os, sys
 from chunkflow_core import __main__, inference_and_donate
-from chunkflow_core.stages import peak_memory
+from chunkflow_core.machine import peak_memory
 
 # Each in a process of its own, which has imported what it needs; its peak begins with what that takes.
 for line in sys.stdin:

@@ -25,9 +25,9 @@ from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
-from chunkflow_core.record import Record
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.timing import Timings
 from chunkflow_core.volumes import NewLayer
 
 TIMEOUT = 60.0
@@ -120,7 +120,7 @@ def test_a_bad_patch_ends_the_block_and_every_thread(volume: VolumeSpec, bad: in
 def test_giving_up_a_block_ends_every_thread(volume: VolumeSpec) -> None:
     workspace = Workspace(volume)
     inference = ChunkInference(volume, lambda: Scripted(lambda n: None, streams=2), workspace.input, 4)
-    pieces = inference.block(volume.grid.block((0, 0, 0)), Record(), lambda: None, Content())
+    pieces = inference.block(volume.grid.block((0, 0, 0)), Timings(), lambda: None, Content())
     next(pieces)
 
     pieces.close()

@@ -1,4 +1,4 @@
-"""What a stage did: for receipts, never decisive."""
+"""What a stage has spent its time on, and how often: kept in receipts, never decisive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Record:
+class Timings:
     """Seconds by phase, and counts. Of phases that go on in several threads, the seconds add up."""
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
