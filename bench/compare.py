@@ -159,7 +159,7 @@ def load_file(path: Path) -> ModuleType:
 
 def write_inputs(bench: Bench) -> None:
     """Store the input layers."""
-    from chunkflow_core.volumes import NewLayer
+    from chunkflow_core.storage.layers import NewLayer
 
     stack = em_like(bench.volume)
     for layer in ("volume", "warm", "check"):
@@ -395,7 +395,7 @@ class Other(Row):
     def _layer(self, layer: str) -> Any:
         from cloudvolume import CloudVolume
 
-        from chunkflow_core.volumes import NewLayer
+        from chunkflow_core.storage.layers import NewLayer
 
         bench, path = self.bench, self.bench.path(layer, self.name)
         chunk = bench.spec(layer, self.name, {"engine": "identity"}).storage_chunk

@@ -50,7 +50,7 @@ from chunkflow_core.prepare import prepare
 from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 MIDDLE: Vector = (1, 1, 1)
 """Of 3 × 3 × 3 blocks: it has lower and higher neighbours, so that it donates all it can."""

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 CODECS = ("none", "gzip", "zstd", "br")
 LEVELS = {"gzip": (1, 3, 6, 9), "zstd": (1, 3, 9), "br": (1, 3, 5)}

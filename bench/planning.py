@@ -28,7 +28,7 @@ from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 BLOCK = (112, 1152, 1152)
 

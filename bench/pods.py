@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("kube", "chunkflow_c
 from double import Cluster, Node  # noqa: E402
 
 from chunkflow_core.lattice.boxes import Box  # noqa: E402
-from chunkflow_core.volumes import NewLayer  # noqa: E402
+from chunkflow_core.storage.layers import NewLayer  # noqa: E402
 from operators.processes import tree  # noqa: E402
 from operators.service import Client, start  # noqa: E402
 from operators.service_settings import Home  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 UNET = Path(__file__).resolve().parents[1] / "examples" / "unet"
 UNET_FILES = {"path": str(UNET / "model.py"), "weights": str(UNET / "model.pt")}

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from chunkflow_core.disk_files import delete_partials
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.layer_info import layer_path
 from chunkflow_core.planner import Done
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.state import ExchangeReceipts
-from chunkflow_core.storage import is_on_disk
+from chunkflow_core.storage.disk import delete_partials
+from chunkflow_core.storage.files import is_on_disk
+from chunkflow_core.storage.layer_info import layer_path
 
 _HOUR, _DAY = 3600.0, 86400.0
 

@@ -266,8 +266,8 @@ def compile(options: argparse.Namespace) -> None:
 
 def ingest(options: argparse.Namespace) -> None:
     """Store an image stack as a precomputed layer."""
-    from chunkflow_core.ingest import ingest, open_stack
     from chunkflow_core.lattice.boxes import vector
+    from chunkflow_core.storage.ingest import ingest, open_stack
 
     stack = open_stack(options.source)
     with tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:

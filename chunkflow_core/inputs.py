@@ -11,8 +11,8 @@ from chunkflow_core.inference import ChunkInference
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.mask import Mask
 from chunkflow_core.receipts import Receipt
-from chunkflow_core.signatures import LayerSignatures
-from chunkflow_core.volumes import InputLayer
+from chunkflow_core.storage.layers import InputLayer
+from chunkflow_core.storage.signatures import LayerSignatures
 
 
 class Inputs:

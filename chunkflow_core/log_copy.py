@@ -110,7 +110,7 @@ class Copy(threading.Thread):
             )
 
     def _put(self, content: bytes) -> bool:
-        from chunkflow_core.storage import put_file
+        from chunkflow_core.storage.files import put_file
 
         folder, _, name = self._url.rpartition("/")
         try:

@@ -49,7 +49,7 @@ def log_url(exchange_path: str, dag_id: str, run_id: str, pod_name: str) -> str:
 
 def read_log(url: str) -> str | None:
     """The copy of a log; None if there is none. ``StorageError`` if the storage does not answer."""
-    from chunkflow_core.storage import open_files, storage_errors
+    from chunkflow_core.storage.files import open_files, storage_errors
 
     folder, _, name = url.rpartition("/")
     with storage_errors(f"reading {url}"):

@@ -19,13 +19,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.layer_info import layer_path
 from chunkflow_core.marks import STAGES, Stage
 from chunkflow_core.provenance import History, digests, now, spec_record, user
 from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import put_file, storage_errors
-from chunkflow_core.volumes import layer_files
+from chunkflow_core.storage.files import put_file, storage_errors
+from chunkflow_core.storage.layer_info import layer_path
+from chunkflow_core.storage.layers import layer_files
 
 FORMAT: Final = 1
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Box, vector
-from chunkflow_core.layer_info import LayerScale, read_scale
-from chunkflow_core.layer_reader import open_layer
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import storage_errors
+from chunkflow_core.storage.files import storage_errors
+from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_reader import open_layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,13 @@ from typing import Literal
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange import Exchange, Trial
 from chunkflow_core.lattice.boxes import vector
-from chunkflow_core.layer_info import LayerScale
 from chunkflow_core.machine import peak_memory
+from chunkflow_core.output import check_output, create_output, delete_cut_short, extend_output, has_voxels
 from chunkflow_core.provenance import History, Mode
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.stages import Workspace
-from chunkflow_core.volumes import (
-    check_output,
-    create_output,
-    delete_cut_short,
-    extend_output,
-    has_voxels,
-    layer_exists,
-)
+from chunkflow_core.storage.layer_info import LayerScale
+from chunkflow_core.storage.layers import layer_exists
 
 log = logging.getLogger(__name__)
 

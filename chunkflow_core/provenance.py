@@ -17,10 +17,10 @@ from typing import Any, Literal
 from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.weights import NUMERICS_VERSION
-from chunkflow_core.layer_info import layer_path
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import put_file, storage_errors
-from chunkflow_core.volumes import layer_files
+from chunkflow_core.storage.files import put_file, storage_errors
+from chunkflow_core.storage.layer_info import layer_path
+from chunkflow_core.storage.layers import layer_files
 
 Mode = Literal["new", "overwrite", "mixture", "extend", "whole"]
 """Why there is a step: the layer was made, or did not say whose it is; another spec's blocks are to be replaced, or joined; the

@@ -9,11 +9,11 @@ from typing import Any
 
 from chunkflow_core import manifest
 from chunkflow_core.exchange import Exchange
-from chunkflow_core.layer_info import layer_path
 from chunkflow_core.report import of_run, report_of, tasks_of
 from chunkflow_core.report_picture import draw
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import put_file
+from chunkflow_core.storage.files import put_file
+from chunkflow_core.storage.layer_info import layer_path
 
 
 def publish(spec: VolumeSpec, run: str) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import AXES, Box, Vector, vector
 from chunkflow_core.lattice.weights import MAX_PATCH, NUMERICS_VERSION
-from chunkflow_core.layer_info import LayerScale, read_scale
-from chunkflow_core.model_files import with_companions
 from chunkflow_core.runner_spec import RUNNERS, LocalRunner, RunnerSpec
 from chunkflow_core.schedule_spec import NotifySpec, Schedule
 from chunkflow_core.spec_transport import FROM_ENVIRONMENT, check_transportable, from_environment
+from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.model_files import fetch, with_companions
 from chunkflow_core.yaml_text import parse_yaml, problem_in_yaml
 
 ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
@@ -428,8 +428,6 @@ class VolumeSpec(_Section):
         One at a storage address is fetched into the cache, with its companions.
         """
         if "://" in name and not name.startswith("file://"):
-            from chunkflow_core.remote_files import fetch  # a second of imports that local models need not pay
-
             return fetch(name, folder=self.model.engine == "pznet")
         path = Path(self.folder) / Path(name.removeprefix("file://")).expanduser()
         if self.model.engine == "pznet":

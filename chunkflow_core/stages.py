@@ -30,12 +30,13 @@ from chunkflow_core.lattice.slab import convert
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.machine import peak_memory
 from chunkflow_core.mask import Mask, MaskWindow
+from chunkflow_core.output import open_output
 from chunkflow_core.provenance import check_claim
 from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.state import ExchangeState
+from chunkflow_core.storage.layers import InputLayer, OutputLayer
 from chunkflow_core.timing import Timings
-from chunkflow_core.volumes import InputLayer, OutputLayer
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,20 @@ class Workspace:
     @cached_property
     def input(self) -> InputLayer:
         """The layer to read."""
-        return InputLayer(self.spec)
+        spec = self.spec.input
+        return InputLayer(
+            spec.path,
+            spec.mip,
+            self.spec.input_scale,
+            self.spec.input_bounds,
+            padding=spec.padding,
+            fill_missing=spec.fill_missing,
+        )
 
     @cached_property
     def output(self) -> OutputLayer:
         """The layer to write."""
-        return OutputLayer(self.spec)
+        return open_output(self.spec)
 
     def check_claim(self) -> None:
         """``SpecError`` if the output layer is not this spec's to write to, as when another model has claimed it during a run."""

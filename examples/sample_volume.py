@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 CELL: Vector = (14, 58, 58)
 """Mean distance of cells, voxels zyx: sections are about ten times as thick as a voxel is wide."""

@@ -14,6 +14,6 @@ def preload() -> None:
 
     modules = ["operators.local"]
     if clusters(Path(conf.get("core", "dags_folder")) / "volumes"):
-        modules += ["operators.kubernetes", "chunkflow_core.object_stores"]
+        modules += ["operators.kubernetes", "chunkflow_core.storage.clients"]
     for module in modules:
         import_module(module)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams
-from chunkflow_core.engines.cache import cache_folder, made_once
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.model_files import cache_folder, made_once
 
 # OpenVINO reports each conversion to its makers, by processes forked from this one, unless it finds no package to do so.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

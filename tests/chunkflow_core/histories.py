@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 Index = tuple[int, ...]
 MASK_VOXEL = (1, 2, 3)

@@ -15,7 +15,7 @@ from chunkflow_core import inference_and_donate, receive_and_blend
 from chunkflow_core.engines.identity import Identity
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.lattice.slab import Slab
-from chunkflow_core.volumes import InputLayer, OutputLayer
+from chunkflow_core.storage.layers import InputLayer, OutputLayer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "read": (InputLayer, "read"),

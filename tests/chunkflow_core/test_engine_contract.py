@@ -22,11 +22,11 @@ from nursery import Child, Nursery, shared
 
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
-from chunkflow_core.engines.cache import made_once
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.openvino import OpenVINO
 from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.spec import load_spec
+from chunkflow_core.storage.model_files import made_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of exporters
 

@@ -22,7 +22,7 @@ from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 _numbers = itertools.count()
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_examples import examples
 
-from chunkflow_core import disk_files, stages
+from chunkflow_core import stages
 from chunkflow_core.cleanup import cleanup
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.lattice.boxes import Box, vector
@@ -29,6 +29,7 @@ from chunkflow_core.local import run_here
 from chunkflow_core.planner import Plan, Request, plan
 from chunkflow_core.prepare import prepare
 from chunkflow_core.stages import Workspace
+from chunkflow_core.storage import disk
 from chunkflow_core.verify import verify
 
 DAY = 86400.0
@@ -347,7 +348,7 @@ def play(case: Case, events: list[Event], *, real_threads: bool = False) -> None
         patch.setattr(stages, "time", lambda: history.days * DAY)
         if not real_threads:
             patch.setattr(stages, "ThreadPoolExecutor", Inline)
-            patch.setattr(disk_files, "ThreadPoolExecutor", Inline)
+            patch.setattr(disk, "ThreadPoolExecutor", Inline)
         for event in events:
             history.let(event)
         history.seams = 2
@@ -384,7 +385,7 @@ def test_every_crash_point(before: list[Event], tmp_path: Path, monkeypatch: pyt
     folder, kept = tmp_path / "volume", tmp_path / "kept"
     start = History(case, folder)
     monkeypatch.setattr(stages, "time", lambda: start.days * DAY)
-    monkeypatch.setattr(disk_files, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(disk, "ThreadPoolExecutor", Inline)
     for event in before:
         start.let(event)
     shutil.copytree(folder, kept)

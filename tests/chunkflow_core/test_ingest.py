@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chunkflow_core.errors import DataError
-from chunkflow_core.ingest import open_stack
+from chunkflow_core.storage.ingest import open_stack
 
 Command = Callable[..., Any]
 Ingest = Callable[..., Any]
@@ -191,7 +191,7 @@ def test_npy(tmp_path: Path, layer: str, ingest: Ingest, dtype: str, order: Any)
 def test_more_sections_than_are_held_at_a_time(
     tmp_path: Path, layer: str, ingest: Ingest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chunkflow_core.ingest.HELD_BYTES", 9 * 13 * 17)  # two storage chunks deep of SHAPE
+    monkeypatch.setattr("chunkflow_core.storage.ingest.HELD_BYTES", 9 * 13 * 17)  # two storage chunks deep of SHAPE
     np.save(tmp_path / "stack.npy", voxels())
     assert ingest(tmp_path / "stack.npy").returncode == 0
     np.testing.assert_array_equal(stored(layer), voxels())

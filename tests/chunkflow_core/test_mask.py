@@ -21,7 +21,7 @@ from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.mask import Mask
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 Sizes = tuple[float, ...]
 

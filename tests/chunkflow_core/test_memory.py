@@ -16,7 +16,7 @@ import yaml
 from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 
 MEASURE = """
 import json, os, sys

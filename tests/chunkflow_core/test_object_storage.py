@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
 from volume import output_of
 
-from chunkflow_core import manifest, remote_files
+from chunkflow_core import manifest
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.object_stores import located, open_files
+from chunkflow_core.output import open_output
 from chunkflow_core.spec import load_spec, parse_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.storage import put_file, storage_errors
-from chunkflow_core.volumes import NewLayer, OutputLayer
+from chunkflow_core.storage.clients import located, open_files
+from chunkflow_core.storage.files import put_file, storage_errors
+from chunkflow_core.storage.layers import NewLayer
+from chunkflow_core.storage.model_files import fetch
 
 Chunkflow = Callable[..., CompletedProcess[str]]
 
@@ -168,7 +170,7 @@ def use(stores: dict[str, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for name, value in store.variables.items():
             monkeypatch.setenv(name, value)
         reset_connection_pools()
-        remote_files.fetch.cache_clear()
+        fetch.cache_clear()
         return store
 
     yield choose
@@ -243,7 +245,7 @@ def test_a_layer_that_grows(use: Callable[[str], Store], tmp_path: Path, kind: s
     path = spec_for(use(kind), tmp_path, roi=[[0, 0, 0], [14, 24, 24]])
     assert chunkflow("prepare", path).returncode == 0
     spec = load_spec(path)
-    OutputLayer(spec).write(spec.grid.roi, np.ones((1, 14, 24, 24), np.uint8))
+    open_output(spec).write(spec.grid.roi, np.ones((1, 14, 24, 24), np.uint8))
     manifest.begin(spec, "run", {})
     manifest.complete(spec, "run", [])
     files = open_files(spec.output.path)
@@ -318,7 +320,7 @@ def test_a_model_in_storage(
         assert main(["run", str(path), "--seams", "0"]) == 0
         np.testing.assert_array_equal(output_of(path), reference["pytorch"])
 
-    remote_files.fetch.cache_clear()  # as in another process on this machine, which finds them in the cache
+    fetch.cache_clear()  # as in another process on this machine, which finds them in the cache
     store.proxy.clear()
     assert load_spec(path).fingerprint == local.fingerprint
     contents = "/download/" if kind == "gs" else f"/{BUCKET}/models/"
@@ -329,10 +331,10 @@ def test_a_model_that_is_replaced(use: Callable[[str], Store], tmp_path: Path) -
     store = use("s3")
     place = f"{store.root}/{tmp_path.name}"
     put_file(place, "net.pt", b"first")
-    assert remote_files.fetch(f"{place}/net.pt").read_bytes() == b"first"
+    assert fetch(f"{place}/net.pt").read_bytes() == b"first"
     put_file(place, "net.pt", b"other")
-    remote_files.fetch.cache_clear()
-    assert remote_files.fetch(f"{place}/net.pt").read_bytes() == b"other"
+    fetch.cache_clear()
+    assert fetch(f"{place}/net.pt").read_bytes() == b"other"
 
 
 def test_companions_of_a_model(use: Callable[[str], Store], tmp_path: Path) -> None:
@@ -353,7 +355,7 @@ def test_companions_of_a_model(use: Callable[[str], Store], tmp_path: Path) -> N
         put_file(place, name, content.encode())
 
     def fetched(name: str, *, folder: bool = False) -> set[str]:
-        path = remote_files.fetch(f"{place}/{name}", folder=folder)
+        path = fetch(f"{place}/{name}", folder=folder)
         root = path if folder else path.parent
         return {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
 
@@ -363,7 +365,7 @@ def test_companions_of_a_model(use: Callable[[str], Store], tmp_path: Path) -> N
     assert fetched("pz", folder=True) == {"net.so", "weights/0"}
     for missing, folder in (("nothing.pt", False), ("nothing", True)):
         with pytest.raises(MissingInputError, match=f"{place}/nothing"):
-            remote_files.fetch(f"{place}/{missing}", folder=folder)
+            fetch(f"{place}/{missing}", folder=folder)
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])

@@ -27,8 +27,8 @@ from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.storage.layers import NewLayer
 from chunkflow_core.timing import Timings
-from chunkflow_core.volumes import NewLayer
 
 TIMEOUT = 60.0
 

@@ -19,11 +19,12 @@ from chunkflow_core.errors import DataError, SpecError, StorageError
 from chunkflow_core.exchange import Exchange
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.marks import Stage
+from chunkflow_core.output import check_output, extend_output, open_output
 from chunkflow_core.prepare import Other, prepare
 from chunkflow_core.provenance import History
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.volumes import NewLayer, OutputLayer, check_output, extend_output
+from chunkflow_core.storage.layers import NewLayer, OutputLayer
 
 MakeSpec = Callable[..., Path]
 
@@ -44,7 +45,7 @@ def run(path: Path, *changes: str) -> None:
 
 def write_a_voxel(spec: VolumeSpec) -> None:
     """So that there is something to be replaced."""
-    output = OutputLayer(spec)
+    output = open_output(spec)
     chunk = next(output.expected_chunks(spec.grid.roi))
     output.write(chunk, np.zeros((spec.output.channels, *chunk.shape), spec.output.dtype))
 
@@ -479,11 +480,11 @@ def test_tasks_write_only_to_a_layer_of_their_own_size(make_spec: MakeSpec) -> N
     path, grown = make_spec(roi=[[0, 0, 0], [14, 48, 40]]), ["roi=[[0, 0, 0], [16, 48, 40]]"]
     prepared(path)
     with pytest.raises(SpecError, match="The volume has grown: `prepare` extends the layer"):
-        OutputLayer(load_spec(path, grown))
+        open_output(load_spec(path, grown))
     prepared(path, *grown)
-    OutputLayer(load_spec(path, grown))
+    open_output(load_spec(path, grown))
     with pytest.raises(SpecError, match="a later run has extended it: start a new run instead of clearing tasks"):
-        OutputLayer(load_spec(path))
+        open_output(load_spec(path))
 
 
 class TestClaimDuringARun:

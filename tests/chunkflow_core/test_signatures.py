@@ -20,14 +20,14 @@ import pytest
 from cloudfiles.interfaces import reset_connection_pools
 from object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
 
-from chunkflow_core import chunk_servers
 from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.layer_info import LayerScale, read_scale
-from chunkflow_core.object_stores import PATIENCE_VARIABLE, open_files
-from chunkflow_core.signatures import LayerSignatures
-from chunkflow_core.storage import put_file
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage import chunk_servers
+from chunkflow_core.storage.clients import PATIENCE_VARIABLE, open_files
+from chunkflow_core.storage.files import put_file
+from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layers import NewLayer
+from chunkflow_core.storage.signatures import LayerSignatures
 
 KEY = "4_4_40"
 START = (-4, 10, -30)

@@ -12,10 +12,10 @@ from cloudvolume import CloudVolume
 from volume import write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.disk_files import delete_partials
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
-from chunkflow_core.storage import put_file
+from chunkflow_core.storage.disk import delete_partials
+from chunkflow_core.storage.files import put_file
 
 
 @pytest.mark.parametrize("compression", ["gzip", "br", "zstd", "none"])

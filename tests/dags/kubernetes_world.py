@@ -22,8 +22,8 @@ from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
-from chunkflow_core.storage import put_file
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.files import put_file
+from chunkflow_core.storage.layers import NewLayer
 from operators.service import Client, start
 
 ONE_BLOCK: Vector = (12, 24, 24)

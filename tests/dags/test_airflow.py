@@ -20,7 +20,7 @@ from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.stages import Workspace
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 from operators.service import ApiError
 
 pytestmark = pytest.mark.airflow

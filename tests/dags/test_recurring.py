@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.volumes import NewLayer
+from chunkflow_core.storage.layers import NewLayer
 from operators.service import ApiError
 
 pytestmark = pytest.mark.airflow

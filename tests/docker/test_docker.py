@@ -18,7 +18,7 @@ from docker.utils.build import exclude_paths
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from chunkflow_core.engines import cache
+from chunkflow_core.storage.model_files import CACHE_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -92,7 +92,7 @@ def test_the_worker_has_no_pip_cache_and_no_compiler() -> None:
 
 def test_all_that_the_worker_writes_is_in_tmp() -> None:
     variables = environment("worker")
-    for name in ("HOME", cache.VARIABLE, "NUMBA_CACHE_DIR", "MPLCONFIGDIR"):
+    for name in ("HOME", CACHE_VARIABLE, "NUMBA_CACHE_DIR", "MPLCONFIGDIR"):
         assert variables[name].startswith("/tmp"), name
 
 

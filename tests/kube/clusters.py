@@ -23,7 +23,7 @@ from double import Cluster
 from kubernetes import client, config, utils
 from nursery import shared
 
-from chunkflow_core.object_stores import open_files
+from chunkflow_core.storage.clients import open_files
 
 MOODS = Path(__file__).with_name("moods") / "sitecustomize.py"
 _IMAGE = "chunkflow:test"

@@ -43,7 +43,7 @@ from typing import Any, NoReturn
 
 PACKAGE = "chunkflow_core"
 PRELOADED = (
-    *(f"{PACKAGE}.{name}" for name in ("commands", "local", "logged", "object_stores", "stages", "verify")),
+    *(f"{PACKAGE}.{name}" for name in ("commands", "local", "logged", "stages", "storage.clients", "verify")),
     *(f"{PACKAGE}.{name}" for name in ("inference_and_donate", "receive_and_blend", "engines.identity")),
 )
 """Nothing here may start a thread, or import PyTorch, which would cost each child its memory."""

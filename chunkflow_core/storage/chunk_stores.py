@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol, TypeVar
 
-from chunkflow_core.compression import EXTENSIONS
-from chunkflow_core.disk_files import local_path
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.layer_info import LayerScale
-from chunkflow_core.storage import is_on_disk
+from chunkflow_core.storage.compression import EXTENSIONS
+from chunkflow_core.storage.disk import local_path
+from chunkflow_core.storage.files import is_on_disk
+from chunkflow_core.storage.layer_info import LayerScale
 
 _DISK_THREADS: Final = 4
 """Helps where the disk is in the network; on a local one, more would get into each other's way."""
@@ -128,7 +128,7 @@ def open_store(path: str, key: str) -> Store | None:
     """Whom to ask for the files ``key/…`` of a layer; None if there are none, or nothing is known of them."""
     if is_on_disk(path):
         return _Disk(str(local_path(path) / key))
-    from chunkflow_core.chunk_servers import open_server
+    from chunkflow_core.storage.chunk_servers import open_server
 
     return open_server(path, key)
 

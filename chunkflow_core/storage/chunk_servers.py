@@ -13,9 +13,9 @@ from cloudfiles import CloudFiles, paths
 from cloudfiles.exceptions import UnsupportedProtocolError
 from requests.adapters import HTTPAdapter
 
-from chunkflow_core.chunk_stores import CannotTell, Chunks, Found, Store, Wanted, batches, in_parallel
 from chunkflow_core.errors import SpecError
-from chunkflow_core.object_stores import located, meaning, open_files, patient
+from chunkflow_core.storage.chunk_stores import CannotTell, Chunks, Found, Store, Wanted, batches, in_parallel
+from chunkflow_core.storage.clients import located, meaning, open_files, patient
 
 _REQUESTS: Final = 16
 """At the same time."""

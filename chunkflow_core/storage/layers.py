@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -11,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.compression import CorruptFileError, compress, decompress
 from chunkflow_core.digests import short_digest
-from chunkflow_core.disk_files import PARTIAL
-from chunkflow_core.errors import DataError, MissingInputError, SpecError, StorageError
+from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.layer_info import LayerScale, layer_path, read_scale
-from chunkflow_core.layer_reader import LayerReader, cloudvolume_slices, open_layer, open_volume
-from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage import Files, open_files, put_file, storage_errors
+from chunkflow_core.storage.compression import CorruptFileError, compress, decompress
+from chunkflow_core.storage.disk import PARTIAL
+from chunkflow_core.storage.files import Files, open_files, put_file, storage_errors
+from chunkflow_core.storage.layer_info import LayerScale, layer_path, read_scale
+from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer, open_volume
 
 _CACHE = "public, max-age=3600"
 """What HTTP caches may do with storage chunks: those of a layer that is made anew are seen an hour later at the latest."""
@@ -28,13 +26,26 @@ _CACHE = "public, max-age=3600"
 class InputLayer:
     """The layer to read; voxels outside ``bounds`` are padded."""
 
-    def __init__(self, spec: VolumeSpec) -> None:
-        """Open the layer; ``MissingInputError`` if it isn't there."""
-        self.path, self.padding, self._mip = spec.input.path, spec.input.padding, spec.input.mip
-        self.scale: LayerScale = spec.input_scale
-        self.bounds = spec.input_bounds
+    def __init__(
+        self, path: str, mip: int, scale: LayerScale, bounds: Box, *, padding: str, fill_missing: bool = False
+    ) -> None:
+        """Open the layer; no request is made.
+
+        Args:
+            path: address of the layer.
+            mip: number of the scale.
+            scale: what the layer's ``info`` says of it.
+            bounds: part of the scale that is read.
+            padding: what stands outside ``bounds``: ``constant`` for zeros, ``edge``, ``reflect``.
+            fill_missing: whether storage chunks that aren't there are zeros.
+
+        Raises:
+            DataError: the voxels are no numbers.
+        """
+        self.path, self.padding, self._mip = path, padding, mip
+        self.scale, self.bounds = scale, bounds
         with storage_errors(f"opening {self.path}"):
-            self._reader = open_layer(self.path, self.scale, spec.input.mip, fill_missing=spec.input.fill_missing)
+            self._reader = open_layer(self.path, self.scale, mip, fill_missing=fill_missing)
         kind = np.dtype(self.scale.dtype).kind
         if kind not in "uif":
             raise DataError(f"{self.path}: dtype {self.scale.dtype} is not a number type")
@@ -95,12 +106,17 @@ class InputLayer:
 class OutputLayer:
     """The layer to write: whole storage chunks only."""
 
-    def __init__(self, spec: VolumeSpec) -> None:
-        """Open the layer; ``MissingInputError`` if ``prepare`` has not made it, ``SpecError`` if it does not fit."""
-        self.path, self.channels = spec.output.path, spec.output.channels
-        self.scale = check_output(spec)
-        self._compression = None if spec.output.compression == "none" else spec.output.compression
-        self._key: str = self.scale.info["scales"][0]["key"]
+    def __init__(self, path: str, scale: LayerScale, compression: str) -> None:
+        """Open the layer; no request is made.
+
+        Args:
+            path: address of the layer.
+            scale: what the layer's ``info`` says of its only scale.
+            compression: of storage chunks: ``gzip``, ``br``, ``zstd`` or ``none``.
+        """
+        self.path, self.scale = path, scale
+        self._compression = None if compression == "none" else compression
+        self._key: str = scale.info["scales"][0]["key"]
 
     @cached_property
     def _reader(self) -> LayerReader:
@@ -196,100 +212,6 @@ def layer_exists(path: str) -> bool:
         return layer_files(path).get("info") is not None
 
 
-def create_output(spec: VolumeSpec) -> None:
-    """Make the output layer: one scale, of the ROI's size, at the input's voxel size."""
-    NewLayer(
-        spec.output.path,
-        spec.grid.roi.shape,
-        dtype=spec.output.dtype,
-        resolution=spec.input_scale.resolution,
-        chunk=spec.storage_chunk,
-        offset=spec.grid.roi.start,
-        channels=spec.output.channels,
-        provenance={
-            "description": f"{spec.name}: {spec.model.engine} inference of {spec.input.path}",
-            "sources": [spec.input.path],
-            "processing": [],
-        },
-    )
-
-
-def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
-    """The output layer's scale; ``SpecError`` if the layer there has another shape than the spec says.
-
-    With ``may_grow``, one that starts where the ROI does and ends inside it will do: ``extend_output`` makes it fit.
-    """
-    scale = read_scale(spec.output.path, 0)
-    wanted: dict[str, tuple[object, object]] = {
-        "dtype": (scale.dtype, spec.output.dtype),
-        "channels": (scale.channels, spec.output.channels),
-        "chunk_size": (scale.chunk, spec.storage_chunk),
-    }
-    problems = [f"{what} {a}, the spec says {b}" for what, (a, b) in wanted.items() if a != b]
-    if scale.encoding != "raw":
-        problems.append(f"encoding {scale.encoding}, only raw is written")
-    if problems:
-        raise SpecError(
-            f"output.path: the layer at {spec.output.path} has {problems[0]}. Give another path, or delete that layer"
-        )
-    bounds, roi = scale.bounds, spec.grid.roi
-    grows = bounds.start == roi.start and bounds in roi
-    if bounds != roi and not (may_grow and grows):
-        start, stop = list(bounds.start), list(bounds.stop)
-        if grows:
-            advice = "The volume has grown: `prepare` extends the layer"
-        elif bounds.start == roi.start and roi in bounds:
-            advice = (
-                "A layer does not shrink. In Airflow, a later run has extended it: start a new run instead of clearing tasks of "
-                f"an old one. Else set roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
-            )
-        else:
-            advice = (
-                "A layer can grow at its high ends, but neither shrink nor move: set "
-                f"roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
-            )
-        raise SpecError(
-            f"output.path: the layer at {spec.output.path} has bounds {bounds}, the spec says {roi}. {advice}"
-        )
-    return scale
-
-
-def has_voxels(spec: VolumeSpec) -> bool:
-    """Whether there is a storage chunk in the output layer."""
-    folder = read_scale(spec.output.path, 0).info["scales"][0]["key"]
-    with storage_errors(f"listing {spec.output.path}"):
-        return any(True for _ in layer_files(spec.output.path).list(prefix=f"{folder}/"))
-
-
-def extend_output(spec: VolumeSpec, layer: LayerScale) -> None:
-    """Give the output layer the ROI's size, in one step; ``layer`` is what it is now.
-
-    Storage chunks that were cut short at its old ends are left: ``delete_cut_short``.
-    """
-    first, *others = layer.info["scales"]
-    info = layer.info | {"scales": [first | {"size": list(reversed(spec.grid.roi.shape))}, *others]}
-    put_file(layer_path(spec.output.path), "info", json.dumps(info, sort_keys=True, indent=2).encode())
-
-
-def delete_cut_short(spec: VolumeSpec) -> int:
-    """Delete the storage chunks that ended where the layer once did, and in whose place it has larger ones now.
-
-    Returns how many there were.
-    """
-    layer = OutputLayer(spec)
-    folder, names = layer.scale.info["scales"][0]["key"], []
-    for name in layer.stored_chunks():
-        with suppress(ValueError):  # of names that are no boxes, and of boxes that are not in the layer
-            box = Box.from_key(name)
-            corner = Box(box.start, vector(a + 1 for a in box.start)) & layer.scale.bounds
-            (chunk,) = layer.expected_chunks(corner)
-            if box != chunk and box.start == chunk.start and box in chunk:
-                names.append(f"{folder}/{name}")
-    with storage_errors(f"deleting storage chunks of {spec.output.path}"):
-        layer_files(spec.output.path).delete(names)
-    return len(names)
-
-
 class NewLayer:
     """A layer that is being made, of one scale."""
 
@@ -308,7 +230,7 @@ class NewLayer:
         """Write ``info`` and ``provenance``. Sizes in voxels, ``resolution`` in nm, all zyx."""
         from cloudvolume import CloudVolume
 
-        from chunkflow_core.object_stores import located
+        from chunkflow_core.storage.clients import located
 
         info = CloudVolume.create_new_info(
             num_channels=channels,

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from chunkflow_core.compression import CorruptFileError
-from chunkflow_core.disk_files import DiskFiles, local_path, replace_file
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, StorageError
+from chunkflow_core.storage.compression import CorruptFileError
+from chunkflow_core.storage.disk import DiskFiles, local_path, replace_file
 
 _JSON = (".json", "info", "provenance")
 """How names of such files end."""
@@ -44,7 +44,7 @@ def open_files(path: str) -> Files:
     """The files below an address; nothing is read yet."""
     if is_on_disk(path):
         return DiskFiles(path)
-    from chunkflow_core.object_stores import open_files as open_remote
+    from chunkflow_core.storage.clients import open_files as open_remote
 
     files: Files = open_remote(path)
     return files
@@ -72,7 +72,7 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
         if isinstance(error, CorruptFileError) or kind_name in _CORRUPT:
             raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
         if type(error).__module__ != "builtins":
-            from chunkflow_core.object_stores import explained, meaning
+            from chunkflow_core.storage.clients import explained, meaning
 
             if kind := meaning(error):
                 raise kind(f"{doing}: {explained(error)}") from error
@@ -98,7 +98,7 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
         if is_on_disk(path):
             replace_file(local_path(path) / name, content, compression)
             return
-        from chunkflow_core.object_stores import open_files as open_remote
+        from chunkflow_core.storage.clients import open_files as open_remote
 
         open_remote(path).put(
             name,

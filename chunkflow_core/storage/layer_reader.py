@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.compression import CorruptFileError
-from chunkflow_core.disk_files import DiskFiles
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.layer_info import LayerScale, layer_path
-from chunkflow_core.storage import MissingChunkError, is_on_disk
+from chunkflow_core.storage.compression import CorruptFileError
+from chunkflow_core.storage.disk import DiskFiles
+from chunkflow_core.storage.files import MissingChunkError, is_on_disk
+from chunkflow_core.storage.layer_info import LayerScale, layer_path
 
 if TYPE_CHECKING:
     from cloudvolume import CloudVolume
@@ -77,7 +77,7 @@ def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: boo
     """
     from cloudvolume import CloudVolume
 
-    from chunkflow_core.object_stores import located
+    from chunkflow_core.storage.clients import located
 
     return CloudVolume(
         **located(path),

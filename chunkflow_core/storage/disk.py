@@ -14,7 +14,7 @@ from pathlib import Path
 from time import time
 from typing import Any, Final, TypeVar, overload
 
-from chunkflow_core.compression import EXTENSIONS, decompress
+from chunkflow_core.storage.compression import EXTENSIONS, decompress
 
 PARTIAL = ".partial"
 """How names of files end that are being written."""

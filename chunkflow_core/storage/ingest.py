@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, UsageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.layer_info import read_info
-from chunkflow_core.storage import storage_errors
-from chunkflow_core.volumes import NewLayer, layer_exists, layer_files
+from chunkflow_core.storage.files import storage_errors
+from chunkflow_core.storage.layer_info import read_info
+from chunkflow_core.storage.layers import NewLayer, layer_exists, layer_files
 
 _T = TypeVar("_T")
 

@@ -61,7 +61,7 @@ def read_info(path: str) -> dict[str, Any]:
             text: bytes | None = (Path(path.removeprefix("file://")).expanduser() / "info").read_bytes()
         else:
             # imports that a DAG of file:// layers need not pay
-            from chunkflow_core.storage import open_files, storage_errors
+            from chunkflow_core.storage.files import open_files, storage_errors
 
             with storage_errors(f"{path}: cannot read the layer's info"):
                 text = open_files(path).get("info")

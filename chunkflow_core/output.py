@@ -1,0 +1,112 @@
+"""The output layer's life: made, checked against the spec, extended when the volume has grown."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+from chunkflow_core.errors import SpecError
+from chunkflow_core.lattice.boxes import Box, vector
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.files import put_file, storage_errors
+from chunkflow_core.storage.layer_info import LayerScale, layer_path, read_scale
+from chunkflow_core.storage.layers import NewLayer, OutputLayer, layer_files
+
+
+def open_output(spec: VolumeSpec) -> OutputLayer:
+    """The output layer; ``MissingInputError`` if ``prepare`` has not made it, ``SpecError`` if it does not fit the spec."""
+    return OutputLayer(spec.output.path, check_output(spec), spec.output.compression)
+
+
+def create_output(spec: VolumeSpec) -> None:
+    """Make the output layer: one scale, of the ROI's size, at the input's voxel size."""
+    NewLayer(
+        spec.output.path,
+        spec.grid.roi.shape,
+        dtype=spec.output.dtype,
+        resolution=spec.input_scale.resolution,
+        chunk=spec.storage_chunk,
+        offset=spec.grid.roi.start,
+        channels=spec.output.channels,
+        provenance={
+            "description": f"{spec.name}: {spec.model.engine} inference of {spec.input.path}",
+            "sources": [spec.input.path],
+            "processing": [],
+        },
+    )
+
+
+def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
+    """The output layer's scale; ``SpecError`` if the layer there has another shape than the spec says.
+
+    With ``may_grow``, one that starts where the ROI does and ends inside it will do: ``extend_output`` makes it fit.
+    """
+    scale = read_scale(spec.output.path, 0)
+    wanted: dict[str, tuple[object, object]] = {
+        "dtype": (scale.dtype, spec.output.dtype),
+        "channels": (scale.channels, spec.output.channels),
+        "chunk_size": (scale.chunk, spec.storage_chunk),
+    }
+    problems = [f"{what} {a}, the spec says {b}" for what, (a, b) in wanted.items() if a != b]
+    if scale.encoding != "raw":
+        problems.append(f"encoding {scale.encoding}, only raw is written")
+    if problems:
+        raise SpecError(
+            f"output.path: the layer at {spec.output.path} has {problems[0]}. Give another path, or delete that layer"
+        )
+    bounds, roi = scale.bounds, spec.grid.roi
+    grows = bounds.start == roi.start and bounds in roi
+    if bounds != roi and not (may_grow and grows):
+        start, stop = list(bounds.start), list(bounds.stop)
+        if grows:
+            advice = "The volume has grown: `prepare` extends the layer"
+        elif bounds.start == roi.start and roi in bounds:
+            advice = (
+                "A layer does not shrink. In Airflow, a later run has extended it: start a new run instead of clearing tasks of "
+                f"an old one. Else set roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
+            )
+        else:
+            advice = (
+                "A layer can grow at its high ends, but neither shrink nor move: set "
+                f"roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
+            )
+        raise SpecError(
+            f"output.path: the layer at {spec.output.path} has bounds {bounds}, the spec says {roi}. {advice}"
+        )
+    return scale
+
+
+def has_voxels(spec: VolumeSpec) -> bool:
+    """Whether there is a storage chunk in the output layer."""
+    folder = read_scale(spec.output.path, 0).info["scales"][0]["key"]
+    with storage_errors(f"listing {spec.output.path}"):
+        return any(True for _ in layer_files(spec.output.path).list(prefix=f"{folder}/"))
+
+
+def extend_output(spec: VolumeSpec, layer: LayerScale) -> None:
+    """Give the output layer the ROI's size, in one step; ``layer`` is what it is now.
+
+    Storage chunks that were cut short at its old ends are left: ``delete_cut_short``.
+    """
+    first, *others = layer.info["scales"]
+    info = layer.info | {"scales": [first | {"size": list(reversed(spec.grid.roi.shape))}, *others]}
+    put_file(layer_path(spec.output.path), "info", json.dumps(info, sort_keys=True, indent=2).encode())
+
+
+def delete_cut_short(spec: VolumeSpec) -> int:
+    """Delete the storage chunks that ended where the layer once did, and in whose place it has larger ones now.
+
+    Returns how many there were.
+    """
+    layer = open_output(spec)
+    folder, names = layer.scale.info["scales"][0]["key"], []
+    for name in layer.stored_chunks():
+        with suppress(ValueError):  # of names that are no boxes, and of boxes that are not in the layer
+            box = Box.from_key(name)
+            corner = Box(box.start, vector(a + 1 for a in box.start)) & layer.scale.bounds
+            (chunk,) = layer.expected_chunks(corner)
+            if box != chunk and box.start == chunk.start and box in chunk:
+                names.append(f"{folder}/{name}")
+    with storage_errors(f"deleting storage chunks of {spec.output.path}"):
+        layer_files(spec.output.path).delete(names)
+    return len(names)

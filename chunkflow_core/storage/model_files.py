@@ -1,0 +1,214 @@
+"""Model files: what one can't do without, and those at storage addresses, fetched into the cache of this machine.
+
+Layout of the cache::
+
+    models/files/<hash of address, ETag and size>/content    one object, fetched once for all processes
+    models/<hash of names and objects>/net.py …              a model with its companions, under their own names
+    <engine>/<key>                                           a model in the form that an engine has made of it
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from chunkflow_core.errors import MissingInputError, SpecError, StorageError
+from chunkflow_core.storage.files import storage_errors
+
+if TYPE_CHECKING:
+    from cloudfiles import CloudFiles
+
+CACHE_VARIABLE = "CHUNKFLOW_CACHE"
+"""Environment variable with the folder of the cache; default: ``~/.cache/chunkflow``."""
+
+MADE_BY_LOADING = ("lib", "__pycache__")
+"""What arises in the folder of a net of pznet when it is loaded; ``lib`` holds its layers, compiled for the machine."""
+
+_CONTENT: Final = "content"
+
+
+def with_companions(path: Path) -> list[Path]:
+    """A model file and the files that it can't do without; of a net of pznet, all that did not arise from loading it."""
+    if path.is_dir():
+        return sorted(f for f in path.rglob("*") if f.is_file() and f.relative_to(path).parts[0] not in MADE_BY_LOADING)
+    if path.suffix == ".py":
+        return _with_imported_siblings(path)
+    beside = {
+        ".xml": [path.with_suffix(".bin")],
+        ".onnx": sorted(path.parent.glob(f"{glob.escape(path.name)}[._]data*")),
+    }
+    return [path, *(file for file in beside.get(path.suffix.lower(), []) if file.is_file())]
+
+
+def imported_names(file: Path) -> set[str]:
+    """Names of the top-level modules and packages that a Python file imports; none if it can't be parsed."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return set()  # reported when the file is digested or loaded
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def _with_imported_siblings(path: Path) -> list[Path]:
+    """A Python file and, recursively, the files beside it that it imports; sorted, each once."""
+    found: set[Path] = set()
+    todo = [path]
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in imported_names(file):
+            base = path.parent / name
+            todo += [p for p in [base.with_suffix(".py")] if p.is_file()]
+            todo += sorted(base.rglob("*.py")) if base.is_dir() else []  # a package, with or without __init__.py
+    return sorted(found)
+
+
+@cache
+def fetch(address: str, *, folder: bool = False) -> Path:
+    """A model file, or a folder with all that is in it, on this machine; once a process.
+
+    Raises:
+        MissingInputError: there is none.
+        SpecError: the storage refuses the credentials, or the cache can't be written.
+        StorageError: the storage does not answer.
+    """
+    from chunkflow_core.storage.clients import open_files  # a second of imports that local models need not pay
+
+    address = address.rstrip("/")
+    place, _, name = (address, "", "") if folder else address.rpartition("/")
+    with storage_errors(f"fetching the model {address}"):
+        files = open_files(place)
+        objects = _folder(files, place) if folder else _file(files, place, name)
+    if not objects:
+        what = "nothing in the folder" if folder else "no model file"
+        raise MissingInputError(f"there is {what} {address} (model.path and model.weights of the spec)")
+    key = _hash(*(f"{name} {source.parent.name}" for name, source in sorted(objects.items())))
+
+    def put_together(made: Path) -> None:
+        for name, source in objects.items():
+            target = made / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(source, target)
+
+    return made_once(cache_folder("models") / key, put_together) / name
+
+
+def _folder(files: CloudFiles, place: str) -> dict[str, Path]:
+    names = [name for name in files.list() if name.partition("/")[0] not in MADE_BY_LOADING]
+    return {name: _object(files, place, name) for name in names}
+
+
+def _file(files: CloudFiles, place: str, main: str) -> dict[str, Path]:
+    """A file and its companions, by name."""
+    python = main.endswith(".py")
+    there = set(files.list(prefix="" if python else PurePosixPath(main).stem, flat=True))
+    found: dict[str, Path] = {}
+    todo = [main] if main in there else []
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = _object(files, place, name)
+            todo += _imported(files, found[name], there) if python else _beside(main, there)
+    return found
+
+
+def _imported(files: CloudFiles, source: Path, there: set[str]) -> list[str]:
+    names = imported_names(source)
+    modules = [f"{name}.py" for name in names if f"{name}.py" in there]
+    packages = [file for name in names if f"{name}/" in there for file in files.list(prefix=f"{name}/")]
+    return modules + [file for file in packages if file.endswith(".py")]
+
+
+def _beside(main: str, there: set[str]) -> list[str]:
+    suffix = PurePosixPath(main).suffix.lower()
+    if suffix == ".onnx":
+        return [name for name in there if name.startswith((f"{main}.data", f"{main}_data"))]
+    return [name for name in there if suffix == ".xml" and name == f"{PurePosixPath(main).stem}.bin"]
+
+
+def _object(files: CloudFiles, place: str, name: str) -> Path:
+    """One object in the cache; it is asked for its version, and fetched if that isn't there yet."""
+    version = _version(files, name)
+    folder = cache_folder("models") / "files" / _hash(place, name, version)
+    if not folder.is_dir():
+        content = files.get(name)
+        if content is None or _version(files, name) != version:
+            raise StorageError(f"{place}/{name} has been replaced while it was fetched; run again")
+
+        def keep(made: Path) -> None:
+            (made / _CONTENT).write_bytes(content)
+
+        made_once(folder, keep)
+    return folder / _CONTENT
+
+
+def _version(files: CloudFiles, name: str) -> str:
+    head = files.head(name)
+    return f"{head['ETag']} {head['Content-Length']}"
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
+
+
+def cache_folder(engine: str) -> Path:
+    """An engine's folder of the cache; it need not exist."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/chunkflow").expanduser() / engine
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, filled by ``make`` if it isn't there yet.
+
+    It appears whole or not at all, also if several processes make it at once or one is killed while it does: ``make``
+    gets a folder beside it, which is renamed when it is complete.
+
+    Raises:
+        SpecError: the cache can't be written.
+    """
+    if folder.is_dir():
+        return folder
+    unfinished = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    try:
+        unfinished.mkdir(parents=True)
+        make(unfinished)
+        _put_in_place(unfinished, folder)
+    except OSError as error:
+        raise SpecError(
+            f"the cache {folder.parent} can't be written: {error.strerror}; set {CACHE_VARIABLE} to another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was faster, and has made the same
+            raise
