@@ -276,8 +276,8 @@ class Ours(Row):
     @cached_property
     def workspaces(self) -> dict[str, Any]:
         """Of each layer; they share the engine."""
-        from chunkflow_core.prepare import make_output
-        from chunkflow_core.stages import Workspace
+        from chunkflow_core.steps.prepare import make_output
+        from chunkflow_core.steps.stages import Workspace
 
         if self.model["engine"] == "onnx":
             self.model = {"engine": "onnx", "path": export_onnx(self.bench)}
@@ -303,13 +303,13 @@ class Ours(Row):
 
     @staticmethod
     def _run(workspace: Any) -> int:
-        from chunkflow_core.stages import inference_and_donate
+        from chunkflow_core.steps.stages import inference_and_donate
 
         inference_and_donate(workspace, (0, 0, 0), force=True)
         return workspace.spec.grid.patches
 
     def compute(self) -> None:
-        from chunkflow_core.stages import Workspace
+        from chunkflow_core.steps.stages import Workspace
 
         workspace = Workspace(self.workspaces["volume"].spec)
         workspace.__dict__["engine"] = self.engine
@@ -341,8 +341,8 @@ class Ours(Row):
         """
         import torch
 
-        from chunkflow_core.prepare import make_output
-        from chunkflow_core.stages import Workspace
+        from chunkflow_core.steps.prepare import make_output
+        from chunkflow_core.steps.stages import Workspace
 
         spec = self.bench.spec("check", self.name, self.model, dtype="float32")
         make_output(spec)

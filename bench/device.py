@@ -36,20 +36,20 @@ from compare import INPUT_CHUNK, RESOLUTION, UNET, describe, em_like, machine, m
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from chunkflow_core.codec import decompress
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.identity import Identity
-from chunkflow_core.estimate import data_bytes
+from chunkflow_core.exchange.codec import decompress
+from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box, Vector, ceil_to, indices, vector
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.machine import available_cpus
-from chunkflow_core.prepare import prepare
-from chunkflow_core.receipts import Receipt
+from chunkflow_core.planning.estimate import data_bytes
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.steps.prepare import prepare
+from chunkflow_core.steps.stages import Workspace, inference_and_donate
 from chunkflow_core.storage.layers import NewLayer
 
 MIDDLE: Vector = (1, 1, 1)

@@ -23,11 +23,11 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.boxes import Vector, vector
-from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage.layers import NewLayer
 
 BLOCK = (112, 1152, 1152)

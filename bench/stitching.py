@@ -23,9 +23,9 @@ from pathlib import Path
 from volumes import UNET_FILES, spec_content, write_random
 
 from chunkflow_core.lattice.boxes import Vector, indices, vector
-from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.steps.prepare import make_output
+from chunkflow_core.steps.stages import Workspace, inference_and_donate
 
 PATCH: Vector = (16, 128, 128)
 OVERLAP: Vector = (4, 32, 32)

@@ -22,8 +22,8 @@ from chunkflow_core.progress import progress
 
 if TYPE_CHECKING:
     from chunkflow_core.lattice.boxes import Box, Vector
-    from chunkflow_core.planner import Plan
-    from chunkflow_core.stages import Workspace
+    from chunkflow_core.planning.planner import Plan
+    from chunkflow_core.steps.stages import Workspace
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,16 +38,16 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(
             "--repair: does just what an audit finds wrong, so --force and --check-input have no meaning with it"
         )
-    from chunkflow_core import manifest
-    from chunkflow_core.cleanup import cleanup
-    from chunkflow_core.planner import Request, plan
-    from chunkflow_core.prepare import prepare
-    from chunkflow_core.stages import Workspace
+    from chunkflow_core.planning.planner import Request, plan
+    from chunkflow_core.reports import manifest
+    from chunkflow_core.steps.cleanup import cleanup
+    from chunkflow_core.steps.prepare import prepare
+    from chunkflow_core.steps.stages import Workspace
 
     workspace, name = Workspace(spec), f"run-{uuid.uuid4().hex[:12]}"
     prepare(workspace, run=name, other=_other(options))
     if options.repair:
-        from chunkflow_core.verify import repair
+        from chunkflow_core.audit.audit import repair
 
         request = Request(blocks=repair(workspace, box=box, seams=options.seams))
     else:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run(workspace: Workspace, due: Plan, name: str, options: argparse.Namespace) -> None:
-    from chunkflow_core.local import run_here, run_in_processes
+    from chunkflow_core.steps.local import run_here, run_in_processes
 
     spec = workspace.spec
     blocks = [spec.grid.block(index) for index in due.infer]
@@ -99,8 +99,8 @@ def plan(options: argparse.Namespace) -> None:
     """Print what would run."""
     spec = spec_of(options)
     box = box_of(options, spec.grid)
-    from chunkflow_core.planner import Request, plan
-    from chunkflow_core.stages import Workspace
+    from chunkflow_core.planning.planner import Request, plan
+    from chunkflow_core.steps.stages import Workspace
 
     workspace = Workspace(spec)
     due = plan(spec, Request(box, force=options.force, check_input=options.check_input), workspace.state())
@@ -111,9 +111,9 @@ def repair(options: argparse.Namespace) -> None:
     """Undo what is wrong, and print what has to run to make it right."""
     spec = spec_of(options)
     box = box_of(options, spec.grid)
-    from chunkflow_core.planner import Request, plan
-    from chunkflow_core.stages import Workspace
-    from chunkflow_core.verify import repair
+    from chunkflow_core.audit.audit import repair
+    from chunkflow_core.planning.planner import Request, plan
+    from chunkflow_core.steps.stages import Workspace
 
     workspace = Workspace(spec)
     harmed = repair(workspace, box=box, seams=options.seams)
@@ -122,8 +122,8 @@ def repair(options: argparse.Namespace) -> None:
 
 
 def _print_plan(workspace: Workspace, due: Plan, options: argparse.Namespace) -> None:
-    from chunkflow_core import manifest
-    from chunkflow_core.estimate import SAMPLE, estimate
+    from chunkflow_core.planning.estimate import SAMPLE, estimate
+    from chunkflow_core.reports import manifest
 
     spec, exchange, grid = workspace.spec, workspace.exchange, workspace.spec.grid
     if options.run and (due.infer or due.blend):
@@ -171,8 +171,8 @@ _REASONS = {
 def prepare(options: argparse.Namespace) -> None:
     """Check everything that can be known beforehand and make the output layer."""
     spec = spec_of(options)
-    from chunkflow_core.prepare import prepare
-    from chunkflow_core.stages import Workspace
+    from chunkflow_core.steps.prepare import prepare
+    from chunkflow_core.steps.stages import Workspace
 
     trial = prepare(Workspace(spec), run=options.run, other=_other(options), once=options.once)
     if options.json:
@@ -190,7 +190,7 @@ def _other(options: argparse.Namespace) -> Literal["refuse", "overwrite", "mixtu
 def verify(options: argparse.Namespace) -> None:
     """Audit the output."""
     spec = spec_of(options)
-    from chunkflow_core.stages import Workspace
+    from chunkflow_core.steps.stages import Workspace
 
     _verify(Workspace(spec), options, box_of(options, spec.grid))
 
@@ -198,7 +198,7 @@ def verify(options: argparse.Namespace) -> None:
 def cleanup(options: argparse.Namespace) -> None:
     """Delete donations that nothing needs any more."""
     spec = spec_of(options)
-    from chunkflow_core.cleanup import cleanup
+    from chunkflow_core.steps.cleanup import cleanup
 
     number, policy = cleanup(spec), spec.exchange.donations
     kept = policy if isinstance(policy, str) else f"kept for {policy.days:g} days"
@@ -208,13 +208,13 @@ def cleanup(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Summarise what is done."""
     spec = spec_of(options)
-    from chunkflow_core.exchange import Exchange
-    from chunkflow_core.report import lines, of_run, report_of, tasks_of
+    from chunkflow_core.exchange.folder import Exchange
+    from chunkflow_core.reports.figures import lines, of_run, report_of, tasks_of
 
     if options.publish:
         if not options.run or options.picture:
             raise UsageError("--publish: needs --run, the run to be published, and draws its picture beside the output")
-        from chunkflow_core.publication import publish
+        from chunkflow_core.reports.publication import publish
 
         print(json.dumps(publish(spec, options.run)))
         return
@@ -222,7 +222,7 @@ def report(options: argparse.Namespace) -> None:
     tasks = tasks_of(spec, exchange.all_receipts())
     report = report_of(spec, exchange.path, tasks, run=options.run)
     if options.picture:
-        from chunkflow_core.report_picture import draw
+        from chunkflow_core.reports.chart import draw
 
         try:
             draw(report, of_run(tasks, options.run), options.picture)
@@ -239,8 +239,8 @@ def picture(options: argparse.Namespace) -> None:
         raise UsageError(f"--z: there is no section {options.z}; the ROI has {low} to {high - 1}")
     if file.suffix.lower() != ".png":
         raise UsageError(f"{file}: expected a name that ends in .png")
-    from chunkflow_core.picture import draw
-    from chunkflow_core.stages import Workspace
+    from chunkflow_core.reports.section import draw
+    from chunkflow_core.steps.stages import Workspace
 
     try:
         draw(Workspace(spec), file, z=options.z)
@@ -286,7 +286,7 @@ def ingest(options: argparse.Namespace) -> None:
 def _verify(
     workspace: Workspace, options: argparse.Namespace, box: Box | None, blocks: Collection[Vector] | None = None
 ) -> None:
-    from chunkflow_core.verify import verify
+    from chunkflow_core.audit.audit import verify
 
     grid = workspace.spec.grid
     audited = len(grid.blocks_touching(box or grid.roi) if blocks is None else blocks)
@@ -310,7 +310,7 @@ def _verify(
             f"{len(audit.findings)} findings"
         )
     if audit.findings:
-        from chunkflow_core.verify import advice
+        from chunkflow_core.audit.audit import advice
 
         raise DataError(advice(audit, workspace.spec))
 

@@ -20,7 +20,7 @@ from chunkflow_core.errors import ChunkflowError, DataError, UsageError
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.machine import available_cpus
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 
 Patch = NDArray[np.float32]
 

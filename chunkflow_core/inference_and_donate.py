@@ -55,7 +55,7 @@ def command(arguments: Sequence[str]) -> None:
     spec = spec_of(options)
     index = block_of(options, spec.grid)
     set_up_logging(verbose=True)
-    from chunkflow_core.stages import Workspace, inference_and_donate  # torch only once the arguments are right
+    from chunkflow_core.steps.stages import Workspace, inference_and_donate  # torch only once the arguments are right
 
     block = spec.grid.block(index)
     with progress(f"block {block.name}", block.patches, "patches") as patch_done:

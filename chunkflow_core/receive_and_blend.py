@@ -24,7 +24,10 @@ def command(arguments: Sequence[str]) -> None:
     spec = spec_of(options)
     index = block_of(options, spec.grid)
     set_up_logging(verbose=True)
-    from chunkflow_core.stages import Workspace, receive_and_blend  # heavy imports only once the arguments are right
+    from chunkflow_core.steps.stages import (  # heavy imports only once the arguments are right
+        Workspace,
+        receive_and_blend,
+    )
 
     name = spec.grid.block(index).name
     result = receive_and_blend(Workspace(spec), index, run=options.run, force=options.force)

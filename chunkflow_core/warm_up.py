@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from chunkflow_core import stages as stages  # what it imports is what takes the time
-from chunkflow_core.codec import compress, decompress
+from chunkflow_core.exchange.codec import compress, decompress
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.kernels import take_scaled
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
+from chunkflow_core.steps import stages as stages  # what it imports is what takes the time
 
 _INPUTS = (np.uint8, np.uint16, np.float32)
 """Usual dtypes of inputs; the loop for another one is loaded when it is needed."""

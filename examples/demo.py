@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from chunkflow_core.commandline import Parser, run_command
 from chunkflow_core.errors import ChunkflowError, UsageError
-from chunkflow_core.exchange import Exchange
-from chunkflow_core.report import summarise
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.reports.figures import summarise
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from operators.base import SELECT, infer_task_id
 from operators.service import Client, Service, start
 
@@ -217,7 +217,7 @@ def report_failures(client: Client, spec: VolumeSpec, run: str, state: str) -> N
 
 def show(spec: VolumeSpec, home: Path, service: Service, run: str, seconds: float) -> None:
     """Draw the picture and say where everything is."""
-    from chunkflow_core.picture import draw
+    from chunkflow_core.reports.section import draw
 
     picture = home / f"{spec.name}.png"
     draw(Workspace(spec), picture)

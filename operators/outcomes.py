@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from chunkflow_core.failures import KINDS, is_final
+from chunkflow_core.steps.failures import KINDS, is_final
 
 
 class Retry(StrEnum):

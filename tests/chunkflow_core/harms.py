@@ -12,13 +12,13 @@ import numpy as np
 from volume import files_below, write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.codec import compress, decompress
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.codec import compress, decompress
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import Stage
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.boxes import Vector
-from chunkflow_core.marks import Stage
-from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace, receive_and_blend
+from chunkflow_core.steps.stages import Workspace, receive_and_blend
 
 LAST: Vector = (1, 1, 1)
 CORE = "32-40_32-40_16-20"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from chunkflow_core import inference_and_donate, receive_and_blend
 from chunkflow_core.engines.identity import Identity
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 

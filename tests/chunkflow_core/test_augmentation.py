@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_examples import examples
 
-from chunkflow_core.augmentation import Transform, contributions
+from chunkflow_core.inference.augmentation import Transform, contributions
 
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 

@@ -9,12 +9,12 @@ import pytest
 from volume import files_below, write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.cleanup import cleanup
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.inference_and_donate import main as infer
 from chunkflow_core.receive_and_blend import main as blend
 from chunkflow_core.spec import load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.cleanup import cleanup
+from chunkflow_core.steps.stages import Workspace
 
 DAY = 86400.0
 

@@ -14,16 +14,16 @@ import pytest
 from numpy.typing import NDArray
 from volume import files_below, output_of, write_volume
 
-from chunkflow_core import donations
 from chunkflow_core.__main__ import main
-from chunkflow_core.codec import compress, decompress
 from chunkflow_core.errors import MissingInputError
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange import donations
+from chunkflow_core.exchange.codec import compress, decompress
+from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.inference_and_donate import main as infer
 from chunkflow_core.lattice.blocks import Donation
 from chunkflow_core.receive_and_blend import main as blend
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 
 RECEIVER = (1, 1, 1)
 DONOR = (0, 1, 1)

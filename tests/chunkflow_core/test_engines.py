@@ -22,8 +22,8 @@ from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, SpecError
 from chunkflow_core.inference_and_donate import main as infer
-from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import load_spec
+from chunkflow_core.steps.prepare import make_output
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # models of this form are around
 

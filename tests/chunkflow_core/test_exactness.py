@@ -19,9 +19,9 @@ from random_examples import examples
 
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.prepare import make_output
 from chunkflow_core.spec import VolumeSpec, parse_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps.prepare import make_output
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 from chunkflow_core.storage.layers import NewLayer
 
 _numbers = itertools.count()

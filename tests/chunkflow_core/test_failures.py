@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_examples import examples
 
-from chunkflow_core.failures import Failure, is_final, lines, most_telling
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.steps.failures import Failure, is_final, lines, most_telling
 
 GRID = BlockGrid(Box((0, 0, 0), (20, 48, 40)), (8, 16, 16), (2, 4, 4), (12, 24, 24), (6, 12, 12))
 """2 × 2 × 2 blocks; storage chunks that touch a margin end 6, 12, 12 voxels after a block's start."""
@@ -146,5 +146,5 @@ def test_which_ends_are_final() -> None:
 def test_nothing_heavy_is_imported(python: Callable[..., CompletedProcess[str]]) -> None:
     """What draws up a DAG imports it too."""
     heavy = {"numpy", "torch", "cloudvolume", "cloudfiles", "pydantic"}
-    outcome = python("-c", f"import chunkflow_core.failures, sys; print(sorted({heavy} & set(sys.modules)))")
+    outcome = python("-c", f"import chunkflow_core.steps.failures, sys; print(sorted({heavy} & set(sys.modules)))")
     assert outcome.stdout.strip() == "[]", outcome.stderr

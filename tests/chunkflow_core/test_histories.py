@@ -21,16 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_examples import examples
 
-from chunkflow_core import stages
-from chunkflow_core.cleanup import cleanup
+from chunkflow_core.audit.audit import verify
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.lattice.boxes import Box, vector
-from chunkflow_core.local import run_here
-from chunkflow_core.planner import Plan, Request, plan
-from chunkflow_core.prepare import prepare
-from chunkflow_core.stages import Workspace
+from chunkflow_core.planning.planner import Plan, Request, plan
+from chunkflow_core.steps import stages
+from chunkflow_core.steps.cleanup import cleanup
+from chunkflow_core.steps.local import run_here
+from chunkflow_core.steps.prepare import prepare
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage import disk
-from chunkflow_core.verify import verify
 
 DAY = 86400.0
 

@@ -11,9 +11,9 @@ import pytest
 from volume import files_below, write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.inference_and_donate import main as infer
-from chunkflow_core.marks import Stage
 from chunkflow_core.receive_and_blend import main as blend
 from chunkflow_core.spec import load_spec
 

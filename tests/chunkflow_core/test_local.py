@@ -20,13 +20,13 @@ from random_examples import examples
 from volume import output_of, spec_content
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.failures import BlocksFailedError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.local import Schedule, Task, run_here, run_in_processes
-from chunkflow_core.planner import Plan, Request, plan
+from chunkflow_core.planning.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.failures import BlocksFailedError
+from chunkflow_core.steps.local import Schedule, Task, run_here, run_in_processes
+from chunkflow_core.steps.stages import Workspace
 
 MakeSpec = Callable[..., Path]
 Command = Callable[..., CompletedProcess[str]]

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from cloudvolume import CloudVolume
 
-from chunkflow_core import manifest, provenance
-from chunkflow_core.marks import STAGES
-from chunkflow_core.prepare import Other, prepare
-from chunkflow_core.receipts import Receipt
+from chunkflow_core.exchange.marks import STAGES
+from chunkflow_core.exchange.receipts import Receipt
+from chunkflow_core.reports import manifest
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps import provenance
+from chunkflow_core.steps.prepare import Other, prepare
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 
 MakeSpec = Callable[..., Path]
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from random_examples import examples
 
 from chunkflow_core.errors import DataError, MissingInputError, SpecError
+from chunkflow_core.inference.mask import Mask
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.mask import Mask
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.storage.layers import NewLayer
 

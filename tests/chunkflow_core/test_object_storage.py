@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
 from volume import output_of
 
-from chunkflow_core import manifest
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.output import open_output
+from chunkflow_core.reports import manifest
 from chunkflow_core.spec import load_spec, parse_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps.output import open_output
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 from chunkflow_core.storage.clients import located, open_files
 from chunkflow_core.storage.files import put_file, storage_errors
 from chunkflow_core.storage.layers import NewLayer

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from volume import output_of, write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.content import Content
-from chunkflow_core.device import DeviceSlab
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
-from chunkflow_core.inference import ChunkInference, read_ahead
+from chunkflow_core.inference.block import ChunkInference, read_ahead
+from chunkflow_core.inference.content import Content
+from chunkflow_core.inference.on_gpu import DeviceSlab
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace, inference_and_donate
+from chunkflow_core.steps.stages import Workspace, inference_and_donate
 from chunkflow_core.storage.layers import NewLayer
 from chunkflow_core.timing import Timings
 
@@ -250,7 +250,7 @@ def test_kernels_run_where_nothing_can_be_cached() -> None:
 import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []
 import numpy as np
-from chunkflow_core.codec import compress, decompress
+from chunkflow_core.exchange.codec import compress, decompress
 sums = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
 assert (decompress(compress(sums), 1, (2, 3, 4)) == sums).all()
 """

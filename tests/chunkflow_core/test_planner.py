@@ -17,15 +17,15 @@ from random_examples import examples
 from volume import CHUNK, files_below, write_layer, write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import STAGES, InferenceMark, Stage, given_places, parse_mark, receiver_at, slot
 from chunkflow_core.inference_and_donate import main as infer_command
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.local import Schedule
-from chunkflow_core.marks import STAGES, InferenceMark, Stage, given_places, parse_mark, receiver_at, slot
-from chunkflow_core.planner import Plan, Request, plan
+from chunkflow_core.planning.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps.local import Schedule
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import open_volume
 from chunkflow_core.storage.layers import OutputLayer

@@ -13,17 +13,17 @@ import pytest
 from cloudvolume import CloudVolume
 from volume import files_below, output_of, spec_content
 
-from chunkflow_core import provenance
 from chunkflow_core.__main__ import main
 from chunkflow_core.errors import DataError, SpecError, StorageError
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.marks import Stage
-from chunkflow_core.output import check_output, extend_output, open_output
-from chunkflow_core.prepare import Other, prepare
-from chunkflow_core.provenance import History
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps import provenance
+from chunkflow_core.steps.output import check_output, extend_output, open_output
+from chunkflow_core.steps.prepare import Other, prepare
+from chunkflow_core.steps.provenance import History
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 from chunkflow_core.storage.layers import NewLayer, OutputLayer
 
 MakeSpec = Callable[..., Path]
@@ -267,8 +267,8 @@ def test_model_is_tried_once(
     prepared(path, once=True)
     assert capsys.readouterr().out == "loaded\n"
     program = (
-        "import sys; from chunkflow_core.spec import load_spec; from chunkflow_core.stages import Workspace;"
-        "from chunkflow_core.prepare import prepare;"
+        "import sys; from chunkflow_core.spec import load_spec; from chunkflow_core.steps.stages import Workspace;"
+        "from chunkflow_core.steps.prepare import prepare;"
         f"trial = prepare(Workspace(load_spec({str(path)!r})), once=True);"
         "print(trial.seconds > 0, 'torch' in sys.modules)"
     )

@@ -22,10 +22,10 @@ from harms import (
 )
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.local import run_here
-from chunkflow_core.planner import Plan, Request, plan
-from chunkflow_core.stages import Workspace
-from chunkflow_core.verify import repair, verify
+from chunkflow_core.audit.audit import repair, verify
+from chunkflow_core.planning.planner import Plan, Request, plan
+from chunkflow_core.steps.local import run_here
+from chunkflow_core.steps.stages import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_harm_is_mended(volume: Volume, harm: Harm, caplog: pytest.LogCaptureF
     allowed = volume.chunks_of(*harm.rewritten)
     harm.do(volume)
     before = volume.written()
-    caplog.set_level(logging.INFO, "chunkflow_core.verify")
+    caplog.set_level(logging.INFO, "chunkflow_core.audit.audit")
 
     due = mend(volume, seams=harm.seams)
 
@@ -122,8 +122,8 @@ def test_a_repair_that_was_interrupted(volume: Volume, lines: int, caplog: pytes
     """What it has undone is due for the next run, whether that repairs or not; a second repair does all that is left."""
     for harm in (core_voxel_flipped, frame_chunk_lost, donation_cut_off, stray_chunks, receipts_that_disagree):
         harm(volume)
-    logger, interruption = logging.getLogger("chunkflow_core.verify"), Interruption(lines)
-    caplog.set_level(logging.INFO, "chunkflow_core.verify")
+    logger, interruption = logging.getLogger("chunkflow_core.audit.audit"), Interruption(lines)
+    caplog.set_level(logging.INFO, "chunkflow_core.audit.audit")
     logger.addHandler(interruption)
     try:
         with pytest.raises(KeyboardInterrupt):

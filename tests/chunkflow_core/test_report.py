@@ -18,11 +18,11 @@ from PIL import Image, ImageColor
 from volume import SHAPE, spec_content
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.exchange import Exchange
-from chunkflow_core.marks import STAGES
-from chunkflow_core.receipts import Receipt
-from chunkflow_core.report import Task, duration, metric, report_of, tasks_of
-from chunkflow_core.report_picture import BLEND, FORWARD, INFER, draw
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import STAGES
+from chunkflow_core.exchange.receipts import Receipt
+from chunkflow_core.reports.chart import BLEND, FORWARD, INFER, draw
+from chunkflow_core.reports.figures import Task, duration, metric, report_of, tasks_of
 from chunkflow_core.spec import load_spec
 
 MakeSpec = Callable[..., Path]

@@ -13,7 +13,7 @@ from volume import write_volume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.spec import load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage.disk import delete_partials
 from chunkflow_core.storage.files import put_file
 

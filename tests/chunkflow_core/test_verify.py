@@ -12,14 +12,14 @@ from harms import CORE, HARMS, LAST, Harm, Volume, core_chunk_lost, core_voxel_f
 from volume import write_volume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.audit import StoredAudit
+from chunkflow_core.audit.audit import repair, verify
+from chunkflow_core.audit.findings import Audit, Finding, advice
+from chunkflow_core.audit.seams import windows
+from chunkflow_core.audit.stored import StoredAudit
 from chunkflow_core.errors import SpecError
-from chunkflow_core.findings import Audit, Finding, advice
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.seams import windows
 from chunkflow_core.spec import load_spec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
-from chunkflow_core.verify import repair, verify
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage.layers import NewLayer
 
 SHAPE = (20, 48, 40)

@@ -21,7 +21,7 @@ from volume import SHAPE
 from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage.files import put_file
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import Client, start

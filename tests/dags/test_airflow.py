@@ -19,7 +19,7 @@ from cloudvolume import CloudVolume
 from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import ApiError
 

@@ -43,7 +43,10 @@ from typing import Any, NoReturn
 
 PACKAGE = "chunkflow_core"
 PRELOADED = (
-    *(f"{PACKAGE}.{name}" for name in ("commands", "local", "logged", "stages", "storage.clients", "verify")),
+    *(
+        f"{PACKAGE}.{name}"
+        for name in ("audit.audit", "commands", "logged", "steps.local", "steps.stages", "storage.clients")
+    ),
     *(f"{PACKAGE}.{name}" for name in ("inference_and_donate", "receive_and_blend", "engines.identity")),
 )
 """Nothing here may start a thread, or import PyTorch, which would cost each child its memory."""

@@ -252,7 +252,7 @@ def test_a_manifest_depends_on_nothing_but_its_arguments(tmp_path: Path) -> None
 
 
 def test_the_container_runs_the_command_with_the_callers_words() -> None:
-    words = ["--log", "s3://b/$(HOME)/x", "--", "chunkflow_core.prepare", "env:CHUNKFLOW_SPEC", "$$", "5$"]
+    words = ["--log", "s3://b/$(HOME)/x", "--", "chunkflow_core.steps.prepare", "env:CHUNKFLOW_SPEC", "$$", "5$"]
     manifest = build(make_runner(image_pull_policy="Always"), arguments=words, environment={"CHUNKFLOW_SPEC": "$(A) $"})
     container = base_of(manifest)
     assert (container["name"], container["image"], container["imagePullPolicy"]) == ("base", "lab/worker:1", "Always")

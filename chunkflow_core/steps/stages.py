@@ -15,26 +15,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.codec import compress, decompress
-from chunkflow_core.content import Content
 from chunkflow_core.digests import short_digest
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
-from chunkflow_core.exchange import Exchange
-from chunkflow_core.inference import ChunkInference, Sums
-from chunkflow_core.inputs import Inputs
+from chunkflow_core.exchange.codec import compress, decompress
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt
+from chunkflow_core.inference.block import ChunkInference, Sums
+from chunkflow_core.inference.content import Content
+from chunkflow_core.inference.mask import Mask, MaskWindow
 from chunkflow_core.lattice.blocks import Block, Donation, Piece
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.slab import convert
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.machine import peak_memory
-from chunkflow_core.mask import Mask, MaskWindow
-from chunkflow_core.output import open_output
-from chunkflow_core.provenance import check_claim
-from chunkflow_core.receipts import DonationEntry, Receipt
+from chunkflow_core.planning.inputs import Inputs
+from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.state import ExchangeState
+from chunkflow_core.steps.output import open_output
+from chunkflow_core.steps.provenance import check_claim
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 from chunkflow_core.timing import Timings
 

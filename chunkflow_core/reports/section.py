@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, vector
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 
 MAX_SIDE = 2048
 """Voxels shown at most along an axis, from the ROI's start."""

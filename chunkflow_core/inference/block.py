@@ -22,15 +22,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.content import Content
 from chunkflow_core.engines.base import Engine
+from chunkflow_core.inference.content import Content
+from chunkflow_core.inference.mask import Mask
+from chunkflow_core.inference.on_cpu import Streams
+from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.lattice.blocks import Block, Piece
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab
-from chunkflow_core.mask import Mask
-from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.streams import Streams
 from chunkflow_core.timing import Timings
 
 
@@ -205,7 +205,7 @@ class ChunkInference:
         if idle or self.patches.engine.device is None:
             streams = 1 if idle else self.patches.engine.streams
             return Streams(self.patches, block, timings, patch_done, streams)
-        from chunkflow_core.device import OnDevice  # torch, which takes seconds to import, is there already
+        from chunkflow_core.inference.on_gpu import OnDevice  # torch, which takes seconds to import, is there already
 
         return OnDevice(self.patches, block, timings, patch_done)
 

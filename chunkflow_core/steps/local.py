@@ -24,15 +24,15 @@ from typing import Self
 from tqdm import tqdm
 
 from chunkflow_core.errors import ChunkflowError, StorageError
-from chunkflow_core.failures import KINDS, BlocksFailedError, Failure, lines, most_telling
+from chunkflow_core.exchange.marks import Stage
+from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.machine import CPUS_VARIABLE, available_cpus, share_one_heap
-from chunkflow_core.marks import Stage
-from chunkflow_core.planner import Plan
-from chunkflow_core.receipts import Receipt
+from chunkflow_core.planning.planner import Plan
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps.failures import KINDS, BlocksFailedError, Failure, lines, most_telling
+from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _start_warm_parent(spec: VolumeSpec) -> None:
     So a worker starts in milliseconds. No module that is imported here may leave a thread running, open a connection or
     touch a GPU, which no forked process could use; the threads that OpenBLAS has for numpy end before each fork.
     """
-    modules = ["chunkflow_core.__main__", "chunkflow_core.stages", f"chunkflow_core.engines.{spec.model.engine}"]
+    modules = ["chunkflow_core.__main__", "chunkflow_core.steps.stages", f"chunkflow_core.engines.{spec.model.engine}"]
     multiprocessing.set_forkserver_preload(modules)
     resource_tracker.ensure_running()  # which lets interrupts in when it starts
     with _interrupts_held_back():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.planner import Done
+from chunkflow_core.planning.planner import Done
+from chunkflow_core.planning.state import ExchangeReceipts
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.state import ExchangeReceipts
 from chunkflow_core.storage.disk import delete_partials
 from chunkflow_core.storage.files import is_on_disk
 from chunkflow_core.storage.layer_info import layer_path

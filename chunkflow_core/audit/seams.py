@@ -10,15 +10,15 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.audit import StoredAudit
-from chunkflow_core.codec import decompress
+from chunkflow_core.audit.findings import Audit
+from chunkflow_core.audit.stored import StoredAudit
 from chunkflow_core.errors import MissingInputError, SpecError, StorageError
-from chunkflow_core.findings import Audit
+from chunkflow_core.exchange.codec import decompress
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab, convert
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.timing import Timings
 
 log = logging.getLogger(__name__)

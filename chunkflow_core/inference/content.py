@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.digests import short_digest
-from chunkflow_core.mask import MaskWindow
+from chunkflow_core.inference.mask import MaskWindow
 
 
 class Content:

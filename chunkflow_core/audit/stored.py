@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import cast
 
+from chunkflow_core.audit.findings import Audit, Kind
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.exchange import group_of
-from chunkflow_core.findings import Audit, Kind
+from chunkflow_core.exchange.folder import group_of
+from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.blocks import Block, Donation
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
-from chunkflow_core.planner import Done
-from chunkflow_core.receipts import DonationEntry, Receipt
-from chunkflow_core.stages import Workspace
+from chunkflow_core.planning.planner import Done
+from chunkflow_core.steps.stages import Workspace
 
 _READERS = 16
 """Storage chunks and donations read at a time."""

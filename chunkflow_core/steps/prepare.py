@@ -6,13 +6,13 @@ import logging
 from typing import Literal
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.exchange import Exchange, Trial
+from chunkflow_core.exchange.folder import Exchange, Trial
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.machine import peak_memory
-from chunkflow_core.output import check_output, create_output, delete_cut_short, extend_output, has_voxels
-from chunkflow_core.provenance import History, Mode
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.output import check_output, create_output, delete_cut_short, extend_output, has_voxels
+from chunkflow_core.steps.provenance import History, Mode
+from chunkflow_core.steps.stages import Workspace
 from chunkflow_core.storage.layer_info import LayerScale
 from chunkflow_core.storage.layers import layer_exists
 

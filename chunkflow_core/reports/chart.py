@@ -19,8 +19,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from chunkflow_core.errors import MissingInputError
-from chunkflow_core.marks import STAGES, Stage
-from chunkflow_core.report import Report, Task, busy_stretches, duration, metric, percent, phases_of, remedy, unit_of
+from chunkflow_core.exchange.marks import STAGES, Stage
+from chunkflow_core.reports.figures import (
+    Report,
+    Task,
+    busy_stretches,
+    duration,
+    metric,
+    percent,
+    phases_of,
+    remedy,
+    unit_of,
+)
 
 FORWARD, INFER, BLEND = "#1f5fa8", "#a6c8ec", "#e8871e"
 """Colours of the forward passes, the rest of inference tasks, and blending tasks."""

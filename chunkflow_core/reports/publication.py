@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chunkflow_core import manifest
-from chunkflow_core.exchange import Exchange
-from chunkflow_core.report import of_run, report_of, tasks_of
-from chunkflow_core.report_picture import draw
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.reports import manifest
+from chunkflow_core.reports.chart import draw
+from chunkflow_core.reports.figures import of_run, report_of, tasks_of
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.files import put_file
 from chunkflow_core.storage.layer_info import layer_path

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.augmentation import Transform, contributions
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
+from chunkflow_core.inference.augmentation import Transform, contributions
+from chunkflow_core.inference.mask import Mask
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.kernels import take_scaled
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
-from chunkflow_core.mask import Mask
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.timing import Timings
 

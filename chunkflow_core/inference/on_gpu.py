@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkflow_core.augmentation import Transform
+from chunkflow_core.inference.augmentation import Transform
+from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.lattice.blocks import Block, BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight
-from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.timing import Timings
 
 Job = tuple[Vector, Transform]

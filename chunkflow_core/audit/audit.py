@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator
 
-from chunkflow_core.audit import StoredAudit
-from chunkflow_core.findings import Audit, Finding, Kind
-from chunkflow_core.findings import advice as advice
+from chunkflow_core.audit.findings import Audit, Finding, Kind
+from chunkflow_core.audit.findings import advice as advice
+from chunkflow_core.audit.seams import check_window, gives_wrong_sums, windows
+from chunkflow_core.audit.stored import StoredAudit
+from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.marks import Stage
 from chunkflow_core.progress import progress
-from chunkflow_core.provenance import History, check_claim
-from chunkflow_core.seams import check_window, gives_wrong_sums, windows
-from chunkflow_core.stages import Workspace
+from chunkflow_core.steps.provenance import History, check_claim
+from chunkflow_core.steps.stages import Workspace
 
 log = logging.getLogger(__name__)
 

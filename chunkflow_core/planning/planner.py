@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, consumed_digest, slot
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.marks import BlendingMark, InferenceMark, consumed_digest, slot
 from chunkflow_core.spec import VolumeSpec
 
 Reason = Literal["new", "input", "forced", "donations"]

@@ -6,11 +6,11 @@ from collections.abc import Collection
 from functools import cached_property
 
 from chunkflow_core.digests import short_digest
-from chunkflow_core.exchange import Exchange
-from chunkflow_core.inference import ChunkInference
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.receipts import Receipt
+from chunkflow_core.inference.block import ChunkInference
+from chunkflow_core.inference.mask import Mask
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.mask import Mask
-from chunkflow_core.receipts import Receipt
 from chunkflow_core.storage.layers import InputLayer
 from chunkflow_core.storage.signatures import LayerSignatures
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
-from chunkflow_core.exchange import Exchange
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import STAGES, Stage
+from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import Block
-from chunkflow_core.marks import STAGES, Stage
-from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec
 
 N = TypeVar("N", int, float)

@@ -24,12 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
-from chunkflow_core import donations, receipts
 from chunkflow_core.errors import DataError, MissingInputError
+from chunkflow_core.exchange import donations, receipts
+from chunkflow_core.exchange.marks import STAGES, Mark, Stage, merged, parse_mark
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.blocks import Donation
 from chunkflow_core.lattice.boxes import Box, Vector, ceil_to, indices, vector
-from chunkflow_core.marks import STAGES, Mark, Stage, merged, parse_mark
-from chunkflow_core.receipts import DonationEntry, Receipt
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.disk import PARTIAL
 from chunkflow_core.storage.files import open_files, put_file, storage_errors

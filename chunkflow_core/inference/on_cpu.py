@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.slab import Slab
-from chunkflow_core.patches import Patches, Planes
 from chunkflow_core.timing import Timings
 
 

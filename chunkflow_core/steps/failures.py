@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from chunkflow_core.errors import ChunkflowError, StorageError
+from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
-from chunkflow_core.marks import Stage
 
 KINDS = {
     0: "done",

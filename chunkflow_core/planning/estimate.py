@@ -10,11 +10,11 @@ from statistics import median
 
 import numpy as np
 
-from chunkflow_core.exchange import Trial
+from chunkflow_core.exchange.folder import Trial
+from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import AxisBlock, Block
 from chunkflow_core.lattice.weights import strips
-from chunkflow_core.planner import Plan
-from chunkflow_core.receipts import Receipt
+from chunkflow_core.planning.planner import Plan
 from chunkflow_core.spec import VolumeSpec
 
 SAMPLE = 64

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Set
 from typing import cast
 
-from chunkflow_core.exchange import Exchange, group_of
-from chunkflow_core.inputs import Inputs
+from chunkflow_core.exchange.folder import Exchange, group_of
+from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.marks import BlendingMark, InferenceMark, Mark, Stage
+from chunkflow_core.planning.inputs import Inputs
 from chunkflow_core.progress import progress
 
 

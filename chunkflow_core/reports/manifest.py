@@ -18,11 +18,11 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from chunkflow_core.exchange.marks import STAGES, Stage
+from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.boxes import Box, Vector
-from chunkflow_core.marks import STAGES, Stage
-from chunkflow_core.provenance import History, digests, now, spec_record, user
-from chunkflow_core.receipts import Receipt
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.steps.provenance import History, digests, now, spec_record, user
 from chunkflow_core.storage.files import put_file, storage_errors
 from chunkflow_core.storage.layer_info import layer_path
 from chunkflow_core.storage.layers import layer_files

@@ -1,0 +1,1 @@
+"""What blocks leave for each other in shared storage: donations, and receipts that say what is done."""
