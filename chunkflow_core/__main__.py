@@ -23,7 +23,7 @@ from chunkflow_core.commandline import (
     run_command,
     set_up_logging,
 )
-from chunkflow_core.spec import check_storage_path
+from chunkflow_core.spec.sections import check_storage_path
 
 
 def command(arguments: Sequence[str]) -> None:

@@ -24,8 +24,8 @@ from airflow.sdk.exceptions import AirflowException
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
-from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.spec.runner import KubernetesRunner
 from operators.base import PREPARE, SELECT, blend_task_id, infer_task_id
 from operators.ending import SummaryOperator, notifier_of
 from operators.form import form_of

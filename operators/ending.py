@@ -13,8 +13,8 @@ from airflow.sdk.exceptions import AirflowFailException
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector, vector
-from chunkflow_core.schedule_spec import NotifySpec
 from chunkflow_core.spec import load_spec
+from chunkflow_core.spec.schedule import NotifySpec
 from chunkflow_core.steps.failures import Failure, lines
 from operators.base import FAILURE, SELECT, settings_of
 

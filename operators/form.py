@@ -10,8 +10,8 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import AXES
-from chunkflow_core.runner_spec import KubernetesRunner, Spot
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.spec.runner import KubernetesRunner, Spot
 
 BOX_PARAMS = ("z_start", "y_start", "x_start", "z_stop", "y_stop", "x_stop")
 """Names of the run parameters that make the bounding box, in voxels; None stands for the ROI's end."""

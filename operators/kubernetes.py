@@ -28,9 +28,9 @@ from kubernetes.client import V1ObjectMeta, V1Pod
 
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.logged import log_url, read_log
-from chunkflow_core.runner_spec import KubernetesRunner, PodResources, parse_memory
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.spec_transport import check_transportable, to_environment
+from chunkflow_core.spec.runner import KubernetesRunner, PodResources, parse_memory
+from chunkflow_core.spec.transport import check_transportable, to_environment
 from operators import base
 from operators.form import RUNNER_PARAMS
 from operators.orphans import AIRFLOW_LABEL, TASK_ANNOTATIONS, airflow_label

@@ -15,7 +15,7 @@ from typing import Any
 
 from chunkflow_core.commandline import add_spec_arguments, spec_of
 from chunkflow_core.errors import SpecError, StorageError, UsageError
-from chunkflow_core.runner_spec import KubernetesRunner
+from chunkflow_core.spec.runner import KubernetesRunner
 
 MANAGED = "app.kubernetes.io/managed-by=chunkflow"
 """Label selector of all pods of ours."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chunkflow_core.runner_spec import PodResources
+from chunkflow_core.spec.runner import PodResources
 from operators.pod_template import without_nulls
 
 Json = dict[str, Any]

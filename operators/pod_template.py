@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.runner_spec import KubernetesRunner
-from chunkflow_core.yaml_text import parse_yaml, problem_in_yaml
+from chunkflow_core.spec.runner import KubernetesRunner
+from chunkflow_core.spec.yaml_text import parse_yaml, problem_in_yaml
 from operators.kubernetes_models import problems
 from operators.pod_ends import BASE
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Vector
-from chunkflow_core.runner_spec import OWN_LABELS, KubernetesRunner, PodResources, PodVolume
+from chunkflow_core.spec.runner import OWN_LABELS, KubernetesRunner, PodResources, PodVolume
 from operators.kubernetes_models import problems
 from operators.pod_ends import BASE
 from operators.pod_placement import placement

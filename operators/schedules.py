@@ -10,8 +10,8 @@ from airflow.sdk import Asset, AssetAny, AssetOrTimeSchedule, CronTriggerTimetab
 from airflow.sdk.exceptions import AirflowException
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.schedule_spec import INPUT, ScheduleSpec
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.spec.schedule import INPUT, ScheduleSpec
 
 _NOT_OF_A_PATH = str.maketrans({"?": "%3F", "#": "%23"})
 """What Airflow would take for a query or a fragment, and drop."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from airflow.sdk import DAG
 
 from chunkflow_core.errors import ChunkflowError
-from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import load_spec
+from chunkflow_core.spec.runner import KubernetesRunner
 from operators.dag import volume_dag
 
 

@@ -15,12 +15,12 @@ def test_an_import_upwards_and_a_module_without_a_place_are_refused(tmp_path: Pa
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "setup.cfg", tmp_path)
     with (tmp_path / "chunkflow_core/lattice/boxes.py").open("a") as module:
-        module.write("import chunkflow_core.yaml_text\n")
+        module.write("import chunkflow_core.spec.yaml_text\n")
     (tmp_path / "chunkflow_core/homeless.py").touch()
 
     linter = Path(sys.executable).parent / "lint-imports"
     outcome = subprocess.run([linter, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert outcome.returncode == 1, outcome.stderr
-    assert "chunkflow_core.lattice.boxes -> chunkflow_core.yaml_text" in outcome.stdout
+    assert "chunkflow_core.lattice.boxes -> chunkflow_core.spec.yaml_text" in outcome.stdout
     assert "chunkflow_core.homeless" in outcome.stdout

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.runner_spec import KubernetesRunner, LocalRunner, PodResources, PodVolume, parse_memory
 from chunkflow_core.spec import load_spec
+from chunkflow_core.spec.runner import KubernetesRunner, LocalRunner, PodResources, PodVolume, parse_memory
 
 MakeSpec = Callable[..., Path]
 Command = Callable[..., Any]

@@ -15,8 +15,8 @@ import yaml
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.schedule_spec import ScheduleSpec
 from chunkflow_core.spec import load_spec
+from chunkflow_core.spec.schedule import ScheduleSpec
 
 MakeSpec = Callable[..., Path]
 Command = Callable[..., Any]

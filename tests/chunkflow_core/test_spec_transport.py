@@ -20,7 +20,7 @@ from random_examples import examples
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.spec_transport import SPEC_VARIABLE, check_transportable, to_environment
+from chunkflow_core.spec.transport import SPEC_VARIABLE, check_transportable, to_environment
 
 MakeSpec = Callable[..., Path]
 

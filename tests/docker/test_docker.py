@@ -136,7 +136,7 @@ def test_only_what_is_copied_reaches_the_builder(checkout: Path) -> None:
         if file.is_file() and not {"__pycache__", "volumes"} & set(file.parts)
     }
     assert sent == wanted
-    assert {"chunkflow_core/spec.py", "chunkflow_core/py.typed", "operators/dag.py", "setup.cfg"} < sent
+    assert {"chunkflow_core/spec/volume.py", "chunkflow_core/py.typed", "operators/dag.py", "setup.cfg"} < sent
 
 
 def test_every_source_of_a_copy_exists() -> None:

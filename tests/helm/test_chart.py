@@ -17,8 +17,8 @@ import yaml
 from cloudfiles.paths import extract
 
 from chunkflow_core.lattice.boxes import vector
-from chunkflow_core.runner_spec import KubernetesRunner
 from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.spec.runner import KubernetesRunner
 from operators.pods import own_labels
 
 from .conftest import CHART, ROOT, Helm, Render, find_helm

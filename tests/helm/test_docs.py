@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from chunkflow_core.runner_spec import KubernetesRunner, PodResources, PodVolume
 from chunkflow_core.spec import load_spec
+from chunkflow_core.spec.runner import KubernetesRunner, PodResources, PodVolume
 from operators.pods import check_runner, own_labels, pod_manifest
 
 from .conftest import AIRFLOW_VALUES, CHART, OFFICIAL, ROOT, Helm, Render

@@ -21,7 +21,7 @@ from airflow.providers.cncf.kubernetes.pod_generator import PodGenerator
 from kubernetes.client import ApiClient
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.runner_spec import KubernetesRunner
+from chunkflow_core.spec.runner import KubernetesRunner
 from operators.pods import check_runner, own_labels, pod_manifest, pod_name
 
 Json = dict[str, Any]
@@ -725,7 +725,7 @@ def test_a_check_takes_few_milliseconds(tmp_path: Path) -> None:
 def test_without_raw_objects_the_client_is_not_imported() -> None:
     program = """
 import sys
-from chunkflow_core.runner_spec import KubernetesRunner
+from chunkflow_core.spec.runner import KubernetesRunner
 from operators.pods import check_runner
 check_runner(KubernetesRunner(kind="kubernetes", image="a"), ".")
 print(sorted({"kubernetes", "airflow", "torch"} & set(sys.modules)))

@@ -17,12 +17,10 @@ import re
 import zlib
 from collections.abc import Iterator
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chunkflow_core.errors import SpecError
-
-if TYPE_CHECKING:
-    from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.spec.volume import VolumeSpec
 
 SPEC_VARIABLE = "CHUNKFLOW_SPEC"
 FROM_ENVIRONMENT = "env:"

@@ -1,0 +1,140 @@
+"""A spec from its YAML file or from environment variables; errors name file, key, value and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from chunkflow_core.errors import SpecError
+from chunkflow_core.spec.runner import RUNNERS
+from chunkflow_core.spec.transport import FROM_ENVIRONMENT, check_transportable, from_environment
+from chunkflow_core.spec.volume import VolumeSpec
+from chunkflow_core.spec.yaml_text import parse_yaml, problem_in_yaml
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
+    """Read a spec file.
+
+    Args:
+        path: YAML file; values may contain ``${ENVIRONMENT_VARIABLE}``. Or ``env:CHUNKFLOW_SPEC``: what
+            ``transport.to_environment`` gave, in which they have been replaced already.
+        overrides: ``key.sub=value`` texts, the value in YAML; they replace what the file says.
+
+    Raises:
+        SpecError: naming file, key, value and what was expected.
+    """
+    if str(path).startswith(FROM_ENVIRONMENT):
+        return _load_from_environment(str(path), overrides)
+    path = Path(path)
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot read the volume spec: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid YAML: {problem_in_yaml(error)}") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: expected keys and values (name, input, output, …), got {data!r:.60}")
+    for override in overrides:
+        _apply(data, override)
+    return parse_spec(_substitute(data, str(path)), source=str(path), folder=str(path.resolve().parent))
+
+
+def _load_from_environment(source: str, overrides: Iterable[str]) -> VolumeSpec:
+    data = from_environment(source.removeprefix(FROM_ENVIRONMENT))
+    for override in overrides:
+        _apply(data, override)
+    spec = parse_spec(data, source=source)
+    check_transportable(spec, source=source)
+    return spec
+
+
+def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".") -> VolumeSpec:
+    """Validate the content of a spec; ``SpecError`` as in ``load_spec``, ``source`` naming where it came from."""
+    if "folder" in data:
+        raise SpecError(f"{source}: folder: unknown key")
+    try:
+        return VolumeSpec.model_validate({**data, "folder": folder})
+    except ValidationError as error:
+        raise SpecError("\n".join(f"{source}: {line}" for line in map(_explain, error.errors()))) from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"--set {override}: expected key=value, such as model.threads=2")
+    try:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, UnicodeEncodeError) as error:  # the latter: bytes of a command line that are no text
+        value = text  # such as @daily or */5 * * * *, which in YAML would need quotes
+        if text.startswith(("[", "{", '"', "'")):
+            raise SpecError(f"--set {override}: the value is not valid YAML: {problem_in_yaml(error)}") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:  # not there, or a section without keys
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise SpecError(f"--set {override}: {parent} is a value, it has no keys below it")
+    data[last] = value
+
+
+def _substitute(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _substitute(v, f"{where}: {k}" if ": " not in where else f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list):
+        return [_substitute(v, where) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise SpecError(f"{where}: {value}: the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors: key, value, what was expected."""
+    location = [str(part) for part in error["loc"] if part not in ("int", "str")]
+    kind = location.pop(1) if location[:1] == ["runner"] and len(location) > 1 else "local"
+    key, message, value = ".".join(location), error["msg"].removeprefix("Value error, "), error["input"]
+    if error["type"] == "missing":
+        return f"{key}: missing; this key is required"
+    if error["type"] == "model_type":
+        message = f"expected a section with keys below it ({', '.join(_fields(location, kind))})"
+    if error["type"] == "extra_forbidden":
+        known = _fields(location[:-1], kind)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    # of a whole section: the message begins with the key
+    if error["type"] == "value_error" and isinstance(value, dict) and _fields(location, kind):
+        return f"{key}.{message}" if key else message
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{key}: {shown if len(shown) < 80 else shown[:77] + '...'}: {message[:1].lower() + message[1:]}"
+
+
+def _fields(location: Sequence[str], runner: str) -> list[str]:
+    """Keys of the section at a location; none if there is a value. ``runner`` is the kind of the runner section."""
+    section: Any = VolumeSpec
+    for name in location:
+        fields = getattr(section, "model_fields", {})
+        if name.isdigit() or name not in fields:  # an element of a list, or a key of a mapping
+            section = next((part for part in get_args(section) if hasattr(part, "model_fields")), None)
+        else:
+            section = RUNNERS[runner] if (section, name) == (VolumeSpec, "runner") else fields[name].annotation
+            if isinstance(section, UnionType):  # such as Section | None
+                section = next((part for part in get_args(section) if hasattr(part, "model_fields")), None)
+    return [name for name in getattr(section, "model_fields", ()) if name != "folder"]

@@ -1,0 +1,244 @@
+"""Everything about one volume, checked across sections: geometry, grid of blocks, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+import re
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from chunkflow_core.digests import short_digest
+from chunkflow_core.errors import MissingInputError, SpecError
+from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.boxes import AXES, Box, Vector, vector
+from chunkflow_core.lattice.weights import MAX_PATCH, NUMERICS_VERSION
+from chunkflow_core.spec.runner import LocalRunner, RunnerSpec
+from chunkflow_core.spec.schedule import NotifySpec, Schedule
+from chunkflow_core.spec.sections import (
+    Corners,
+    ExchangeSpec,
+    InputSpec,
+    ModelSpec,
+    Offset,
+    OutputSpec,
+    Section,
+    Size,
+    SkipSpec,
+)
+from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.model_files import fetch, with_companions
+
+STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
+"""The default storage chunk is the divisor of the block that is nearest to this, per axis."""
+
+
+class VolumeSpec(Section):
+    """Everything about one volume. Sizes in voxels, order z, y, x."""
+
+    name: str
+    input: InputSpec
+    output: OutputSpec
+    exchange: ExchangeSpec
+    roi: Corners | None = None
+    patch_size: Size
+    output_patch_size: Size | None = None
+    patch_overlap: Offset
+    block_size: Size
+    model: ModelSpec
+    skip: SkipSpec = SkipSpec()
+    runner: RunnerSpec = LocalRunner()
+    schedule: Schedule = None
+    """When runs start by themselves; in the file also a cron expression or preset such as ``@weekly``."""
+    notify: NotifySpec | None = None
+    """Who is told how a run has ended."""
+    folder: str = Field(".", exclude=True)
+    """Folder of the spec file, to which the model's paths are relative; set on loading."""
+
+    @field_validator("name")
+    @classmethod
+    def _identifier(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]{1,200}", value, re.ASCII):
+            raise ValueError("expected 1 to 200 letters, digits, dots, dashes and underscores (it names the DAG)")
+        return value
+
+    @model_validator(mode="after")
+    def _geometry(self) -> VolumeSpec:
+        output = self.output_size
+        for a, n in enumerate(AXES):
+            patch, overlap, block = output[a], self.patch_overlap[a], self.block_size[a]
+            if patch > MAX_PATCH:
+                raise ValueError(f"patch_size: {patch} along {n}, expected at most {MAX_PATCH}")
+            if patch > self.patch_size[a] or (self.patch_size[a] - patch) % 2:
+                raise ValueError(
+                    f"output_patch_size: {patch} along {n}, expected at most patch_size {self.patch_size[a]} and smaller "
+                    "by an even number (the same margin on both sides)"
+                )
+            if not 0 <= overlap < patch:
+                raise ValueError(f"patch_overlap: {overlap} along {n}, expected 0 to {patch - 1} (less than the patch)")
+            chunk = self.output.chunk_size[a] if self.output.chunk_size else 1
+            _check_block(n, block, patch - overlap, chunk, overlap)
+        self._check_augmentation()
+        paths = {"input": self.input.path, "output": self.output.path, "exchange": self.exchange.path}
+        for (first, one), (second, other) in [
+            ((a, p), (b, q)) for a, p in paths.items() for b, q in paths.items() if a < b
+        ]:
+            if _normalised(one) == _normalised(other):
+                raise ValueError(f"{second}.path: {other} is {first}.path too, expected another place")
+        return self
+
+    def _check_augmentation(self) -> None:
+        if self.model.outputs == "affinity" and self.output.channels != 3:
+            raise ValueError(f"model.outputs: affinity needs output.channels: 3, got {self.output.channels}")
+        if self.model.augmentation == "flips_transpose":
+            for key, (_, y, x) in {"patch_size": self.patch_size, "output_patch_size": self.output_size}.items():
+                if y != x:
+                    raise ValueError(f"model.augmentation: flips_transpose needs {key} with y = x, got {y} and {x}")
+
+    @property
+    def output_size(self) -> Vector:
+        """Size of the patches that the model gives."""
+        return self.output_patch_size or self.patch_size
+
+    @property
+    def halo(self) -> Vector:
+        """Context that an input patch has around its output patch, per side."""
+        return vector((i - o) // 2 for i, o in zip(self.patch_size, self.output_size, strict=True))
+
+    @property
+    def storage_chunk(self) -> Vector:
+        """Storage chunk size of the output layer."""
+        return self.output.chunk_size or vector(map(_divisor_near, self.block_size, STORAGE_CHUNK_TARGET))
+
+    @cached_property
+    def input_scale(self) -> LayerScale:
+        """Bounds, resolution and dtype of the input layer; ``MissingInputError`` if it can't be read."""
+        return read_scale(self.input.path, self.input.mip)
+
+    @cached_property
+    def input_bounds(self) -> Box:
+        """Where voxels are read; patches that reach past are padded. ``SpecError`` if the layer does not have them."""
+        bounds, layer = self.input.bounds, self.input_scale.bounds
+        if bounds is None:
+            return layer
+        if Box(*bounds) not in layer:
+            raise SpecError(
+                f"input.bounds: {Box(*bounds)} reach past the layer {self.input.path}, which has {layer}; give a part of it"
+            )
+        return Box(*bounds)
+
+    @cached_property
+    def grid(self) -> BlockGrid:
+        """The lattice and its blocks. Reads the input layer's bounds if the spec has no ``roi``."""
+        roi = Box(*self.roi) if self.roi else self.input_bounds
+        return BlockGrid(roi, self.output_size, self.patch_overlap, self.block_size, self.storage_chunk)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the output's numbers, and of where they go: names the folder in the exchange.
+
+        The ROI's end and the input's bounds are left out, so that a growing volume keeps its finished blocks: what of them
+        matters is in each block's own digest (``block_digest``).
+        """
+        model = self.model.model_dump(exclude={"path", "weights", "device", "streams"})
+        facts = {
+            "numerics": NUMERICS_VERSION,
+            "input": self.input.model_dump(exclude={"prefetch", "bounds"}),
+            "skip": self.skip.model_dump(),
+            "output": self.output.model_dump(exclude={"compression"}),
+            "origin": self.grid.roi.start,
+            "patch": [self.patch_size, self.output_size, self.patch_overlap],
+            "block": self.block_size,
+            "chunk": self.storage_chunk,
+            "model": model,
+            "files": [_digest(path) for path in self.model_files],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def block_digest(self, index: Vector) -> str:
+        """Hash of what decides a block's numbers: the fingerprint, its geometry, and where its input is padded.
+
+        The ends of the ROI and of the input count only where the block's patches reach them: a block far from them
+        stays valid when the volume grows.
+        """
+        texts = (texts[i] for texts, i in zip(self._axis_digests, index, strict=True))
+        return short_digest("|".join((self.fingerprint, *texts)).encode())
+
+    @cached_property
+    def _axis_digests(self) -> list[list[str]]:
+        """For each axis and each block along it, what of it decides numbers, as text."""
+        grid, bounds = self.grid, self.input_bounds
+        digests = []
+        for a, blocks in enumerate(grid.axis_blocks):
+            halo, low, high = self.halo[a], bounds.start[a], bounds.stop[a]
+            texts = []
+            for block in blocks:
+                first = grid.roi.start[a] + block.first_patch * grid.stride[a]
+                last = grid.roi.start[a] + (block.stop_patch - 1) * grid.stride[a] + grid.patch[a]
+                before, after = low - (first - halo), last + halo - high
+                both = max(before, after) >= high - low  # what is padded is reflected more than once
+                padded = [low if before > 0 or both else None, high if after > 0 or both else None]
+                texts.append(json.dumps([asdict(block), padded]))
+            digests.append(texts)
+        return digests
+
+    def model_path(self, name: str) -> Path:
+        """Path of a model file of the spec on this machine (a folder for pznet); ``MissingInputError`` if there is none.
+
+        One at a storage address is fetched into the cache, with its companions.
+        """
+        if "://" in name and not name.startswith("file://"):
+            return fetch(name, folder=self.model.engine == "pznet")
+        path = Path(self.folder) / Path(name.removeprefix("file://")).expanduser()
+        if self.model.engine == "pznet":
+            if not path.is_dir():
+                raise MissingInputError(f"the folder {path} does not exist (model.path of the spec, a net of pznet)")
+        elif not path.is_file():
+            raise MissingInputError(f"model file {path} does not exist (model.path and model.weights of the spec)")
+        return path
+
+    @property
+    def model_files(self) -> list[Path]:
+        """The files that make the model: weights, model file, and what it brings along.
+
+        That is: the siblings that a Python file imports, the weights beside an OpenVINO or ONNX file, a net's whole folder.
+        """
+        files = [self.model_path(self.model.weights)] if self.model.weights else []
+        return files + (with_companions(self.model_path(self.model.path)) if self.model.path else [])
+
+
+def _normalised(path: str) -> str:
+    """A storage path without what makes no difference."""
+    protocol, _, place = path.removeprefix("precomputed://").partition("://")
+    return f"{protocol}://{posixpath.normpath(place).lstrip('/')}"
+
+
+def _check_block(axis: str, block: int, stride: int, chunk: int, overlap: int) -> None:
+    step = math.lcm(stride, chunk)
+    least = max(step, -(-overlap // step) * step)
+    if block % step == 0 and block >= least:
+        return
+    nearest = sorted({max(least, block // step * step), max(least, -(-block // step) * step)})
+    parts = f"the stride {stride} (patch - overlap)" + (f" and of output.chunk_size {chunk}" if chunk > 1 else "")
+    raise ValueError(
+        f"block_size: {block} along {axis}, expected a multiple of {parts}, at least the overlap {overlap}; "
+        f"nearest: {' or '.join(map(str, nearest))}"
+    )
+
+
+def _divisor_near(block: int, target: int) -> int:
+    small = [d for d in range(1, math.isqrt(block) + 1) if block % d == 0]
+    return min([*small, *(block // d for d in small)], key=lambda d: (abs(math.log(d / target)), d))
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MissingInputError(f"model file {path} can't be read: {error.strerror}") from error
