@@ -161,7 +161,8 @@ def measure(tree: Path, folder: Path, options: argparse.Namespace, bar: tqdm[Non
     specs = sorted({COMMANDS[name][0] for name in options.rows})
     forward, figures = python(tree, RECEIPTS + COLD, folder, tree, *specs), defaultdict(list)
     bar.update()
-    rows = {}
+    alone = median(cold(tree, ["timeit", "-n1", "-r1", "import torch"]) for _ in range(options.rounds))
+    rows = {"`import torch` alone, to know the machine by": f"{alone:.2f} s CPU"}
     for name in options.rows:
         spec, module = COMMANDS[name]
         arguments = [module, f"{folder}/{spec}.yaml", "--block", "0", "1", "1", "--force"]
