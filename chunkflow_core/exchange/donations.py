@@ -6,9 +6,9 @@ import json
 import struct
 from typing import Any
 
-from chunkflow_core import digests
 from chunkflow_core.errors import DataError
 from chunkflow_core.lattice.blocks import Donation
+from chunkflow_core.storage import digests
 
 _MAGIC = b"CFDONATE"
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.storage.digests import short_digest
 
 Stage = Literal["infer", "blend"]
 STAGES: tuple[Stage, Stage] = ("infer", "blend")

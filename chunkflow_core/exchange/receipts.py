@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from chunkflow_core.digests import checksum, short_digest
 from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage, consumed_digest, given_places
 from chunkflow_core.lattice.boxes import Vector, vector
+from chunkflow_core.storage.digests import checksum, short_digest
 
 
 @dataclass(frozen=True, slots=True)

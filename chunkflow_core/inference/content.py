@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.inference.mask import MaskWindow
+from chunkflow_core.storage.digests import short_digest
 
 
 class Content:

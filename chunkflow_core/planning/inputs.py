@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cached_property
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.inference.block import ChunkInference
 from chunkflow_core.inference.mask import Mask
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layers import InputLayer
 from chunkflow_core.storage.signatures import LayerSignatures
 

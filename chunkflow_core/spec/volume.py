@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import AXES, Box, Vector, vector
@@ -31,6 +30,7 @@ from chunkflow_core.spec.sections import (
     Size,
     SkipSpec,
 )
+from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.model_files import fetch, with_companions
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import MissingInputError
@@ -35,6 +34,7 @@ from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import open_output
 from chunkflow_core.steps.provenance import check_claim
+from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 from chunkflow_core.timing import Timings
 

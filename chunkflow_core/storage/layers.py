@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.storage.compression import CorruptFileError, compress, decompress
+from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.disk import PARTIAL
 from chunkflow_core.storage.files import Files, open_files, put_file, storage_errors
 from chunkflow_core.storage.layer_info import LayerScale, layer_path, read_scale

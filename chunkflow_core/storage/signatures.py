@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import product
 
-from chunkflow_core.digests import short_digest
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.storage.chunk_stores import CannotTell, Chunks, Column, Wanted, open_store
+from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.files import storage_errors
 from chunkflow_core.storage.layer_info import LayerScale
 
