@@ -36,10 +36,9 @@ from chunkflow_core import machine
 if sys.argv[1] == "default":
     machine.set_glibc = lambda parameter, value: None
 from chunkflow_core.inference_and_donate import main
-from chunkflow_core.steps.stages import peak_memory
 start = time.perf_counter()
 code = main(sys.argv[2:])
-print(peak_memory(), time.perf_counter() - start, time.process_time())
+print(machine.peak_memory(), time.perf_counter() - start, time.process_time())
 sys.exit(code)
 """
 

@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parents[1]
 
 RECEIPTS = """
 def receipts(exchange):
-    files = exchange.glob("*/receipts/**/*.json")
+    files = list(exchange.glob("*/receipts/**/*.json"))
+    assert files
     return [json.loads(file.read_text())["receipt"] for file in files]
 """
 """Part of programs that also run with code of before, whose modules lie elsewhere: files and commands stay."""
@@ -161,7 +162,10 @@ def measure(tree: Path, folder: Path, options: argparse.Namespace, bar: tqdm[Non
     specs = sorted({COMMANDS[name][0] for name in options.rows})
     forward, figures = python(tree, RECEIPTS + COLD, folder, tree, *specs), defaultdict(list)
     bar.update()
-    alone = median(cold(tree, ["timeit", "-n1", "-r1", "import torch"]) for _ in range(options.rounds))
+    alone = median(
+        cold(tree, ["timeit", "-n1", "-r1", "-s", "import gc; gc.enable()", "import torch"])
+        for _ in range(options.rounds)
+    )
     rows = {"`import torch` alone, to know the machine by": f"{alone:.2f} s CPU"}
     for name in options.rows:
         spec, module = COMMANDS[name]

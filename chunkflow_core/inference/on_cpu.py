@@ -55,12 +55,12 @@ class Streams:
             future.result()
 
     def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
-        """See ``inference.Sums``."""
+        """See ``block.Sums``."""
         data = self._timings.measure("convert", self._slab.sum, box)
         return lambda: data
 
     def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """See ``inference.Sums``."""
+        """See ``block.Sums``."""
         data = self._timings.measure("convert", self._slab.converted, box, self._patches.spec.output.dtype)
         return lambda: data
 

@@ -131,11 +131,11 @@ class OnDevice:
             self._time_forward()
 
     def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """See ``inference.Sums``."""
+        """See ``block.Sums``."""
         return self._leaving(self._slab.sum(box))
 
     def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """See ``inference.Sums``."""
+        """See ``block.Sums``."""
         return self._leaving(self._slab.converted(box, self._patches.spec.output.dtype))
 
     def advance(self, plane: int) -> None:

@@ -1,1 +1,1 @@
-"""Everything that decides bits and is not the network: boxes, blocks, weights, exact sums. No files, no PyTorch."""
+"""Boxes and blocks, weights, rounding and sums: the exact arithmetic. No files, no PyTorch."""

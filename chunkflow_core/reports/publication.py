@@ -20,7 +20,7 @@ def publish(spec: VolumeSpec, run: str) -> dict[str, Any]:
     """Complete a run's manifest, draw its picture beside it, and return the run's report.
 
     Returns:
-        The fields of ``report.Report``, and ``changed_blocks`` (indices, zyx), ``bounding_box`` (of these; start and stop in
+        The fields of ``figures.Report``, and ``changed_blocks`` (indices, zyx), ``bounding_box`` (of these; start and stop in
         voxels, zyx; None if nothing has changed), and where ``manifest`` and ``picture`` are.
 
     Raises:

@@ -145,7 +145,7 @@ class OutputSpec(Section):
     chunk_size: Size | None = None
     compression: Literal["gzip", "br", "zstd", "none"] = "gzip"
     range: Annotated[tuple[float, float], BeforeValidator(_low_and_high)] = (0.0, 1.0)
-    """The values that the model can give; sets the exact grid of the sums and what uint8 0 and 255 mean."""
+    """The values that the model can give; sets the exact step of the sums and what uint8 0 and 255 mean."""
 
 
 class KeepDays(Section):

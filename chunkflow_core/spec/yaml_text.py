@@ -71,4 +71,10 @@ def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) ->
     return loader.construct_mapping(node, deep=True)
 
 
+def _whole_list(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> list[Any]:
+    """By default a list's content comes later, so that one nested too deep for Python would be given out."""
+    return loader.construct_sequence(node, deep=True)
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SEQUENCE_TAG, _whole_list)

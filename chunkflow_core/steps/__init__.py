@@ -1,1 +1,1 @@
-"""What a run does, a file a step, as the DAG has them."""
+"""What a run does: prepare, the two stages, cleanup, and a whole plan on this machine."""

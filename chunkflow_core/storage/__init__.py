@@ -1,1 +1,1 @@
-"""Bytes and layers at addresses: on disks, in object stores, over HTTP. Takes plain values and knows no spec."""
+"""Bytes and layers at addresses: on disks, in object stores, over HTTP. Takes plain values, not a spec."""

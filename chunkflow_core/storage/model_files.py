@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from chunkflow_core.errors import MissingInputError, SpecError, StorageError
-from chunkflow_core.storage.files import storage_errors
 
 if TYPE_CHECKING:
     from cloudfiles import CloudFiles
@@ -90,7 +89,9 @@ def fetch(address: str, *, folder: bool = False) -> Path:
         SpecError: the storage refuses the credentials, or the cache can't be written.
         StorageError: the storage does not answer.
     """
-    from chunkflow_core.storage.clients import open_files  # a second of imports that local models need not pay
+    # imports that local models need not pay, a second of them
+    from chunkflow_core.storage.clients import open_files
+    from chunkflow_core.storage.files import storage_errors
 
     address = address.rstrip("/")
     place, _, name = (address, "", "") if folder else address.rpartition("/")

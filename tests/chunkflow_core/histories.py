@@ -83,7 +83,7 @@ class Inferred(NamedTuple):
 
     read: Read
     sums: NDArray[np.int64]
-    """What its patches add up to over its chunk, in units of the exact grid."""
+    """What its patches add up to over its chunk, in exact steps."""
     inside: NDArray[np.bool_]
     """The mask over its chunk."""
     patches: int

@@ -147,7 +147,7 @@ def test_reading_a_spec_and_its_layer_imports_nothing_heavy(make_spec: MakeSpec,
 import sys
 from chunkflow_core.spec import load_spec
 spec = load_spec(sys.argv[1])
-print(spec.fingerprint, spec.grid.shape, sorted({"torch", "cloudvolume", "cloudfiles"} & set(sys.modules)))
+print(spec.fingerprint, spec.grid.shape, sorted({"torch", "cloudvolume", "cloudfiles", "numba", "zstandard"} & set(sys.modules)))
 """
     path = make_spec()
     outcome = python("-c", program, path)
@@ -398,6 +398,8 @@ def test_bad_spec_is_told_in_one_line(make_spec: MakeSpec, chunkflow: Command, c
         ("name: one\n---\nname: two\n", ["not valid YAML", "single document"]),
         ("name: \x01\n", ["not valid YAML"]),
         ("name: " + "[" * 40_000, ["nested too deep"]),
+        ("[" * 5_000 + "]" * 5_000, ["nested too deep"]),
+        ("&a [*a]", ["not valid YAML", "recursive"]),
         ("", ["expected keys and values"]),
         ("hello", ["expected keys and values", "hello"]),
         ("- 1\n- 2\n", ["expected keys and values", "[1, 2]"]),
