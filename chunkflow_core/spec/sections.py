@@ -13,9 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from chunkflow_core.lattice.boxes import Vector
 
-ENGINES = ("identity", "pytorch", "openvino", "onnx", "pznet")
-"""Names of the engines; each is a module of ``chunkflow_core.engines``."""
-
 _STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]+/[^/]"
 _PROTOCOL = re.compile(rf"(precomputed://)?(file://[/~]|mem://.|{_STORES}|(\w+\+)?https?://[^/]).*")
 _ALIAS = re.compile(r"(?:precomputed://)?(\w+)://[^/]")
@@ -100,6 +97,8 @@ Corners = Annotated[tuple[Vector, Vector], BeforeValidator(_two_corners)]
 
 
 class Section(BaseModel):
+    """A section of the spec: unknown keys are refused, values are not converted, and nothing changes once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 

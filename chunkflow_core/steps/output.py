@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.lattice.boxes import Box, vector
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.files import put_file, storage_errors
 from chunkflow_core.storage.layer_info import LayerScale, layer_path, read_scale
@@ -99,14 +99,12 @@ def delete_cut_short(spec: VolumeSpec) -> int:
     Returns how many there were.
     """
     layer = open_output(spec)
-    folder, names = layer.scale.info["scales"][0]["key"], []
+    names = []
     for name in layer.stored_chunks():
-        with suppress(ValueError):  # of names that are no boxes, and of boxes that are not in the layer
+        with suppress(ValueError):  # of names that are no boxes
             box = Box.from_key(name)
-            corner = Box(box.start, vector(a + 1 for a in box.start)) & layer.scale.bounds
-            (chunk,) = layer.expected_chunks(corner)
-            if box != chunk and box.start == chunk.start and box in chunk:
-                names.append(f"{folder}/{name}")
-    with storage_errors(f"deleting storage chunks of {spec.output.path}"):
-        layer_files(spec.output.path).delete(names)
+            chunk = layer.chunk_at(box.start)
+            if chunk and box != chunk and box.start == chunk.start and box in chunk:
+                names.append(name)
+    layer.delete_chunks(names)
     return len(names)

@@ -162,10 +162,14 @@ class OutputLayer:
         """The storage chunk of the layer with a name; None if it has no such one."""
         with suppress(ValueError):
             box = Box.from_key(name)
-            corner = Box(box.start, vector(a + 1 for a in box.start)) & self.scale.bounds
-            if box.key == name and corner and [box] == list(self.expected_chunks(corner)):
+            if box.key == name and box == self.chunk_at(box.start):
                 return box
         return None
+
+    def chunk_at(self, voxel: Vector) -> Box | None:
+        """The storage chunk that holds a voxel; None outside the layer."""
+        inside = Box(voxel, vector(a + 1 for a in voxel)) & self.scale.bounds
+        return next(self.expected_chunks(inside)) if inside else None
 
     def digest(self, name: str) -> str | None:
         """Digest of the voxels of a storage chunk as it is stored, as ``write`` gives it; None if it isn't there.

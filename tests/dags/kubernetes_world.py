@@ -66,7 +66,7 @@ class World:
     def write(
         self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
     ) -> None:
-        """The same without the wait."""
+        """Write a volume's spec, which Airflow finds when it looks again; arguments as ``add``."""
         section = self.cluster.runner_section(moods or {}, self._moods(name), **runner)
         write_spec(self.volumes.folder, self.cluster.storage, name, section, shape)
 
