@@ -15,12 +15,21 @@ from chunkflow_core.machine import peak_memory
 log = logging.getLogger(__name__)
 
 EVERY = 30.0
-"""Seconds between two lines."""
+"""Seconds between two lines of a log."""
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str, every: float = EVERY) -> Iterator[Callable[[], object]]:
-    """Gives a function to be called after each of ``total`` steps, not by two threads at once; ``unit`` in the plural."""
+    """Tell how far work has come: the function given is to be called after each step.
+
+    It must not be called by two threads at once.
+
+    Args:
+        title: What is done.
+        total: Number of steps.
+        unit: What a step is, in the plural.
+        every: Seconds between two lines, where there is no terminal.
+    """
     if not sys.stderr.isatty():
         yield Lines(title, total, unit, every).step
         return
@@ -29,17 +38,25 @@ def progress(title: str, total: int, unit: str, every: float = EVERY) -> Iterato
 
 
 class Lines:
-    """Logs how far it has come, how fast it goes on, and the most memory so far."""
+    """Logs how far work has come, how fast it goes on, and the most memory so far."""
 
     def __init__(
         self, title: str, total: int, unit: str, every: float, now: Callable[[], float] = time.monotonic
     ) -> None:
-        """Nothing is done yet. Arguments as ``progress``; ``now`` is a clock, in seconds."""
+        """Begin with nothing done.
+
+        Args:
+            title: What is done.
+            total: Number of steps.
+            unit: What a step is, in the plural.
+            every: Seconds between two lines.
+            now: A clock, in seconds.
+        """
         self._title, self._total, self._unit, self._every, self._now = title, total, unit, every, now
         self._done, self._told, self._when = 0, 0, now()
 
     def step(self) -> None:
-        """One more is done."""
+        """Count one more step as done, and log a line if one is due."""
         self._done += 1
         passed = self._now() - self._when
         if passed < self._every:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass
 class Timings:
-    """Seconds by phase, and counts. Of phases that go on in several threads, the seconds add up."""
+    """Seconds by phase, and counts. The seconds of phases in several threads add up."""
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
@@ -31,6 +31,6 @@ class Timings:
                 self.seconds[phase] += perf_counter() - start
 
     def count(self, what: str, number: int = 1) -> None:
-        """Add to a count."""
+        """Add a number to a count."""
         with self._lock:
             self.counts[what] += number

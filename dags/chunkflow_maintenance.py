@@ -1,13 +1,13 @@
-"""Keeps the clusters that volumes run on clean: an Airflow DAG, if any volume's runner is a cluster."""
+"""An Airflow DAG that keeps clean the clusters that volumes run on, if there are any."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from operators.specs import clusters
+from operators.volume_dags import clusters
 
 _places = clusters(Path(__file__).with_name("volumes"))
 if _places:
-    from operators.maintenance import maintenance_dag
+    from operators.kubernetes.maintenance import maintenance_dag
 
     dag = maintenance_dag(_places)

@@ -1,13 +1,14 @@
 """Shows what is wrong with volume specs as Airflow import errors.
 
-An import error of a file disables all DAGs of that file. This one makes no DAG, so those of ``chunkflow_volumes.py`` go on.
+An import error of a file disables all DAGs of that file. This one makes no DAG, so those of
+``chunkflow_volumes.py`` go on.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from operators.specs import volume_dags
+from operators.volume_dags import volume_dags
 
 _errors = [str(error) for error in volume_dags(Path(__file__).with_name("volumes")) if isinstance(error, Exception)]
 if _errors:

@@ -1,7 +1,8 @@
 """One Airflow DAG for each volume spec.
 
-Specs are the files ``*.yaml`` in the folder ``volumes`` beside this file, or in the folders that the environment variable
-``CHUNKFLOW_VOLUMES`` lists, separated by colons. Specs that can't be used are reported by ``chunkflow_spec_errors.py``.
+Specs are the files ``*.yaml`` in the folder ``volumes`` beside this file, or in the folders that
+the environment variable ``CHUNKFLOW_VOLUMES`` lists, separated by colons. Specs that can't be used
+are reported by ``chunkflow_spec_errors.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from airflow.sdk import DAG, get_parsing_context
 
-from operators.specs import volume_dags
+from operators.volume_dags import volume_dags
 
 # A task's own process parses this file again, and needs no more than that task.
 _wanted = get_parsing_context()

@@ -2,8 +2,9 @@
 
     python airflow_constraints.py constraints.txt
 
-The installed packages keep the versions that Airflow's makers have tested together, unless a requirement forces one to move;
-packages that are not there yet come in the versions of ``constraints.txt``; Airflow itself stays.
+The installed packages keep the versions that Airflow's makers have tested together, unless a
+requirement forces one to move; packages that are not there yet come in the versions of
+``constraints.txt``; Airflow itself stays.
 """
 
 from __future__ import annotations

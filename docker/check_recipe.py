@@ -1,10 +1,12 @@
-"""Run the installation steps of an image in a folder, and try the result: for machines without docker, podman or buildah.
+"""Run the installation steps of an image in a folder, and try the result.
 
     python3.11 docker/check_recipe.py worker|airflow
 
-RUN and COPY of the Dockerfile are carried out as they stand, below a temporary folder instead of ``/``. Python is the one that
-runs this script; pip's indices are those of its settings, whatever VARIANT says. For the image of Airflow, which starts from
-Airflow's own, a fresh environment with the tested version is that start. Users and read-only file systems need a container.
+It is for machines without docker, podman or buildah. RUN and COPY of the Dockerfile are carried out
+as they stand, below a temporary folder instead of ``/``. Python is the one that runs this script;
+pip's indices are those of its settings, whatever VARIANT says. For the image of Airflow, which
+starts from Airflow's own, a fresh environment with the tested version is that start. Users and
+read-only file systems need a container.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ def assignments(rest: str) -> Iterator[tuple[str, str]]:
 
 
 class Recipe:
-    """Carries out stages below a folder; each has a root folder of its own, or that of the stage it starts from."""
+    """Carries out stages below a folder.
+
+    Each has a root folder of its own, or that of the stage it starts from.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Work below ``folder``."""
@@ -135,7 +140,8 @@ def main(image: str) -> None:
         subprocess.run([environment / "bin" / "python", *trial], check=True, env=clean, cwd=name)
         size = sum(path.lstat().st_size for path in environment.rglob("*"))
         print(
-            f"{image}: {size / 1e6:.0f} MB, {installed - started:.0f} s to install, {monotonic() - installed:.0f} s to try"
+            f"{image}: {size / 1e6:.0f} MB, {installed - started:.0f} s to install, "
+            f"{monotonic() - installed:.0f} s to try"
         )
 
 

@@ -1,8 +1,8 @@
-"""Try the worker's image: a tiny volume through two engines, from input to verified output. Only ``/tmp`` need be writable.
+"""Try the worker's image: a tiny volume through two engines, from input to verified output.
 
     docker run --rm -i --read-only --tmpfs /tmp IMAGE python - < docker/smoke.py
 
-Arguments: other engines.
+Only ``/tmp`` need be writable. Arguments: other engines.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def parse() -> None:
         raise SystemExit(f"parsing DAGs imports {', '.join(sorted(imported))}")
     heavy = sorted(LEFT_OUT & set(packages_distributions()))
     print(
-        f"ok: user {os.getuid()}, {len(bag.dags['smoke'].task_ids)} tasks; installed though not needed: {heavy or 'none'}"
+        f"ok: user {os.getuid()}, {len(bag.dags['smoke'].task_ids)} tasks; "
+        f"installed though not needed: {heavy or 'none'}"
     )
 
 

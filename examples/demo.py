@@ -1,4 +1,4 @@
-"""The whole of it on one machine: a volume goes through a real Airflow, block by block, and is verified.
+"""The whole pipeline on one machine: a volume goes through a real Airflow, and is verified.
 
     python examples/demo.py [--input LAYER --roi Z0,Y0,X0,Z1,Y1,X1]
 
@@ -20,13 +20,13 @@ import yaml
 from sample_volume import write_sample
 from tqdm import tqdm
 
-from chunkflow_core.commandline import Parser, run_command
+from chunkflow_core.commands.arguments import Parser, run_command
 from chunkflow_core.errors import ChunkflowError, UsageError
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.reports.figures import summarise
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.steps.stages import Workspace
-from operators.base import SELECT, infer_task_id
+from chunkflow_core.steps.workspace import Workspace
+from operators.commands import SELECT, infer_task_id
 from operators.service import Client, Service, start
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -139,13 +139,13 @@ class Progress:
     blended: int
     to_blend: int
     patches: int
-    """Done since the run began."""
+    """Patches done since the run began."""
     all_patches: int
-    """To do in this run."""
+    """Patches to do in this run."""
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The progress in words."""
         if not self.known:
             return "looking for what is due"
         if not self.to_infer and not self.to_blend:
@@ -154,7 +154,10 @@ class Progress:
 
 
 def follow(client: Client, spec: VolumeSpec, run: str) -> str:
-    """Show a run's progress until it ends, patches as a bar if this is a terminal; return its state."""
+    """Show a run's progress until it ends; return its state.
+
+    Patches are shown as a bar if this is a terminal.
+    """
     bar, shown = None, ""
     for progress in look(client, spec, run):
         if bar is None and progress.all_patches and sys.stderr.isatty():
@@ -186,7 +189,10 @@ def look(client: Client, spec: VolumeSpec, run: str) -> Iterator[Progress]:
 
 
 def progress_of(spec: VolumeSpec, state: str, tasks: Mapping[str, str | None]) -> Progress:
-    """How far a run is, given its state and its tasks': blocks by Airflow's word, patches by the blocks' sizes."""
+    """How far a run is, given its state and that of its tasks by name.
+
+    Blocks are counted by Airflow's word, patches by the blocks' sizes.
+    """
     known = tasks.get(SELECT) == "success"  # what is not due is skipped from then on
     due = {task: at for task, at in tasks.items() if known and at != "skipped"}
     size = {infer_task_id(index): spec.grid.block(index).patches for index in spec.grid.indices()}
@@ -205,7 +211,10 @@ def progress_of(spec: VolumeSpec, state: str, tasks: Mapping[str, str | None]) -
 
 
 def report_failures(client: Client, spec: VolumeSpec, run: str, state: str) -> None:
-    """``DemoError`` naming the tasks that failed, unless every task succeeded or had nothing to do."""
+    """Raise ``DemoError`` naming the tasks that failed.
+
+    It is not raised where every task succeeded or had nothing to do.
+    """
     path = f"dags/{spec.name}/dagRuns/{run}/taskInstances"
     tasks = list(client.pages(path, "task_instances"))
     failed = [task["task_id"] for task in tasks if task["state"] not in ("success", "skipped")]
@@ -217,10 +226,10 @@ def report_failures(client: Client, spec: VolumeSpec, run: str, state: str) -> N
 
 def show(spec: VolumeSpec, home: Path, service: Service, run: str, seconds: float) -> None:
     """Draw the picture and say where everything is."""
-    from chunkflow_core.reports.section import draw
+    from chunkflow_core.reports.section import draw_section
 
     picture = home / f"{spec.name}.png"
-    draw(Workspace(spec), picture)
+    draw_section(Workspace(spec), picture)
     report = summarise(spec, Exchange(spec), run=run)
     done = f"{report.inferred} blocks inferred, {report.blended} blended, {report.patches} patches in this run"
     verified = f"every storage chunk is there, receipts agree, seams are exact; {done}"

@@ -1,8 +1,9 @@
-"""A seeded stack that looks like electron microscopy: textured cells between dark membranes, and a blank corner.
+"""A seeded stack that looks like electron microscopy: textured cells between dark membranes.
 
     python examples/sample_volume.py file:///tmp/sample --shape 28 416 416
 
-The cells are a Voronoi partition around jittered points, with distances bent by smooth noise, so that no face is flat.
+The cells are a Voronoi partition around jittered points, with distances bent by smooth noise, so
+that no face is flat. One corner is blank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from chunkflow_core.storage.layers import NewLayer
 CELL: Vector = (14, 58, 58)
 """Mean distance of cells, voxels zyx: sections are about ten times as thick as a voxel is wide."""
 VOXEL_SIZE: Vector = (50, 4, 4)
-"""In nm."""
+"""Voxel size in nanometres, zyx."""
 CHUNK: Vector = (16, 128, 128)
 MEMBRANE = 2.6
 """Half the thickness of a membrane, voxels in y and x."""

@@ -3,17 +3,19 @@
 ::
 
     prepare ─► select_blocks ─┬─► infer.z_y_x ─┬─► blend.z_y_x ─┐
-                              └─► …            └─► …            ├─► verify ─► publish ─► cleanup ─► summary
+                              └─► …            └─► …            │
+    ┌───────────────────────────────────────────────────────────┘
+    └─► verify ─► publish ─► cleanup ─► summary
 
-A blend waits for the inference of its at most eight donors and for nothing else. The summary waits for everything, however it ends,
-and decides how the run has ended: a block that fails holds only what depends on it.
+A blend waits for the inference of its at most eight donors and for nothing else. The summary waits
+for everything, however it ends, and decides how the run has ended: a block that fails holds only
+what depends on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,33 +28,57 @@ from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.spec.runner import KubernetesRunner
-from operators.base import PREPARE, SELECT, blend_task_id, infer_task_id
-from operators.ending import SummaryOperator, notifier_of
+from operators.commands import (
+    CLEANUP,
+    PREPARE,
+    PUBLISH,
+    SELECT,
+    VERIFY,
+    Blend,
+    Cleanup,
+    Command,
+    Infer,
+    Prepare,
+    Publish,
+    Select,
+    Verify,
+    blend_task_id,
+    infer_task_id,
+)
 from operators.form import form_of
-from operators.pods import check_runner
+from operators.kubernetes.manifest import check_runner
 from operators.schedules import asset_of, schedule_of, wrong_cron
+from operators.summary import SummaryOperator, notifier_of
+from operators.tasks import operator_class
 
 MAX_BLOCKS = 1000
-"""Blocks in a DAG: above, Airflow's scheduler and graph get slow (its cost grows with open task instances)."""
+"""Most blocks in a DAG: above, Airflow's scheduler and graph get slow.
+
+The scheduler's cost grows with open task instances.
+"""
 
 _PARALLEL = {"local": 16, "kubernetes": MAX_BLOCKS}
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _MAX_RETRY_DELAY = timedelta(minutes=10)
 _RUN_TYPES = ("scheduled", "manual", "operator_triggered", "asset_triggered", "asset_materialization")
-"""All but backfills: a volume's runs have no dates, and ``max_active_runs`` does not count those of a backfill."""
+"""All types of runs but backfills.
+
+A volume's runs have no dates, and ``max_active_runs`` does not count those of a backfill.
+"""
 
 
 def volume_dag(spec: VolumeSpec, file: Path, *, only_task: str | None = None) -> DAG:
     """The DAG of a volume.
 
     Args:
-        spec: the volume.
-        file: where the spec is.
-        only_task: build only this task, without its neighbours: all that the task's own process needs.
+        spec: The volume.
+        file: Where the spec is.
+        only_task: Build only this task, without its neighbours: all that the task's own process
+            needs.
 
     Raises:
-        SpecError: the volume has too many blocks for one DAG, its schedule or its notifier is none, or what it says of its pods
-            is nothing that Kubernetes knows.
+        SpecError: The volume has too many blocks for one DAG, its schedule or its notifier is none,
+            or what it says of its pods is nothing that Kubernetes knows.
     """
     blocks = prod(spec.grid.shape)
     if blocks > MAX_BLOCKS and only_task is None:  # tasks of a run that has begun go on though the volume has grown
@@ -109,13 +135,15 @@ class _Tasks:
 
     def __init__(self, spec: VolumeSpec, file: str) -> None:
         self.spec, self.file, self.grid = spec, file, spec.grid
-        # Imported here, since the Kubernetes client takes most of a second that local volumes need not pay.
-        self.operators: Any = import_module(f"operators.{spec.runner.kind}")
+        self.operator = operator_class(spec.runner.kind)
 
     def build_all(self) -> None:
-        """All tasks and their order; a collapsed group for each layer of blocks in z keeps graph and grid readable."""
-        make = self._makers()
-        prepare, select, verify, publish, cleanup, summary = (make[name]() for name in make)
+        """Make all tasks and their order.
+
+        A collapsed group for each layer of blocks in z keeps graph and grid readable.
+        """
+        builders = self._builders()
+        prepare, select, verify, publish, cleanup, summary = (build() for build in builders.values())
         infer: dict[Vector, BaseOperator] = {}
         blends, ends = [], []
         for z in range(self.grid.shape[0]):
@@ -146,51 +174,44 @@ class _Tasks:
         elif stage == "blend":
             self._blend(_index(name))
         else:
-            self._makers()[task_id]()
+            self._builders()[task_id]()
 
-    def _makers(self) -> dict[str, Callable[[], BaseOperator]]:
-        first, last, of = 4 * MAX_BLOCKS, 5 * MAX_BLOCKS, self.operators
+    def _builders(self) -> dict[str, Callable[[], BaseOperator]]:
+        first, last = 4 * MAX_BLOCKS, 5 * MAX_BLOCKS
+        asset = asset_of(self.spec.output.path)
         return {
-            PREPARE: lambda: of.PrepareOperator(task_id=PREPARE, spec=self.file, priority_weight=first),
-            SELECT: lambda: of.SelectBlocksOperator(task_id=SELECT, spec=self.file, priority_weight=first),
-            "verify": lambda: of.VerifyOperator(
-                task_id="verify", spec=self.file, trigger_rule="none_failed", priority_weight=last
-            ),
-            "publish": lambda: of.PublishOperator(
-                task_id="publish", spec=self.file, asset=asset_of(self.spec.output.path), priority_weight=last
-            ),
-            "cleanup": lambda: of.CommandOperator(
-                task_id="cleanup",
-                spec=self.file,
-                command=("chunkflow_core", "cleanup"),
-                trigger_rule="none_failed",
-                priority_weight=last,
-            ),
+            PREPARE: lambda: self._task(PREPARE, Prepare(), first),
+            SELECT: lambda: self._task(SELECT, Select(), first),
+            VERIFY: lambda: self._task(VERIFY, Verify(), last, trigger_rule="none_failed"),
+            PUBLISH: lambda: self._task(PUBLISH, Publish(asset), last),
+            CLEANUP: lambda: self._task(CLEANUP, Cleanup(), last, trigger_rule="none_failed"),
             "summary": lambda: SummaryOperator(
                 task_id="summary", spec=self.file, trigger_rule="all_done", priority_weight=last
             ),
         }
 
     def _infer(self, index: Vector) -> BaseOperator:
-        task: BaseOperator = self.operators.InferenceAndDonateOperator(
-            task_id=infer_task_id(index),
-            spec=self.file,
-            block=index,
-            pool=self.spec.runner.pool,
+        return self._task(
+            infer_task_id(index),
+            Infer(index),
+            self._priority(index),
             trigger_rule="none_failed",
-            priority_weight=self._priority(index),
+            pool=self.spec.runner.pool,
         )
-        return task
 
     def _blend(self, index: Vector) -> BaseOperator:
-        task: BaseOperator = self.operators.ReceiveAndBlendOperator(
-            task_id=blend_task_id(index),
+        priority = 2 * MAX_BLOCKS + self._priority(index)
+        return self._task(blend_task_id(index), Blend(index), priority, trigger_rule="none_failed")
+
+    def _task(self, task_id: str, command: Command, priority: int, **options: Any) -> BaseOperator:
+        return self.operator(
+            task_id=task_id,
+            command=command,
             spec=self.file,
-            block=index,
-            trigger_rule="none_failed",
-            priority_weight=2 * MAX_BLOCKS + self._priority(index),
+            in_volume_dag=True,
+            priority_weight=priority,
+            **options,
         )
-        return task
 
     def _priority(self, index: Vector) -> int:
         """Finishing before starting, and blocks in the order in which they let others finish."""

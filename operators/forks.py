@@ -1,6 +1,7 @@
-"""What a forked child does to be what a started process would be, but for its imports, which are done.
+"""What makes a forked child as good as a process that was started, with its imports done.
 
-The parent from which tasks start warm (:mod:`operators.warm`) and the supervisor of a service fork such children.
+The parent from which tasks start warm (:mod:`operators.warm`) and the supervisor of a service fork
+such children.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from setproctitle import setproctitle
 
 
 def become(command: Sequence[str], streams: Sequence[int]) -> None:
-    """Take over a command line, as others see it, and descriptors of standard input, output and error."""
+    """Take over a command line, as others see it, and the three standard streams.
+
+    Args:
+        command: Shown as the process's title.
+        streams: Descriptors of standard input, output and error.
+    """
     setproctitle(" ".join(command))
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -36,19 +42,21 @@ def _text(descriptor: int, like: TextIO | None) -> TextIO:
 
 
 def _encoding(stream: TextIO | None) -> str:
-    """Of a standard stream, which is ``None`` where this process was started with it closed."""
+    """The encoding of a standard stream, which is ``None`` if this process began with it closed."""
     return "utf-8" if stream is None else stream.encoding
 
 
 def run_module(arguments: Sequence[str]) -> None:
-    """As ``python -P -m`` does."""
+    """Run a module as ``python -P -m`` does."""
     sys.argv = list(arguments)
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 def end_of(job: Callable[[], None]) -> int:
-    """Run a job as a program; its exit code. All that a program's end brings, but for taking the interpreter apart: that would
-    copy the parent's memory, and take longer than many a job.
+    """Run a job as a program; its exit code.
+
+    All that a program's end brings, but for taking the interpreter apart: that would copy the
+    parent's memory, and take longer than many a job.
     """
     code = 0
     try:

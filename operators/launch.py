@@ -1,16 +1,17 @@
-"""Run a command that ends when the process that started it ends, however that one ends (SIGKILL included).
+"""Run a command that ends when the process that started it ends, even by SIGKILL.
 
     python -m operators.launch [--signal TERM|KILL|QUIT] [--parent PID] -- COMMAND ARG...
 
-asks the kernel for a signal at the parent's death (``prctl(PR_SET_PDEATHSIG)``), then becomes COMMAND. This is what
-``subprocess``'s ``preexec_fn`` is often used for, without running Python between fork and exec of a threaded process.
-Where there is no ``prctl`` (macOS), COMMAND just runs.
+asks the kernel for a signal at the parent's death (``prctl(PR_SET_PDEATHSIG)``), then becomes
+COMMAND. This is what ``subprocess``'s ``preexec_fn`` is often used for, without running Python
+between fork and exec of a threaded process. Where there is no ``prctl`` (macOS), COMMAND just runs.
 
-Two properties of the kernel's to know: the signal comes when the *thread* that started the process ends, so start
-long-lived commands from a thread that lives as long; and children of COMMAND do not inherit it. :func:`tie_forks`
-hands it down through ``os.fork`` of the calling program.
+Two properties of the kernel's to know: the signal comes when the *thread* that started the process
+ends, so start long-lived commands from a thread that lives as long; and children of COMMAND do not
+inherit it. :func:`tie_forks` hands it down through ``os.fork`` of the calling program.
 
-This module stays small: it is imported before every supervised command and in every Airflow process.
+This module stays small: it is imported before every supervised command and in every Airflow
+process.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ _prctl = _find_prctl()
 def end_with_parent(signal_number: int, parent: int) -> None:
     """Have this process get ``signal_number`` when the thread that started it ends.
 
-    ``parent`` is the id of the process that is expected to be the parent: if it died before this call, the signal is
-    raised at once. Does nothing where the kernel can't do it.
+    ``parent`` is the id of the process that is expected to be the parent: if it died before this
+    call, the signal is raised at once. Does nothing where the kernel can't do it.
     """
     if _prctl is None:
         return
@@ -60,17 +61,20 @@ def end_with_parent(signal_number: int, parent: int) -> None:
 
 
 def adopt_orphans() -> None:
-    """Make this process the new parent of every descendant whose own parent dies. Nothing where not supported."""
+    """Make this process the new parent of every descendant whose own parent dies.
+
+    Nothing where not supported.
+    """
     if _prctl is not None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def tie_forks(signal_number: int = signal.SIGKILL) -> None:
-    """Have every process that this one forks from now on (and those that they fork) end with its parent.
+    """Have every process that this one forks from now on end with its parent, and their forks.
 
-    Processes forked by a thread other than the main one are left alone: their signal would come at the end of that
-    thread, not of the process. Programs that are executed without ``preexec_fn`` don't pass through here; use
-    :func:`command` for those.
+    Processes forked by a thread other than the main one are left alone: their signal would come at
+    the end of that thread, not of the process. Programs that are executed without ``preexec_fn``
+    don't pass through here; use :func:`command` for those.
     """
     if _prctl is None:
         return
@@ -88,7 +92,7 @@ def tie_forks(signal_number: int = signal.SIGKILL) -> None:
 
 
 def command(argv: Sequence[str], signal_name: str = "KILL") -> list[str]:
-    """The command line that runs ``argv`` as a child of this process, and ends it when this process does."""
+    """The command line that runs ``argv`` as a child of this process and ends it with this one."""
     # -P: whatever lies in the working directory must not shadow an installed module.
     launcher = [sys.executable, "-P", "-m", "operators.launch", "--signal", signal_name, "--parent", str(os.getpid())]
     return [*launcher, "--", *argv]
@@ -117,7 +121,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Become COMMAND. Returns only if that fails: 127 if there is no such program, 126 if it can't be executed."""
+    """Become COMMAND.
+
+    Returns:
+        Only if that fails: 127 if there is no such program, 126 if it can't be executed.
+    """
     arguments = _parse(argv)
     # Python ignores these two for itself, and what is ignored stays so in COMMAND.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Runs the commands of a volume's DAG as processes on the worker."""
+"""Tasks as processes on the worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from airflow.sdk import Context
 from airflow.sdk.configuration import conf
 
 from chunkflow_core.machine import CPUS_VARIABLE, available_cpus
-from operators import base, warm
+from operators import warm
+from operators.command_operator import CommandOperator, failure_reported, raise_for
 from operators.outcomes import classify, last_word
 from operators.warm import Child
 
@@ -27,10 +28,19 @@ _GRACE = 10.0
 
 
 class ColdChild:
-    """A command as a process that starts from nothing. It ends when this process does, even by SIGKILL."""
+    """A command as a process that starts from nothing.
+
+    It ends when this process does, even by SIGKILL.
+    """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]) -> None:
-        """Start ``python -m`` with the arguments; ``streams``: its standard input, output and error."""
+        """Start ``python -m``.
+
+        Args:
+            arguments: Module and arguments.
+            environment: All of its environment.
+            streams: Descriptors of its standard input, output and error.
+        """
         guard = [sys.executable, "-m", "operators.launch", "--signal", "KILL", "--parent", str(os.getpid())]
         stdin, stdout, stderr = streams
         self._process = subprocess.Popen(
@@ -43,18 +53,18 @@ class ColdChild:
         )
 
     def wait(self, timeout: float | None = None) -> int:
-        """See ``warm.Child``."""
+        """Wait for the command's end and give its exit code; see ``operators.warm.Child.wait``."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise TimeoutError from None
 
     def terminate(self) -> None:
-        """See ``warm.Child``."""
+        """Ask the command, and all of its process group, to end."""
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
-        """See ``warm.Child``."""
+        """End the command, and all of its process group."""
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
@@ -63,7 +73,7 @@ class ColdChild:
 
 
 class LocalRunner:
-    """One command at a time, its output in the task's log, its process tree gone when the task is."""
+    """Runs one command at a time: its output goes to the task's log, its processes end with it."""
 
     def __init__(
         self, log: logging.Logger, environment: Mapping[str, str] | None = None, imports: Sequence[str] = ()
@@ -71,9 +81,10 @@ class LocalRunner:
         """Log to ``log``.
 
         Args:
-            log: where the command's output goes.
-            environment: added to this process's.
-            imports: modules that the command takes long to import, for a parent that keeps them (``operators.warm``).
+            log: Where the command's output goes.
+            environment: Added to this process's.
+            imports: Modules that the command takes long to import, for a parent that keeps them
+                (``operators.warm``).
         """
         self._log, self._environment, self._imports = log, dict(environment or {}), list(imports)
         self._child: Child | None = None
@@ -84,7 +95,8 @@ class LocalRunner:
         The process is told to end when this one does, even by SIGKILL.
 
         Returns:
-            Exit code, standard output, and the command's last word (its error message if it gave one).
+            Exit code, standard output, and the command's last word (its error message if it gave
+            one).
         """
         self._log.info("running: %s", " ".join(["python", "-m", *arguments]))
         environment = os.environ | self._environment | {"PYTHONUNBUFFERED": "1"}
@@ -126,17 +138,23 @@ class LocalRunner:
                 self._log.info("%s", line.rstrip())
 
 
-class LocalOperator(base.Command):
-    """A command as a process on the worker."""
+class ProcessOperator(CommandOperator):
+    """Runs a command as a process on the worker."""
 
     def execute(self, context: Context) -> None:
-        """Run the command; ``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
-        with base.telling(context):
-            self.before(context)
-            code, output, message = self.runner.run(self.command_line(self.spec, context))
+        """Run the command.
+
+        Raises:
+            AirflowFailException: It failed, and a retry can't help.
+            AirflowException: It failed, and a retry may help.
+        """
+        with failure_reported(context):
+            run = self.run_of(context)
+            self.command.check(run)
+            code, output, message = self.runner.run(self.command.line(self.spec, run))
             if code:
-                base.raise_for(classify(code, message, inputs_may_come=self.inputs_may_come))
-            self.result(output, context)
+                raise_for(classify(code, message, inputs_may_come=self.command.inputs_may_come))
+            self.use_result(output, run)
 
     def on_kill(self) -> None:
         """End the command when the task is cleared, marked or killed."""
@@ -149,9 +167,12 @@ class LocalOperator(base.Command):
 
     @property
     def imports(self) -> list[str]:
-        """What the command takes long to import. Engines that start threads when they are imported are not among it."""
+        """What the command takes long to import.
+
+        Engines that start threads when they are imported are not among it.
+        """
         engines = ["chunkflow_core.engines.pytorch"] if self.volume.model.engine == "pytorch" else []
-        return ["chunkflow_core.warm_up", *(engines if self.runs_model else [])]
+        return ["chunkflow_core.steps.warm_up", *(engines if self.command.runs_model else [])]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -162,31 +183,3 @@ class LocalOperator(base.Command):
         blocks = prod(self.volume.grid.shape)
         tasks = min(self.dag.max_active_tasks, conf.getint("core", "parallelism"), blocks)
         return {CPUS_VARIABLE: str(max(1, available_cpus() // tasks))}
-
-
-class InferenceAndDonateOperator(base.Inference, LocalOperator):
-    __doc__ = base.Inference.__doc__
-
-
-class ReceiveAndBlendOperator(base.Blending, LocalOperator):
-    __doc__ = base.Blending.__doc__
-
-
-class PrepareOperator(base.Preparation, LocalOperator):
-    __doc__ = base.Preparation.__doc__
-
-
-class SelectBlocksOperator(base.Selection, LocalOperator):
-    __doc__ = base.Selection.__doc__
-
-
-class VerifyOperator(base.Verification, LocalOperator):
-    __doc__ = base.Verification.__doc__
-
-
-class PublishOperator(base.Publication, LocalOperator):
-    __doc__ = base.Publication.__doc__
-
-
-CommandOperator = LocalOperator
-"""Runs any other command."""

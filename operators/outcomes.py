@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from chunkflow_core.steps.failures import KINDS, is_final
+from chunkflow_core.errors import EXIT_CODES
+from chunkflow_core.steps.failures import is_final
 
 
 class Retry(StrEnum):
@@ -22,13 +23,13 @@ class Retry(StrEnum):
 class Kind(StrEnum):
     """What happened."""
 
-    DONE = KINDS[0]
-    WRONG_USAGE = KINDS[64]
-    WRONG_DATA = KINDS[65]
-    MISSING_INPUT = KINDS[66]
-    STORAGE = KINDS[75]
-    WRONG_SPEC = KINDS[78]
-    ERROR = KINDS[1]
+    DONE = EXIT_CODES[0]
+    WRONG_USAGE = EXIT_CODES[64]
+    WRONG_DATA = EXIT_CODES[65]
+    MISSING_INPUT = EXIT_CODES[66]
+    STORAGE = EXIT_CODES[75]
+    WRONG_SPEC = EXIT_CODES[78]
+    ERROR = EXIT_CODES[1]
     KILLED = "killed"
     OUT_OF_MEMORY = "out of memory"
     EVICTED = "evicted"
@@ -46,7 +47,7 @@ class Kind(StrEnum):
     CANCELLED = "cancelled"
 
 
-_EXITS = {code: Kind(words) for code, words in KINDS.items()}
+_EXITS = {code: Kind(words) for code, words in EXIT_CODES.items()}
 
 _ERROR = "error: "
 
@@ -67,6 +68,7 @@ class Outcome:
     """``kind`` in more words."""
 
     def __str__(self) -> str:
+        """What happened, what a retry is worth, and the message, for people."""
         if self.kind is Kind.DONE:
             return self.kind.value
         code = "" if self.code is None else f"exit code {self.code}, "
@@ -77,9 +79,10 @@ def classify(code: int, message: str, *, inputs_may_come: bool) -> Outcome:
     """The outcome of a command that ended by itself, or by a signal for an unknown reason.
 
     Args:
-        code: as ``subprocess`` gives it, negative for a signal; or 128 + number.
-        message: what the command said last.
-        inputs_may_come: whether a missing input can appear by itself: a donation can, a layer or a model can't.
+        code: As ``subprocess`` gives it, negative for a signal; or 128 + number.
+        message: What the command said last.
+        inputs_may_come: Whether a missing input can appear by itself: a donation can, a layer or a
+            model can't.
     """
     if code < 0:
         code = 128 - code

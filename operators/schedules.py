@@ -1,4 +1,4 @@
-"""When a volume's DAG runs by itself, and the Assets by which volumes, and DAGs of others, know layers."""
+"""When a volume's DAG runs by itself, and the Assets by which DAGs know layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def schedule_of(
     """What starts the runs of a volume, as ``DAG(schedule=…)`` takes it.
 
     Raises:
-        SpecError: the expression or the time zone is none.
+        SpecError: The expression or the time zone is none.
     """
     wanted = spec.schedule
     if wanted is None:

@@ -2,12 +2,14 @@
 
     python -m operators.warm NAME
 
-A task's command takes seconds to import what it runs on, and often less to do its work. The service keeps this one process, which
-imports that once, with no threads, no CUDA and no open storage, and forks a child for each command. :func:`start` asks it for one.
+A task's command takes seconds to import what it runs on, and often less to do its work. The service
+keeps this one process, which imports that once, with no threads, no CUDA and no open storage, and
+forks a child for each command. :func:`start` asks it for one.
 
-The child is what a started process would be: its arguments, environment, working directory, limits, CPUs, standard streams, a session
-and process group of its own. Whoever asked holds a connection: when that closes, however it comes about, the child's group is killed;
-so is the child when the parent dies. The name is one of Linux's abstract sockets, open to the same user only.
+The child is what a started process would be: its arguments, environment, working directory, limits,
+CPUs, standard streams, a session and process group of its own. Whoever asked holds a connection:
+when that closes, however it comes about, the child's group is killed; so is the child when the
+parent dies. The name is one of Linux's abstract sockets, open to the same user only.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ class Child(Protocol):
     """A running command."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, at most so many seconds: the exit code, negative for a signal. ``TimeoutError`` if it has not ended."""
+        """Wait for its end, at most so many seconds: the exit code, negative for a signal.
+
+        ``TimeoutError`` if it has not ended.
+        """
 
     def terminate(self) -> None:
         """Ask it, and all of its process group, to end."""
@@ -61,14 +66,19 @@ class Child(Protocol):
 
 
 class WarmChild:
-    """A command that the parent has forked. A signal's handler may use it while the code below it waits."""
+    """A command that the parent has forked.
+
+    A signal's handler may use it while the code below it waits.
+    """
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
+        """Take over the connection to the parent of a child with this process id."""
         self.pid, self._connection = pid, connection
         self._code: int | None = None
         self._answer = b""
 
     def wait(self, timeout: float | None = None) -> int:
+        """Wait for the command's end and give its exit code; see :meth:`Child.wait`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._code is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -79,10 +89,12 @@ class WarmChild:
         return self._code
 
     def terminate(self) -> None:
-        self._tell(_TERMINATE)
+        """Ask the command, and all of its process group, to end."""
+        self._send(_TERMINATE)
 
     def kill(self) -> None:
-        self._tell(_KILL)
+        """End the command, and all of its process group."""
+        self._send(_KILL)
 
     def _read(self) -> None:
         try:
@@ -95,7 +107,7 @@ class WarmChild:
         elif not piece:
             self._code = _LOST
 
-    def _tell(self, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         with suppress(OSError):  # it has ended
             self._connection.sendall(message)
 
@@ -109,13 +121,15 @@ def start(
     """Have the service's parent start ``python -m`` with these arguments.
 
     Args:
-        arguments: the module and its arguments.
-        environment: all of the child's.
-        streams: descriptors of its standard input, output and error.
-        imports: modules of this project that the parent is to have imported before, and whose ``warm_up()`` it is to have called.
+        arguments: The module and its arguments.
+        environment: All of the child's.
+        streams: Descriptors of its standard input, output and error.
+        imports: Modules of this project that the parent is to have imported before, and whose
+            ``warm_up()`` it is to have called.
 
     Returns:
-        The child; ``None`` if there is no parent, or none that would do, so that the command has to start by itself.
+        The child; ``None`` if there is no parent, or none that would do, so that the command has to
+        start by itself.
     """
     name = environment.get(VARIABLE)
     if not name or sys.platform != "linux":
@@ -171,6 +185,7 @@ class Parent:
     """Forks children on request, in one thread."""
 
     def __init__(self, name: str) -> None:
+        """Take requests under this name."""
         self._path = list(sys.path)  # before any import adds to it
         self._stamp = _stamp(self._path)
         self._stopping = False
@@ -191,7 +206,10 @@ class Parent:
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._reap)
 
     def run(self) -> Callable[[], None] | None:
-        """Serve; in a child, what it has to run. ``None`` in the parent, when it is to stop and its last child has ended."""
+        """Serve; in a child, what it has to run.
+
+        ``None`` in the parent, when it is to stop and its last child has ended.
+        """
         while not self._stopping or self._children:
             for key, _ in self._selector.select():
                 job: Callable[[], None] | None = key.data(key.fileobj)
@@ -258,7 +276,7 @@ class Parent:
         return None
 
     def _leave(self) -> None:
-        """In the child: what is the parent's alone."""
+        """In the child, close and reset what is the parent's alone."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -340,16 +358,17 @@ def _become(streams: Sequence[int], request: Mapping[str, Any]) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """As ``python -m`` does."""
+    """Run a module as ``python -m`` does."""
     sys.path.insert(0, str(Path.cwd()))
     forks.run_module(arguments)
 
 
 def _stamp(path: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """What tells that code or packages have changed: this project's files, and the records of packages installed in these folders.
+    """What tells that code or packages have changed.
 
-    What else lies in the folders is not looked at: one may be a home where files come and go all the time. A package that is
-    installed in editable form counts as changed when it is installed again.
+    That are this project's files, and the records of packages installed in these folders. What else
+    lies in the folders is not looked at: one may be a home where files come and go all the time. A
+    package that is installed in editable form counts as changed when it is installed again.
     """
     folders = [Path(path) for module in _PACKAGES for path in importlib.import_module(module).__path__]
     files = [file for folder in folders for file in folder.rglob("*.py")]
@@ -368,7 +387,7 @@ def _peer(connection: socket.socket) -> int:
 
 
 def _umask() -> int:
-    """Of this process, without changing it for a moment."""
+    """This process's umask, read without changing it for a moment."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
 

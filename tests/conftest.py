@@ -1,4 +1,7 @@
-"""What tests of all three packages share: a small real volume with its spec, and the commands as users call them."""
+"""What tests of all packages share.
+
+It is a small real volume with its spec, and the commands as users call them.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +19,47 @@ import yaml
 from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
 from local_airflow import SERVICES, local_volumes
 from nursery import shared
-from volume import spec_content, write_layer
 from xdist.scheduler import LoadScopeScheduling
 
 from chunkflow_core.__main__ import main
+from tests.support.volume import spec_content, write_layer
 
 # Tests say what CPUs do, also on a machine with a GPU; those of a GPU run where this is set.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# Ctrl-C is a signal here, and to all programs that tests start, also where a shell in the background has it ignored.
+# Ctrl-C is a signal here, and to all programs that tests start, also where a shell in the
+# background has it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["local_volumes", "pytest_runtest_makereport", "pytest_terminal_summary"]
-_ENDS_ITS_SERVICE = "tests/operators/test_service.py"
-"""Comes last of its group, in whatever order files are named."""
+_ENDS_ITS_SERVICE = "tests/operators/service/test_service.py"
+"""The file that comes last of its group, in whatever order files are named."""
 _LONG = (
-    "tests/chunkflow_core/test_object_storage.py",
+    "tests/chunkflow_core/storage/test_object_storage.py",
     "tests/operators/test_warm.py",
-    "tests/chunkflow_core/test_engine_contract.py",
-    "tests/chunkflow_core/test_histories.py",
+    "tests/chunkflow_core/engines/test_engine_contract.py",
+    "tests/promises/test_histories.py",
 )
-"""Of the files without an Airflow, those that take longest: begun last, they would have the other processes wait for them."""
+"""Files without an Airflow that take longest.
+
+Begun last, they would have the other processes wait for them.
+"""
 SHARING_AN_AIRFLOW = {
     "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", _ENDS_ITS_SERVICE),
     "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
 }
-"""Files by what their session fixture gives them (``tests/dags/local_airflow.py``, ``tests/dags/conftest.py``)."""
+"""Files that share an Airflow, by what their session fixture gives them.
+
+The fixtures are in ``tests/dags/local_airflow.py`` and ``tests/dags/conftest.py``.
+"""
 
 Outcome = subprocess.CompletedProcess[str]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is long, unless that or a real cluster is asked for. Files that start an Airflow come first.
+    """Leave out what is long, unless that or a real cluster is asked for.
 
-    They take minutes, and in several processes the others fill the gaps.
+    Files that start an Airflow come first: they take minutes, and in several processes the others
+    fill the gaps.
     """
     if not {"long", "cluster"} & set(config.option.markexpr.split()):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
@@ -71,23 +82,30 @@ def group(nodeid: str) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End the group's service with it."""
+    """End a group's service with the last of its tests."""
     if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
         SERVICES.close()
 
 
 def pytest_collectstart() -> None:
-    """Test files import a million objects that stay: to look for garbage among them meanwhile takes longer than all else."""
+    """Collect no garbage while test files are imported.
+
+    They import a million objects that stay: to look for garbage among them meanwhile takes longer
+    than all else.
+    """
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Among what was imported there is hardly any garbage; each new client of a storage would look for it there."""
+    """Never look for garbage among what was imported.
+
+    There is hardly any, and each new client of a storage would look for it there.
+    """
     gc.enable()
     gc.freeze()
 
 
-class TogetherScheduling(LoadScopeScheduling):
+class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
     """Hands groups to the processes."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -109,9 +127,10 @@ def random_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_spec(tmp_path: Path, random_layer: Path) -> Callable[..., Path]:
-    """Writes a good spec of 2 × 2 × 2 blocks into ``tmp_path``; keyword arguments replace keys (``model={…}`` as a whole).
+    """Writes a good spec of 2 × 2 × 2 blocks into ``tmp_path``.
 
-    A keyword with the value ``...`` removes the key.
+    Keyword arguments replace keys (``model={…}`` as a whole). A keyword with the value ``...``
+    removes the key.
     """
 
     def make(**changes: Any) -> Path:
@@ -162,7 +181,10 @@ def python(tmp_path: Path) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def warm_python(tmp_path: Path) -> Callable[..., Outcome]:
-    """As ``python``, where how a process starts does not matter: forked from one that has imported the library."""
+    """Runs ``python ARGUMENTS`` as a fork of a process that has imported the library.
+
+    It is for tests that don't ask how a process starts.
+    """
 
     def call(*arguments: object) -> Outcome:
         folder = tmp_path / "elsewhere"

@@ -1,1 +1,1 @@
-"""Is it right? Storage against receipts, windows computed again, and how what is wrong is undone."""
+"""Audit of an output: storage against receipts, windows computed again, what is wrong undone."""

@@ -1,6 +1,7 @@
 """Audit of an output, and how what is wrong with it is undone.
 
-``verify`` changes nothing. ``repair`` takes back whatever says that something wrong is done, so that the planner has it done again.
+``verify`` changes nothing. ``repair`` takes back whatever says that something wrong is done, so
+that the planner has it done again.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator
 
-from chunkflow_core.audit.findings import Audit, Finding, Kind
+from chunkflow_core.audit.findings import Audit, Finding, FindingKind
 from chunkflow_core.audit.findings import advice as advice
 from chunkflow_core.audit.seams import check_window, gives_wrong_sums, windows
 from chunkflow_core.audit.stored import StoredAudit
@@ -17,7 +18,7 @@ from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.progress import progress
 from chunkflow_core.steps.provenance import History, check_claim
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +37,17 @@ def verify(
     """Audit the output, or a part of it: whether what receipts say is stored, and nothing else.
 
     Args:
-        workspace: of the spec.
-        box: look only at the blocks that touch this box of voxels.
-        blocks: look only at these blocks.
-        seams: how many windows across block faces, edges and corners to compute again, each from all patches that touch
-            it, and to compare bit for bit.
-        deep: read all storage chunks and donations, and compare them with their checksums.
-        run: at least half of the windows are at blocks that this run has done, or if there are none, at those done last.
-        seed: chooses the windows.
-        step_done: called after each block, and after each window.
+        workspace: What the steps of the volume share.
+        box: Only the blocks that touch this box of voxels are looked at.
+        blocks: Only these blocks are looked at.
+        seams: Number of windows across block faces, edges and corners to compute again, each from
+            all patches that touch it, and to compare bit for bit.
+        deep: Whether to read all storage chunks and donations, and compare them with their
+            checksums.
+        run: Name of a run. At least half of the windows are at blocks that it has done, or if there
+            are none, at those done last.
+        seed: Chooses the windows.
+        step_done: Called after each block, and after each window.
     """
     spec, grid = workspace.spec, workspace.spec.grid
     if blocks is None:
@@ -66,14 +69,25 @@ def verify(
 
 
 def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed: int = 0) -> frozenset[Vector]:
-    """Audit everything that is stored, or a part of it, and undo what is wrong; returns the blocks that have to be made right.
+    """Audit everything that is stored, or a part of it, and undo what is wrong.
 
-    Receipts of wrong storage chunks are retracted; receipts and donations that can't be right, and stray storage chunks, are
-    deleted. A plan for the blocks returned then does just what is needed. Ended at any point, the next call undoes the rest, and
-    what was undone stays undone. Nothing else may be at work on the volume. Arguments as ``verify``.
+    Receipts of wrong storage chunks are retracted; receipts and donations that can't be right, and
+    stray storage chunks, are deleted. A plan for the blocks returned then does just what is needed.
+    Ended at any point, the next call undoes the rest, and what was undone stays undone. Nothing
+    else may be at work on the volume.
+
+    Args:
+        workspace: What the steps of the volume share.
+        box: Only the blocks that touch this box of voxels are looked at.
+        seams: Number of windows to compute again.
+        seed: Chooses the windows.
+
+    Returns:
+        The blocks that have to be made right.
 
     Raises:
-        SpecError: not this spec has claimed the output last; what is wrong for this one may be right for another.
+        SpecError: Another spec has claimed the output; what is wrong for this one may be right for
+            that.
     """
     spec, exchange = workspace.spec, workspace.exchange
     check_claim(spec)
@@ -81,10 +95,10 @@ def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed
     with progress("repair: audit", number + seams, "steps") as step_done:
         audit = verify(workspace, box=box, seams=seams, deep=True, seed=seed, step_done=step_done)
     # What an earlier repair has undone looks as if it had never been begun.
-    undone = exchange.harmed() & {f.block for f in audit.findings if f.kind == "not done" and f.block is not None}
-    harmed = audit.harmed | undone
-    exchange.put_harmed(harmed)
-    for (stage, block), why in sorted(_lies(workspace, audit.findings).items()):
+    undone = exchange.undone() & {f.block for f in audit.findings if f.kind == "not done" and f.block is not None}
+    due = audit.to_do_again | undone
+    exchange.put_undone(due)
+    for (stage, block), why in sorted(_false_receipts(workspace, audit.findings).items()):
         exchange.retract(stage, block)
         log.info("%s: the receipt of block %s for %s is retracted", why, block, stage)
     files = [finding for finding in audit.findings if finding.kind in ("receipt", "donation")]
@@ -93,28 +107,29 @@ def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed
     workspace.output.delete_chunks([finding.subject for finding in strays])
     for finding in files + strays:
         log.info("%s: deleted", finding)
-    return harmed
+    return due
 
 
-def _lies(workspace: Workspace, findings: Collection[Finding]) -> dict[tuple[Stage, Vector], str]:
+def _false_receipts(workspace: Workspace, findings: Collection[Finding]) -> dict[tuple[Stage, Vector], str]:
     """The stages whose receipts vouch for what is wrong, and why."""
-    grid, lies = workspace.spec.grid, dict[tuple[Stage, Vector], str]()
+    grid, found = workspace.spec.grid, dict[tuple[Stage, Vector], str]()
     for block, finding in _of_blocks(findings, "missing chunk", "wrong chunk"):
-        lies.setdefault((_writer(grid, block, finding.subject), block), str(finding))
-    chunks = set(lies)
+        found.setdefault((_writer(grid, block, finding.subject), block), str(finding))
+    chunks = set(found)
     for block, finding in _of_blocks(findings, "seam"):
         stage = _writer(grid, block, finding.subject)
         if (stage, block) in chunks:
             continue  # nobody would have computed it so: its storage chunks are not even what was written
-        lies.setdefault((stage, block), str(finding))
-        # A donation that is still there and right need not be made again; one that is gone will be made again anyway.
+        found.setdefault((stage, block), str(finding))
+        # A donation that is still there and right need not be made again; one that is gone will be
+        # made again anyway.
         for donor in grid.donors(block) if stage == "blend" else []:
             if gives_wrong_sums(workspace, donor, block, Box.from_key(finding.subject)):
-                lies.setdefault(("infer", donor), f"{finding}, and so do the sums that block {donor} has donated")
-    return lies
+                found.setdefault(("infer", donor), f"{finding}, and so do the sums that block {donor} has donated")
+    return found
 
 
-def _of_blocks(findings: Collection[Finding], *kinds: Kind) -> Iterator[tuple[Vector, Finding]]:
+def _of_blocks(findings: Collection[Finding], *kinds: FindingKind) -> Iterator[tuple[Vector, Finding]]:
     for finding in findings:
         if finding.block is not None and finding.kind in kinds:
             yield finding.block, finding

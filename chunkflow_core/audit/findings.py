@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec
 
-Kind = Literal[
+FindingKind = Literal[
     "other model",
     "missing chunk",
     "wrong chunk",
@@ -20,26 +20,35 @@ Kind = Literal[
     "incomplete",
     "not done",
 ]
-"""``incomplete``: a block that was begun, or whose donors have changed since. ``not done``: one that was never begun."""
+"""What can be wrong.
 
-_DUE: tuple[Kind, ...] = ("incomplete", "not done")
-"""What the planner sees by itself."""
+``incomplete`` is a block that was begun, or whose donors have changed since; ``not done`` is one
+that was never begun.
+"""
+
+_DUE: tuple[FindingKind, ...] = ("incomplete", "not done")
+"""Findings that the planner sees by itself."""
 _SHOWN = 20
-"""Findings that are told of one by one."""
+"""Number of findings that are told of one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that is wrong."""
 
-    kind: Kind
+    kind: FindingKind
     block: Vector | None
-    """Whose it is; None for what is no block's."""
+    """Index of the block that it is about, zyx; None for what is no block's."""
     subject: str
-    """What is wrong: a storage chunk's name, a file's name in the exchange, a box, a stage, a fingerprint."""
+    """Name of what is wrong.
+
+    It is that of a storage chunk, of a file in the exchange, of a box, of a stage, or a
+    fingerprint.
+    """
     message: str
 
     def __str__(self) -> str:
+        """The message, after the block that it is about."""
         return f"block {self.block}: {self.message}" if self.block is not None else self.message
 
 
@@ -48,22 +57,22 @@ class Audit:
     """What an audit looked at and found wrong."""
 
     box: Box | None = None
-    """The part that was looked at; None for all."""
+    """The part of the volume that was looked at; None for all."""
     storage_chunks: int = 0
-    """Storage chunks that have to be there: those of stages with a receipt."""
+    """Number of storage chunks that have to be there: those of stages with a receipt."""
     blocks: int = 0
-    """Blocks that were looked at."""
+    """Number of blocks that were looked at."""
     seams: int = 0
-    """Windows that were computed again."""
+    """Number of windows that were computed again."""
     findings: list[Finding] = field(default_factory=list)
-    """Empty if all is well."""
+    """What is wrong; empty if all is well."""
 
-    def add(self, kind: Kind, block: Vector | None, subject: str, message: str) -> None:
+    def add(self, kind: FindingKind, block: Vector | None, subject: str, message: str) -> None:
         """Note what is wrong."""
         self.findings.append(Finding(kind, block, subject, message))
 
     @property
-    def harmed(self) -> frozenset[Vector]:
+    def to_do_again(self) -> frozenset[Vector]:
         """The blocks with something wrong, without those that were never begun."""
         return frozenset(f.block for f in self.findings if f.block is not None and f.kind != "not done")
 
@@ -86,8 +95,8 @@ def advice(audit: Audit, spec: VolumeSpec) -> str:
         )
     if kinds - {"other model", *_DUE}:
         lines.append(
-            f"To do again just what is wrong: `chunkflow-core run SPEC --repair{part}` (in Airflow: trigger the volume with "
-            f"only repair{where})"
+            f"To do again just what is wrong: `chunkflow-core run SPEC --repair{part}` (in Airflow: trigger the "
+            f"volume with only repair{where})"
         )
     if due and spec.skip.mask is not None:
         unfinished += " (with --check-input if the mask has been edited)"
@@ -95,7 +104,7 @@ def advice(audit: Audit, spec: VolumeSpec) -> str:
 
 
 def _shown(findings: Iterable[Finding]) -> list[str]:
-    order = get_args(Kind)
+    order = get_args(FindingKind)
     told = sorted((f for f in findings if f.kind != "not done"), key=lambda finding: order.index(finding.kind))
     more = [f"… and {len(told) - _SHOWN} more"] if len(told) > _SHOWN else []
     return [*map(str, told[:_SHOWN]), *more]

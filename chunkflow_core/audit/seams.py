@@ -18,19 +18,27 @@ from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab, convert
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.timing import Timings
 
 log = logging.getLogger(__name__)
 
 WINDOW: Vector = (4, 32, 32)
-"""Size of the windows that are computed again, zyx."""
+"""Size of the windows that are computed again, in voxels, zyx."""
 
 
 def windows(workspace: Workspace, stored: StoredAudit, count: int, run: str, seed: int) -> Iterator[Box]:
-    """Windows around points on the low faces, edges and corners of complete blocks that have lower neighbours.
+    """Choose windows on the borders of complete blocks that have lower neighbours.
 
-    Every other one is at a block that ``run`` has done, or else at one of those that were done last.
+    They are around points on the low faces, edges and corners. Every other one is at a block that
+    ``run`` has done, or else at one of those that were done last.
+
+    Args:
+        workspace: What the steps of the volume share.
+        stored: The audit of what is stored, which has been run.
+        count: Number of windows.
+        run: Name of a run; may be empty.
+        seed: Chooses the windows.
     """
     chance = random.Random(seed)
     inner = sorted(index for index in stored.complete if any(index))
@@ -50,7 +58,7 @@ def _window(workspace: Workspace, index: Vector, chance: random.Random) -> Box:
 
 
 def check_window(workspace: Workspace, window: Box, complete: set[Vector], audit: Audit) -> None:
-    """Compute a window again and compare what of it belongs to audited blocks that are complete."""
+    """Compute a window again, and compare what of it belongs to blocks that are complete."""
     spec = workspace.spec
     sums = workspace.inference.window(window)
     expected = workspace.masked(window, convert(sums, spec.output.dtype, ExactStep(*spec.output.range)))
@@ -70,7 +78,10 @@ def check_window(workspace: Workspace, window: Box, complete: set[Vector], audit
 
 
 def _reads_something_else(spec: VolumeSpec, blocks: set[Vector]) -> bool:
-    """Whether the input of blocks, or of their donors, is not what they have read; asked anew, as it may have been edited just now."""
+    """Whether the input of blocks, or of their donors, is not what they have read.
+
+    Storage is asked anew, as the input may have been edited just before.
+    """
     state = Workspace(spec).state()
     readers = blocks.union(*map(spec.grid.donors, blocks))
     return bool(state.changed_inputs({block for block in readers if state.inferred(block) is not None}))
@@ -103,7 +114,7 @@ def _ends(places: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]
 
 
 def gives_wrong_sums(workspace: Workspace, donor: Vector, receiver: Vector, box: Box) -> bool:
-    """Whether a donation that is still there has other sums in a box than its donor computes now."""
+    """Whether a donation that is still there has other sums in a box than its donor computes."""
     spec, exchange = workspace.spec, workspace.exchange
     receipt = exchange.receipt("infer", donor)
     entries = {entry.key: entry for entry in receipt.donations} if receipt else {}

@@ -1,6 +1,7 @@
-"""What is stored, against what receipts say: storage chunks, donations, and the receipts themselves.
+"""What is stored, against what receipts say: storage chunks, donations, and receipts themselves.
 
-Group by group, so that no more receipts are in memory than a group has; what of them other groups need is in their marks.
+It is done group by group, so that no more receipts are in memory than a group has; what of them
+other groups need is in their marks.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import cast
 
-from chunkflow_core.audit.findings import Audit, Kind
+from chunkflow_core.audit.findings import Audit, FindingKind
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.exchange.folder import group_of
 from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
-from chunkflow_core.lattice.blocks import Block, Donation
+from chunkflow_core.lattice.blocks import Block, Donation, given_box
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.planning.planner import Done
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 
 _READERS = 16
-"""Storage chunks and donations read at a time."""
+"""Number of storage chunks and donations read at a time."""
 
 _COMPLETE = {
     "infer": "inference is not complete (no valid receipt)",
@@ -31,7 +32,7 @@ _COMPLETE = {
 
 
 class StoredAudit:
-    """Audits what is stored of some blocks; afterwards, what it has learnt of them on the way is here."""
+    """Audits what is stored of some blocks, and has afterwards what it has learnt of them."""
 
     def __init__(
         self, workspace: Workspace, blocks: Collection[Vector], audit: Audit, *, deep: bool, mixed: bool
@@ -39,11 +40,12 @@ class StoredAudit:
         """Look at nothing yet.
 
         Args:
-            workspace: of the spec.
-            blocks: to be audited.
-            audit: gets the findings.
-            deep: read storage chunks and donations, too.
-            mixed: there may be storage chunks of other fingerprints, so that those without a receipt prove nothing.
+            workspace: What the steps of the volume share.
+            blocks: Indices of the blocks to audit, zyx.
+            audit: Gets the findings.
+            deep: Whether to read storage chunks and donations, too.
+            mixed: Whether there may be storage chunks of other fingerprints, so that those without
+                a receipt prove nothing.
         """
         self._workspace, self._audit, self._deep, self._mixed = workspace, audit, deep, mixed
         self._spec, self._grid, self._exchange = workspace.spec, workspace.spec.grid, workspace.exchange
@@ -52,14 +54,14 @@ class StoredAudit:
         self._marks: dict[Stage, dict[Vector, Mark]] = {"infer": {}, "blend": {}}
         self._begun: set[Vector] = set()
         self.complete: set[Vector] = set()
-        """Blocks of which nothing is due."""
+        """Blocks for which nothing is due."""
         self.runs: dict[Vector, set[str]] = defaultdict(set)
-        """The runs that have done a block's stages."""
+        """Names of the runs that have done a block's stages."""
         self.finished: dict[Vector, float] = defaultdict(float)
-        """When the last of a block's stages was done, Unix time."""
+        """Time when the last of a block's stages was done, Unix time."""
 
     def load(self, blocks: Collection[Vector]) -> None:
-        """For the planner: everything is known."""
+        """Do nothing: what the planner asks for is known already."""
 
     def inferred(self, block: Vector) -> InferenceMark | None:
         """What the block's valid receipt of inference says; None if there is none."""
@@ -70,7 +72,7 @@ class StoredAudit:
         return cast("BlendingMark | None", self._marks["blend"].get(block))
 
     def run(self, block_done: Callable[[], object]) -> None:
-        """Do it; ``block_done`` is called after each block."""
+        """Audit the blocks; ``block_done`` is called after each."""
         by_group: dict[Vector, list[Vector]] = defaultdict(list)
         for block in sorted(self._blocks):
             by_group[group_of(block)].append(block)
@@ -109,7 +111,11 @@ class StoredAudit:
             block_done()
 
     def _receipts(self, stage: Stage, group: Vector) -> dict[Vector, Receipt]:
-        """The receipts that count; also those from before the ROI grew, of which there is no mark, if there are no others."""
+        """The receipts of a group that count, by block.
+
+        Those from before the ROI grew, which have no mark, are among them where there are no
+        others.
+        """
         current: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
         outdated: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
         for name, receipt in self._exchange.stored_receipts(stage, [group]):
@@ -203,13 +209,16 @@ class StoredAudit:
         if self._audit.box is None or donor in self._blocks:
             return True
         try:
-            start = Box.from_key(_key(name).partition("%")[2]).start
+            start = given_box(_key(name)).start
         except ValueError:
             return False
         return self._grid.holding(start) in self._blocks
 
     def _wrong_donation(self, stored: tuple[Donation, DonationEntry]) -> str:
-        """What is wrong with a donation; empty if nothing is, or if it has been cleaned up since it was listed."""
+        """What is wrong with a donation; empty if nothing is.
+
+        Nothing is if it has been cleaned up since it was listed.
+        """
         try:
             self._exchange.get_donations([stored])
         except DataError as error:
@@ -219,17 +228,20 @@ class StoredAudit:
         return ""
 
     def _check_complete(self, block: Block) -> None:
-        """What the planner would do again is not complete; donations that were cleaned up are no fault."""
+        """Note a block as incomplete if the planner would do it again.
+
+        Donations that were cleaned up are no fault.
+        """
         index = block.index
         stage: Stage = "blend"
         done = Done(self._spec, self)  # remembering more would keep all groups in memory
         if done.inferred(index) is None:
             stage = "infer"
-        elif not block.frame or done.has_consumed(index):
+        elif not self._grid.has_frame(index) or done.has_consumed(index):
             self.complete.add(index)
             return
         begun = index in self._begun if stage == "infer" else self.blended(index) is not None
-        kind: Kind = "incomplete" if begun or self._has_remains(block, stage) else "not done"
+        kind: FindingKind = "incomplete" if begun or self._has_remains(block, stage) else "not done"
         self._audit.add(kind, index, stage, _COMPLETE[stage])
 
     def _has_remains(self, block: Block, stage: Stage) -> bool:

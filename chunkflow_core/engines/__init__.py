@@ -13,8 +13,8 @@ def load_engine(spec: VolumeSpec) -> Engine:
     """The engine that the spec names, with its model loaded.
 
     Raises:
-        SpecError: the model can't be used as the spec says.
-        MissingInputError: a model file isn't there.
+        SpecError: The model can't be used as the spec says.
+        MissingInputError: A model file isn't there.
     """
     module = import_module(f"{__name__}.{spec.model.engine}")
     engine = module.load(spec)

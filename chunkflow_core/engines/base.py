@@ -18,24 +18,27 @@ if TYPE_CHECKING:
 class Engine(ABC):
     """Runs patches through a convnet.
 
-    The same patch must give the same bits at any position of a batch, in any process with the same settings, and whatever
-    runs at the same time. Engines on CPUs run each patch by itself, in ``model.threads`` threads, and are called from
-    ``streams`` threads at once: that scales better than many threads for one patch, and no number depends on how many
-    patches run at a time.
+    The same patch must give the same bits at any position of a batch, in any process with the same
+    settings, and whatever runs at the same time. Engines on CPUs run each patch by itself, in
+    ``model.threads`` threads, and are called from ``streams`` threads at once: that scales better
+    than many threads for one patch, and no number depends on how many patches run at a time.
     """
 
     batch_size: int = 1
-    """Patches of one call."""
+    """Number of patches in one call."""
 
     streams: int = 1
-    """Calls that may be made at once, each from a thread of its own."""
+    """Number of calls that may be made at once, each from a thread of its own."""
 
     device: torch.device | None = None
-    """Set where patches stay on an accelerator: then ``forward`` is called, with tensors there."""
+    """The accelerator on which patches stay; None for engines on CPUs.
+
+    Where there is one, ``forward`` is called, with tensors there.
+    """
 
     @property
     def description(self) -> dict[str, Any]:
-        """What runs where, for receipts and logs."""
+        """What runs where: versions, device and threads, for receipts and logs."""
         return {}
 
     @abstractmethod
@@ -43,29 +46,36 @@ class Engine(ABC):
         """Run a batch.
 
         Args:
-            patches: float32 ``(batch, input channels, z, y, x)`` of the spec's ``patch_size``; integer layers scaled to
-                [0, 1]. The batch always has ``batch_size`` patches.
+            patches: Float32 ``(batch, input channels, z, y, x)`` of the spec's ``patch_size``;
+                integer layers scaled to [0, 1]. The batch always has ``batch_size`` patches.
 
         Returns:
-            float32 ``(batch, output channels, z, y, x)`` of the spec's ``output_patch_size``, contiguous. The caller may
-            keep it, and does not change it.
+            Float32 ``(batch, output channels, z, y, x)`` of the spec's ``output_patch_size``,
+            contiguous. The caller may keep it, and does not change it.
 
         Raises:
-            DataError: the network's output is not of the declared shape.
+            DataError: The network fails with the batch, or its output is not of the declared shape.
         """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """As ``__call__``, with tensors on ``device``; for engines that have one."""
+        """Run a batch as ``__call__`` does, with tensors on ``device``.
+
+        Only engines that have a device have this.
+        """
         raise NotImplementedError
 
 
 def cpu_streams(spec: VolumeSpec) -> int:
-    """Forward passes at a time on this process's CPUs."""
+    """Number of forward passes at a time on this process's CPUs."""
     return spec.model.streams or max(1, available_cpus() // spec.model.threads)
 
 
 def crop_to(array: Any, size: tuple[int, ...]) -> Any:
-    """The centre of the last three axes of an array or tensor, cut to ``size``, where it is larger by an even number."""
+    """The centre of an array's or tensor's last three axes, cut to ``size``, zyx.
+
+    Each axis has to have the length of ``size``, or be larger by an even number; ``ValueError`` if
+    not.
+    """
     for axis, length in zip((-3, -2, -1), size, strict=True):
         margin, odd = divmod(array.shape[axis] - length, 2)
         if margin < 0 or odd:

@@ -19,7 +19,10 @@ _LONGEST = 500
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error is for want of memory or of the accelerator, not the model's: then it is worth a retry."""
+    """Whether an error is for want of memory or of the accelerator, and so worth a retry.
+
+    All others are the model's.
+    """
     named = type(error).__name__ in _MACHINE_KINDS
     return named or isinstance(error, MemoryError) or _MACHINE.search(str(error)) is not None
 

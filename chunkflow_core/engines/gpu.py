@@ -15,14 +15,16 @@ _held: list[int] = []
 
 
 def claim(count: int, folder: str | Path | None = None) -> int:
-    """Index of the GPU that this process is to use: the one that the fewest processes use yet, the same at each call.
+    """Index of the GPU that this process is to use: the one that the fewest processes use yet.
 
-    Processes of one machine agree by locks on files ``chunkflow-gpu-INDEX-K``, tried breadth first: the first place on
-    each GPU, then the second. A process that ends, also one that is killed, frees its place.
+    It is the same at each call. Processes of one machine agree by locks on files
+    ``chunkflow-gpu-INDEX-K``, tried breadth first: the first place on each GPU, then the second. A
+    process that ends, also one that is killed, frees its place.
 
     Args:
-        count: GPUs that this process sees.
-        folder: of the files; the same for all processes that share the GPUs. Default: that for temporary files.
+        count: Number of GPUs that this process sees.
+        folder: Folder of the files, the same for all processes that share the GPUs. Default: the
+            one for temporary files.
     """
     return _claimed(os.getpid(), count, Path(folder or tempfile.gettempdir()))
 
@@ -37,7 +39,7 @@ def _claimed(_process: int, count: int, folder: Path) -> int:
 
 
 def _lock(path: Path) -> bool:
-    """Whether this process now holds the file's lock."""
+    """Lock a file for this process, and return whether it is locked."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     except PermissionError:  # made by another user; in a folder for all, it may only be opened without O_CREAT

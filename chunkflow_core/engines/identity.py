@@ -1,4 +1,7 @@
-"""The identity: the input repeated over the output's channels. For tests of geometry and for timing everything else."""
+"""The identity: the input repeated over the output's channels.
+
+It serves to test geometry, and to time everything but a network.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ class Identity(Engine):
     """Repeats the input's channels in turn."""
 
     def __init__(self, spec: VolumeSpec) -> None:
+        """Make the engine for a spec; it needs no model."""
         self._spec = spec
         self.streams = cpu_streams(spec)
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Repeat the batch's channels in turn, cut to the size of an output patch."""
         repeated = patches.take(np.arange(self._spec.output.channels) % patches.shape[1], axis=1)
         return np.ascontiguousarray(cropped(repeated, self._spec, len(patches)))
 
 
 def load(spec: VolumeSpec) -> Identity:
-    """The engine for a spec."""
+    """The engine for a spec; it needs no model."""
     return Identity(spec)

@@ -1,8 +1,9 @@
-"""Running a model's Python file, which may import its siblings: as they are now, not as they were compiled once.
+"""Running a model's Python file and the siblings that it imports, as they are at the moment.
 
-Where Python imports a file, it takes the compilation in ``__pycache__`` if that tells the file's size and the second in which it was
-changed, and else leaves one there. A model that was edited within a second, or put back from a copy that kept its date, would give
-another network's numbers under its own fingerprint.
+Where Python imports a file, it takes the compilation in ``__pycache__`` if that tells the file's
+size and the second in which it was changed, and else leaves one there. A model that was edited
+within a second, or put back from a copy that kept its date, would give another network's numbers
+under its own fingerprint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _INSTALLED = {
         site.getusersitepackages(),
     )
 }
-"""Folders of Python and of installed packages: whoever changes what is there installs it, and has it compiled."""
+"""Folders of Python and of installed packages.
+
+Whoever changes what is there installs it, and has it compiled.
+"""
 
 
 class _Imports:
@@ -42,9 +46,9 @@ class _Imports:
 
     folder: Path | None = None
     modules: frozenset[str] = frozenset()
-    """Names of the modules that were there before it."""
+    """Names of the modules that were there before the model file."""
     path: frozenset[str] = frozenset()
-    """What was on ``sys.path`` before it."""
+    """Entries of ``sys.path`` from before the model file."""
 
 
 class _AsItIs(SourceFileLoader):
@@ -57,7 +61,8 @@ class _AsItIs(SourceFileLoader):
 def import_file(path: Path) -> ModuleType:
     """Run a model file as a module.
 
-    The siblings of the model before are forgotten first, as another model's may have the same names.
+    The siblings of the model before are forgotten first, as another model's may have the same
+    names.
     """
     _forget_model()
     _Imports.folder = path.parent.resolve()
@@ -85,7 +90,10 @@ def _forget_model() -> None:
 
 
 def forget_files() -> None:
-    """Have Python forget what it knows of files that are not installed: their next import reads and compiles them as they are."""
+    """Have Python forget what it knows of files that are not installed.
+
+    Their next import reads and compiles them as they are.
+    """
     if _finder not in sys.path_hooks:
         sys.path_hooks.insert(0, _finder)
         for place in [place for place in sys.path_importer_cache if not _is_installed(place)]:
@@ -96,7 +104,10 @@ def forget_files() -> None:
 
 
 def _finder(place: str) -> FileFinder:
-    """A hook for ``sys.path``: finds what Python does in a folder, but for compilations of files that are there."""
+    """Find what Python finds in a folder, but for compilations of files that are there.
+
+    This is a hook for ``sys.path``.
+    """
     if _is_installed(place) or not os.path.isdir(place or "."):  # noqa: PTH112 - False also where nobody may look
         raise ImportError(f"{place} is for Python's own finder")
     return FileFinder(
@@ -113,14 +124,21 @@ def _is_installed(place: str) -> bool:
 
 
 def _is_inside(place: str, folder: Path) -> bool:
-    """Whether it is in a model's folder; not what is installed there, unless the model is, too."""
+    """Whether a place is in a model's folder.
+
+    What is installed there is not, unless the model is, too.
+    """
     if not Path(place).resolve().is_relative_to(folder) or folder in _INSTALLED:
         return False
     return _is_installed(str(folder)) or not _is_installed(place)
 
 
 def _is_of(name: str, module: ModuleType, folder: Path) -> bool:
-    """Whether a module lies in a model's folder; this package may lie there, too, and imports its own when it needs them."""
+    """Whether a module lies in a model's folder.
+
+    This package may lie there, too, and does not count: it imports its own modules when it needs
+    them.
+    """
     if name.partition(".")[0] == __name__.partition(".")[0]:
         return False
     places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]

@@ -1,9 +1,9 @@
 """PyTorch networks as they are found in this field, unmodified.
 
-- a ``.py`` file with ``InstantiatedModel`` (optionally ``load_model``, ``pre_process``, ``post_process``) and a checkpoint, as
-  chunkflow takes them;
-- a ``.py`` file with ``class PatchInferencer``, made with ``(weights, output_patch_mask)`` or ``(weights)``, called with a
-  numpy batch; it gets a mask of ones, as the blending is done here;
+- a ``.py`` file with ``InstantiatedModel`` (optionally ``load_model``, ``pre_process``,
+  ``post_process``) and a checkpoint, as chunkflow takes them;
+- a ``.py`` file with ``class PatchInferencer``, made with ``(weights, output_patch_mask)`` or
+  ``(weights)``, called with a numpy batch; it gets a mask of ones, as the blending is done here;
 - TorchScript, and ``torch.export`` programs (``.pt2``).
 """
 
@@ -36,17 +36,17 @@ class Model:
     takes_numpy: bool = False
     """Whether the network takes and gives numpy arrays (``PatchInferencer``), or tensors."""
     pre_process: Function | None = None
-    """Called with a numpy batch; what it returns goes into the network."""
+    """Function that gets a numpy batch, and returns what goes into the network."""
     post_process: Function | None = None
-    """Called with what the network returns."""
+    """Function that gets what the network returns, and gives the model's output."""
 
 
 def load_model(spec: VolumeSpec, device: torch.device) -> Model:
     """The spec's model on a device, in evaluation mode.
 
     Raises:
-        SpecError: it can't be used as the spec says.
-        MissingInputError: a file isn't there.
+        SpecError: The model can't be used as the spec says.
+        MissingInputError: A file isn't there.
     """
     assert spec.model.path is not None
     path = spec.model_path(spec.model.path)
@@ -152,7 +152,10 @@ def _load_state(spec: VolumeSpec, network: torch.nn.Module, weights: Path) -> No
 
 
 def _use_batch_statistics(network: Any) -> None:
-    """Let normalisation use the patch's own statistics; everything else stays in evaluation mode."""
+    """Let normalisation use the patch's own statistics.
+
+    Everything else stays in evaluation mode.
+    """
     if not isinstance(network, torch.nn.Module):
         raise SpecError("model.batch_statistics: only for a torch.nn.Module, which the model file does not give")
     for module in network.modules():

@@ -20,9 +20,19 @@ Provider = tuple[str, dict[str, Any]]
 
 
 class ONNX(Engine):
-    """A session, shared by the threads of the caller."""
+    """A network in a session of ONNX Runtime, shared by the threads of the caller."""
 
     def __init__(self, spec: VolumeSpec, session: Any, version: str) -> None:
+        """Take a session.
+
+        Args:
+            spec: The volume.
+            session: An ``onnxruntime.InferenceSession`` with a single input.
+            version: Version of ONNX Runtime.
+
+        Raises:
+            SpecError: The network has several inputs, or not the output that the spec says.
+        """
         self._spec, self._session, self._version = spec, session, version
         self._input = _single_input(spec, session)
         outputs = session.get_outputs()
@@ -33,10 +43,12 @@ class ONNX(Engine):
 
     @property
     def description(self) -> dict[str, Any]:
+        """Version of ONNX Runtime, its execution provider, and threads."""
         provider = self._session.get_providers()[0]
         return {"onnxruntime": self._version, "device": provider, "threads": self._spec.model.threads}
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the patches of a batch one at a time; see ``Engine.__call__``."""
         return each_by_itself(self._batch, patches)
 
     def _batch(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -61,7 +73,7 @@ def load(spec: VolumeSpec) -> ONNX:
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors; they are raised too
     try:
-        # without ONNX Runtime's own fallback, which tries again with other settings and says nothing
+        # without ONNX Runtime's own fallback, which tries other settings and says nothing
         session = runtime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:
         if is_of_the_machine(error):
@@ -72,7 +84,7 @@ def load(spec: VolumeSpec) -> ONNX:
 
 
 def _check_provider(spec: VolumeSpec, got: str) -> None:
-    """Refuse what the session has begun to run the network with, if the spec asks for something else."""
+    """Refuse the provider that the session has started with, if the spec asks for another one."""
     missing = (
         "could not be started: a library of NVIDIA's is missing or of another version. ONNX Runtime's log says which"
     )
@@ -83,10 +95,10 @@ def _check_provider(spec: VolumeSpec, got: str) -> None:
 
 
 def _providers(spec: VolumeSpec, available: list[str]) -> list[Provider]:
-    """What may run the network's layers, in the order of preference.
+    """The execution providers that may run the network's layers, the preferred one first.
 
-    TensorRT chooses among its kernels by the time that they take, and in float32 also rounds to TensorFloat-32: it is for
-    precisions that nothing else here has.
+    TensorRT chooses among its kernels by the time that they take, and in float32 also rounds to
+    TensorFloat-32: it is for precisions that nothing else here has.
     """
     wanted = (_CUDA, _TENSORRT) if spec.model.precision == "float32" else (_TENSORRT, _CUDA)
     gpu = [name for name in wanted if name in available]

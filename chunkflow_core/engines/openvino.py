@@ -1,4 +1,7 @@
-"""OpenVINO, for CPUs: ``.xml`` (its own format), ``.onnx``, and PyTorch networks, converted once and kept."""
+"""OpenVINO, for CPUs: ``.xml`` (its own format), ``.onnx``, and PyTorch networks.
+
+The latter are converted once, and kept.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,15 @@ from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.model_files import cache_folder, made_once
 
-# OpenVINO reports each conversion to its makers, by processes forked from this one, unless it finds no package to do so.
+# OpenVINO reports each conversion to its makers, by processes forked from this one, unless it finds
+# no package to do so.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 _FORMATS = (".xml", ".onnx")
-"""What OpenVINO reads by itself."""
+"""Extensions of the files that OpenVINO reads by itself."""
 
 _PRECISIONS = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16"), "float16": ("f16", "FP16")}
-"""Of each precision the hint, and what CPUs call their ability."""
+"""OpenVINO's hint for each precision, and the name of the capability that CPUs have to have."""
 
 
 class OpenVINO(Engine):
@@ -38,10 +42,11 @@ class OpenVINO(Engine):
         """Take a network.
 
         Args:
-            spec: the volume.
-            compiled: network with a single input, for one patch.
-            output: index of the output to take.
-            around: what of the model file is called before and after the network (``tracing.Around``); None if nothing.
+            spec: The volume.
+            compiled: Network with a single input, for one patch.
+            output: Index of the output to take.
+            around: What of the model file is called before and after the network
+                (``tracing.Around``); None if nothing.
         """
         self._spec, self._compiled, self._output, self._around = spec, compiled, output, around
         self._thread = threading.local()
@@ -49,9 +54,11 @@ class OpenVINO(Engine):
 
     @property
     def description(self) -> dict[str, Any]:
+        """Version of OpenVINO, device, and threads."""
         return {"openvino": version("openvino"), "device": "cpu", "threads": self._spec.model.threads}
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the patches of a batch one at a time; see ``Engine.__call__``."""
         return each_by_itself(self._one, patches)
 
     def _one(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -161,7 +168,10 @@ class _Converted:
 
 
 def _converted(spec: VolumeSpec) -> _Converted:
-    """The spec's PyTorch network for OpenVINO. Only to convert it, its first time on this machine, takes PyTorch."""
+    """The spec's PyTorch network for OpenVINO.
+
+    PyTorch is needed only to convert it, its first time on this machine.
+    """
     return _Converted(made_once(cache_folder("openvino") / _digest(spec), lambda folder: _convert(spec, folder)))
 
 

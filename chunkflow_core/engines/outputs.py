@@ -1,4 +1,7 @@
-"""What becomes of a network's output in every engine: one of several is taken, cut to the declared size, activated."""
+"""What becomes of a network's output in every engine.
+
+One of several outputs is taken, cut to the declared size, and activated.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from chunkflow_core.spec import VolumeSpec
 
 
 def select(output: Any, spec: VolumeSpec) -> Any:
-    """The array or tensor that ``model.output`` names, of a list or dict of them, or of a single one.
+    """The array or tensor that ``model.output`` names, from a list or dict, or a single one.
 
     Raises:
-        DataError: there is none of this index or key, or it is no array.
+        DataError: There is none of this index or key, or it is no array.
     """
     wanted = spec.model.output
     if isinstance(output, Mapping):
@@ -50,14 +53,15 @@ def _of_mapping(output: Mapping[Any, Any], wanted: str | int | None, channels: i
 
 
 def choose(outputs: Sequence[tuple[Collection[str], int | None]], spec: VolumeSpec) -> int:
-    """Which of a compiled network's outputs to take.
+    """The index of the output to take, of those of a compiled network.
 
     Args:
-        outputs: of each its names, and its number of channels as far as the file says it.
-        spec: ``model.output`` is a name or an index; without it, the only output with the declared channels is taken.
+        outputs: Names of each output, and its number of channels as far as the file says it.
+        spec: Its ``model.output`` is a name or an index; without it, the only output with the
+            declared channels is taken.
 
     Raises:
-        SpecError: there is no such output, or several would do.
+        SpecError: There is no such output, or several would do.
     """
     wanted, channels = spec.model.output, spec.output.channels
     if isinstance(wanted, int):
@@ -80,7 +84,16 @@ def choose(outputs: Sequence[tuple[Collection[str], int | None]], spec: VolumeSp
 
 
 def cropped(output: Any, spec: VolumeSpec, batch: int) -> Any:
-    """The centre of an output, of ``output_patch_size``; ``DataError`` if it does not have the declared shape."""
+    """The centre of an output, of ``output_patch_size``.
+
+    Args:
+        output: Array or tensor ``(batch, channels, z, y, x)``.
+        spec: The volume.
+        batch: Number of patches in the batch.
+
+    Raises:
+        DataError: The output does not have the declared shape.
+    """
     expected = (batch, spec.output.channels, *spec.output_size)
     with suppress(ValueError, IndexError):  # told in terms of the spec below
         output = crop_to(output, spec.output_size)
@@ -93,7 +106,10 @@ def cropped(output: Any, spec: VolumeSpec, batch: int) -> Any:
 
 
 def finished(output: NDArray[Any], spec: VolumeSpec, batch: int) -> NDArray[np.float32]:
-    """A numpy output cut to size and activated: float32, contiguous, in memory of its own; errors as ``cropped``."""
+    """A numpy output cut to size and activated: float32, contiguous, in memory of its own.
+
+    Arguments and errors as :func:`cropped`.
+    """
     result = np.array(cropped(output, spec, batch), np.float32, order="C")
     if spec.model.activation == "sigmoid":
         with np.errstate(over="ignore"):  # the exponential of a large logit is infinite, and its reciprocal is 0

@@ -23,9 +23,22 @@ _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PyTorch(Engine):
-    """A network on one device. On CPUs each patch is run by itself, in several threads of the caller at once."""
+    """A network on one device.
+
+    On CPUs each patch is run by itself, in several threads of the caller at once.
+    """
 
     def __init__(self, spec: VolumeSpec, device: torch.device, model: Model) -> None:
+        """Take a model that is loaded.
+
+        Args:
+            spec: The volume.
+            device: Device of the model.
+            model: The network, and the functions around it.
+
+        Raises:
+            SpecError: The network can't be compiled, and the spec says that it has to be.
+        """
         self._spec, self._device, self._model, self._network = spec, device, model, model.network
         self._precision = _PRECISIONS.get(spec.model.precision)
         self._channels_last = False
@@ -43,10 +56,12 @@ class PyTorch(Engine):
 
     @property
     def description(self) -> dict[str, Any]:
+        """Version of PyTorch, device, and threads."""
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         return {"torch": torch.__version__, "device": name, "threads": self._spec.model.threads}
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run a batch, on CPUs one patch at a time; see ``Engine.__call__``."""
         batch = torch.from_numpy(patches)
         if self.device is not None:
             return _to_numpy(self.forward(batch.to(self.device)))
@@ -54,6 +69,7 @@ class PyTorch(Engine):
         return _to_numpy(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Run a batch of tensors; see ``Engine.forward``."""
         try:
             output = self._run(patches)
         except Exception as error:
@@ -75,13 +91,17 @@ class PyTorch(Engine):
             torch.set_num_threads(threads)
         autocast = torch.autocast(self._device.type, self._precision, enabled=self._precision is not None)
         with torch.inference_mode(), autocast:
-            # a network may work in place, on memory that is the caller's; and is compiled again for other strides
+            # a network may work in place, on memory that is the caller's; and is compiled again for
+            # other strides
             prepared = self._prepared(patches.clone(memory_format=torch.contiguous_format))
             output = self._network(prepared)
             return self._model.post_process(output) if self._model.post_process else output
 
     def _prepared(self, patches: torch.Tensor) -> Any:
-        """What goes into the network; chunkflow hands ``pre_process`` a numpy array and takes whatever the network likes."""
+        """What goes into the network.
+
+        chunkflow hands ``pre_process`` a numpy array, and takes whatever the network likes.
+        """
         if self._model.takes_numpy:
             return _to_numpy(patches)
         value: Any = patches
@@ -97,7 +117,8 @@ class PyTorch(Engine):
     def _try_channels_last(self, network: torch.nn.Module) -> None:
         """Keep channels innermost in memory, which is faster here, if the network works with that.
 
-        One that looks at the order in memory (``view``) does not, and then fails at the first patch already.
+        One that looks at the order in memory (``view``) does not, and then fails at the first patch
+        already.
         """
         self._channels_last = True
         _lay_out(network, torch.channels_last_3d)
@@ -110,7 +131,10 @@ class PyTorch(Engine):
             _lay_out(network, torch.contiguous_format)
 
     def _compile(self) -> None:
-        """Compile the network for the spec's patches, now, as the threads of the caller would all do it at once."""
+        """Compile the network for the spec's patches.
+
+        It is done at once, as the threads of the caller would all do it at the same time.
+        """
         self._network = torch.compile(self._model.network, dynamic=False)
         try:
             self._run(self._blank())
@@ -141,8 +165,8 @@ def load(spec: VolumeSpec) -> PyTorch:
 def _make_deterministic(spec: VolumeSpec) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
     torch.set_num_threads(spec.model.threads)
-    # use_deterministic_algorithms would also import the compiler, at half the cost of PyTorch itself; the variable is
-    # for models that import it later
+    # use_deterministic_algorithms would also import the compiler, at half the cost of PyTorch
+    # itself; the variable is for models that import it later
     torch.set_deterministic_debug_mode("error")
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if spec.model.compile or "torch._inductor" in sys.modules:

@@ -1,8 +1,10 @@
-"""PZNet: networks compiled to machine code for one kind of CPU (https://github.com/supersergiy/znnphi_interface).
+"""PZNet: networks compiled to machine code for one kind of CPU.
 
-``model.path`` is the folder of a compiled net. It is loaded by the package ``pznet`` where that is installed, by either of
-its interfaces (``PZNet(folder)``, or before that ``znet()`` and ``load_net(folder)``); otherwise by the extension module
-``znet`` in the folder itself, which is what the package loads too. A net has its threads built in.
+The project is https://github.com/supersergiy/znnphi_interface. ``model.path`` is the folder of a
+compiled net. It is loaded by the package ``pznet`` where that is installed, by either of its
+interfaces (``PZNet(folder)``, or in older versions ``znet()`` and ``load_net(folder)``); otherwise
+by the extension module ``znet`` in the folder itself, which is what the package loads too. A net
+has its threads built in.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ class PZNet(Engine):
     """A compiled net; it has one set of buffers, so only one call is made at a time."""
 
     def __init__(self, spec: VolumeSpec, net: Any) -> None:
+        """Take a net that is loaded."""
         self._spec, self._net = spec, net
 
     @property
     def description(self) -> dict[str, Any]:
+        """Device, and the module that has loaded the net."""
         return {"device": "cpu", "interface": type(self._net).__module__}
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the patches of a batch one at a time; see ``Engine.__call__``."""
         return each_by_itself(self._one, patches)
 
     def _one(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -77,8 +82,9 @@ def _net(folder: Path) -> Any:
         return net
     if module is None:
         raise SpecError(
-            f"model.path: {folder} has no module znet (znet.so) for this Python, and the package pznet is not installed; "
-            "install it from https://github.com/supersergiy/znnphi_interface, or give the folder of a compiled net"
+            f"model.path: {folder} has no module znet (znet.so) for this Python, and the package pznet is not "
+            "installed; install it from https://github.com/supersergiy/znnphi_interface, or give the folder of a "
+            "compiled net"
         )
     layers = folder / "lib"
     layers.mkdir(exist_ok=True)  # the net compiles its layers into it
@@ -86,7 +92,10 @@ def _net(folder: Path) -> Any:
 
 
 def _module_of(folder: Path) -> ModuleType | None:
-    """The folder's own ``znet``, which is what ``import znet`` finds from now on, also in the package ``pznet``."""
+    """The folder's own ``znet``.
+
+    From then on ``import znet`` finds it, also in the package ``pznet``.
+    """
     sys.modules.pop("znet", None)
     forget_files()
     found = PathFinder.find_spec("znet", [str(folder)])
@@ -112,11 +121,11 @@ def _package() -> ModuleType | None:
 
 
 def _check_size(spec: VolumeSpec, net: Any) -> None:
-    """A net ends the process when a patch has another size than it was compiled for."""
+    """Refuse patches of another size than the net was compiled for: they would end the process."""
     shape = getattr(net, "in_shape", None) or (net.get_in_shape() if hasattr(net, "get_in_shape") else None)
     expected = (1, spec.input_scale.channels, *spec.patch_size)
     if shape is not None and math.prod(shape) != math.prod(expected):
         raise SpecError(
-            f"patch_size: the net in {spec.model.path} was compiled for patches of shape {tuple(shape)}, the spec gives "
-            f"{expected} (batch, input channels, z, y, x)"
+            f"patch_size: the net in {spec.model.path} was compiled for patches of shape {tuple(shape)}, the spec "
+            f"gives {expected} (batch, input channels, z, y, x)"
         )

@@ -20,7 +20,11 @@ from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
 Structure = dict[str, Any]
-"""How outputs were put together: ``single``, or a list of a ``length``, or a dict of ``keys``, of which ``tensors`` hold one."""
+"""How a network's outputs were put together.
+
+They are a ``single`` tensor, or a list of a ``length``, or a dict of ``keys``; ``tensors`` are the
+positions of those parts that are tensors.
+"""
 
 _TOLERANCE = 1e-3
 """Largest difference to PyTorch, relative to the largest output, that rounding could explain."""
@@ -34,7 +38,7 @@ class _Flat(torch.nn.Module):
         self._spec, self._network = spec, model.network
         self._is_whole = model.post_process is not None  # which may want all of the outputs
         self.structure: Structure = {}
-        """Of the outputs, for a ``post_process``; known after the first call."""
+        """Structure of the outputs, for a ``post_process``; known after the first call."""
 
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = self._network(patches)
@@ -52,18 +56,24 @@ class Around:
     """The functions of a model file that are called before and after its network."""
 
     def __init__(self, spec: VolumeSpec, structure: Structure) -> None:
+        """Load the model of a spec, on CPUs, for its ``pre_process`` and ``post_process``.
+
+        Args:
+            spec: The volume.
+            structure: How the outputs are put together for ``post_process``.
+        """
         self._spec, self._structure = spec, structure
         self._model = load_model(spec, torch.device("cpu"))
 
     def before(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What goes into the network."""
+        """What goes into the network for a patch: float32, contiguous."""
         if self._model.pre_process is None:
             return patch
         given = self._model.pre_process(patch.copy())
         return np.ascontiguousarray(given, np.float32)
 
     def after(self, outputs: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """The output that the spec names."""
+        """The output that the spec names, given those of the converted network."""
         if self._model.post_process is None:  # then the selected one is the only one
             return outputs[0]
         with torch.inference_mode():
@@ -81,10 +91,12 @@ class Around:
 
 
 def convert(spec: VolumeSpec, folder: Path) -> None:
-    """Write the spec's PyTorch network to a folder, as ``network.xml``, ``network.bin`` and ``structure.json``.
+    """Write the spec's PyTorch network to a folder, in OpenVINO's format.
+
+    The files are ``network.xml``, ``network.bin`` and ``structure.json``.
 
     Raises:
-        SpecError: it can't be converted, or the result gives other numbers.
+        SpecError: The network can't be converted, or the result gives other numbers.
     """
     model = load_model(spec, torch.device("cpu"))
     if model.takes_numpy:
@@ -103,7 +115,8 @@ def convert(spec: VolumeSpec, folder: Path) -> None:
         if is_of_the_machine(error):
             raise
         raise SpecError(
-            f"model.engine: openvino can't convert {spec.model.path}: {told(error, spec)}. The engine pytorch may run it"
+            f"model.engine: openvino can't convert {spec.model.path}: {told(error, spec)}. The engine pytorch may "
+            "run it"
         ) from error
     openvino.save_model(network, folder / "network.xml", compress_to_fp16=False)
     wrapped = model.pre_process is not None or model.post_process is not None
@@ -121,7 +134,10 @@ def _traced(network: torch.nn.Module, example: torch.Tensor) -> Any:
 
 
 def _check(spec: VolumeSpec, network: Any, flat: _Flat, patches: Sequence[NDArray[np.float32]]) -> None:
-    """Compare with PyTorch on patches that were not traced: a trace is silent about branches that it did not take."""
+    """Compare with PyTorch on patches that were not traced.
+
+    A trace is silent about branches that it did not take.
+    """
     compiled = openvino.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for patch in patches:
         given = compiled([patch])

@@ -1,1 +1,1 @@
-"""What blocks leave for each other in shared storage: donations, and receipts that say what is done."""
+"""What blocks leave for each other in shared storage: donations, and receipts of what is done."""

@@ -1,7 +1,7 @@
 """Sums, compressed for the exchange: bytes of equal rank together, then zstandard.
 
-The low bytes of sums are noise, the high ones are not: together they compress better and faster than number by number. That is
-done in stretches that stay in the processor's cache.
+The low bytes of sums are noise, the high ones are not: sorted by rank they compress better and
+faster than number by number. That is done in stretches that stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.lattice.kernels import join_bytes, split_bytes
 
 _STRETCH = 1 << 16
-"""Numbers of a stretch."""
+"""Number of float32 sums in a stretch."""
 _LEVEL = 1
 
 
 def compress(sums: NDArray[np.float32]) -> bytes:
-    """Compress ``(channels, z, y, x)``; contiguous."""
+    """Compress sums: float32 ``(channels, z, y, x)``, contiguous."""
     words = sums.reshape(-1).view(np.uint32)
     compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=words.nbytes)
     parts = []
@@ -33,7 +33,16 @@ def compress(sums: NDArray[np.float32]) -> bytes:
 
 
 def decompress(payload: bytes, channels: int, shape: Vector) -> NDArray[np.float32]:
-    """The inverse of ``compress``: float32 ``(channels, z, y, x)``, ``shape`` being zyx."""
+    """Decompress what :func:`compress` has given.
+
+    Args:
+        payload: The compressed sums.
+        channels: Number of channels.
+        shape: Size of the box, zyx.
+
+    Returns:
+        Float32 ``(channels, z, y, x)``.
+    """
     result = np.empty((channels, *shape), np.float32)
     words, data = result.reshape(-1).view(np.uint32), np.frombuffer(zstandard.decompress(payload), np.uint8)
     for start in range(0, len(words), _STRETCH):

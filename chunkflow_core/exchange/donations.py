@@ -14,15 +14,18 @@ _MAGIC = b"CFDONATE"
 
 
 def pack(donation: Donation, payload: bytes, channels: int, fingerprint: str) -> tuple[bytes, str]:
-    """A donation as a file, and its checksum: magic, header length, header (JSON), payload.
+    """Pack a donation as a file: magic, length of the header, header (JSON), payload.
 
-    The header has the payload's checksum, so the header's is that of the whole file.
+    The header has the payload's checksum, so the header's own is that of the whole file.
 
     Args:
-        donation: what it is.
-        payload: its sums, compressed.
-        channels: of the sums.
-        fingerprint: of the spec.
+        donation: What the file says that it is.
+        payload: The sums, compressed.
+        channels: Number of channels of the sums.
+        fingerprint: Fingerprint of the spec.
+
+    Returns:
+        The file's content, and its checksum.
     """
     header = {"payload": digests.checksum(payload), **_header(donation, channels, fingerprint)}
     text = json.dumps(header, sort_keys=True).encode()
@@ -30,7 +33,18 @@ def pack(donation: Donation, payload: bytes, channels: int, fingerprint: str) ->
 
 
 def unpack(data: bytes, donation: Donation, channels: int, fingerprint: str, checksum: str) -> bytes:
-    """The payload of a donation file; ``DataError`` unless it is intact and exactly the donation that is expected."""
+    """Unpack a donation's file, and return its payload.
+
+    Args:
+        data: The file's content.
+        donation: The donation that it has to be.
+        channels: Number of channels that the sums have to have.
+        fingerprint: Fingerprint of the spec.
+        checksum: Checksum of the file, from the donor's receipt.
+
+    Raises:
+        DataError: The file is not intact, or not exactly the donation that is expected.
+    """
     try:
         if data[:8] != _MAGIC:
             raise ValueError("it does not begin as a donation (truncated, corrupt or foreign)")

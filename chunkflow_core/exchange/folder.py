@@ -2,17 +2,17 @@
 
 Layout below ``<exchange>/<fingerprint>/``, in groups of 8 × 8 × 8 blocks::
 
-    donations/<group>/<block-range>%<box-range>         weighted partial sums, self-describing, checksummed, compressed
+    donations/<group>/<block-range>%<box-range>         weighted partial sums, self-describing
     receipts/infer/<group>/<block-range>%<mark>.json    written last by inference-and-donate
     receipts/blend/<group>/<block-range>%<mark>.json    written last by receive-and-blend
     trial.json                                          what prepare has measured, for estimates
     repair.json                                         the blocks that the last repair has undone
 
-A listing says all that planning needs: the names of receipts have it in their marks (``marks.py``). Groups are listed at the same
-time.
+A listing says all that planning needs: the names of receipts have it in their marks (``marks.py``).
+Groups are listed at the same time.
 
-Files on a local disk are replaced in one step, so that a second attempt never shows a reader half a file. Object stores do
-that by themselves.
+Files on a local disk are replaced in one step, so that a second attempt never shows a reader half a
+file. Object stores do that by themselves.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.exchange import donations, receipts
 from chunkflow_core.exchange.marks import STAGES, Mark, Stage, merged, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
-from chunkflow_core.lattice.blocks import Donation
-from chunkflow_core.lattice.boxes import Box, Vector, ceil_to, indices, vector
+from chunkflow_core.lattice.blocks import Donation, donor_part, given_box
+from chunkflow_core.lattice.boxes import Vector, ceil_to, indices, vector
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.disk import PARTIAL
 from chunkflow_core.storage.files import open_files, put_file, storage_errors
 
 _TRIAL = "trial.json"
-_HARMED = "repair.json"
+_UNDONE = "repair.json"
 _GROUP = 8
-"""Blocks of a group per axis."""
+"""Edge of a group, in blocks."""
 _LISTINGS = 16
-"""At a time."""
+"""Number of listings requested at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +48,34 @@ class Trial:
     """What one patch took when it was tried out: for estimates, never decisive."""
 
     seconds: float
-    """Per patch, with all streams busy."""
+    """Seconds per patch with all streams busy."""
     process_bytes: int
-    """Peak memory of the process: interpreter, libraries, network."""
+    """Peak memory of the process in bytes: interpreter, libraries, network."""
     streams: int
-    """Patches at a time."""
+    """Number of patches run at a time."""
 
 
 class Exchange:
-    """The folder of one fingerprint in the exchange."""
+    """The folder of one fingerprint in the exchange.
+
+    What reads or writes raises ``StorageError`` if the storage does not answer, and ``SpecError``
+    if it refuses the credentials.
+    """
 
     def __init__(self, spec: VolumeSpec) -> None:
-        """Open it; nothing is read or written yet."""
+        """Open the exchange of a spec; nothing is read or written yet."""
         self.fingerprint, self.spec = spec.fingerprint, spec
-        self.path = f"{spec.exchange.path.removeprefix('precomputed://').rstrip('/')}/{self.fingerprint}"
+        self.path = f"{plain(spec.exchange.path)}/{self.fingerprint}"
         self._origin, self._size = spec.grid.roi.start, spec.grid.block_size
         self._files = open_files(self.path)
 
     def put_donation(self, donation: Donation, payload: bytes | None) -> DonationEntry:
-        """Store a donation, given its compressed sums, or None if all are zero; its entry for the receipt."""
+        """Store a donation, and return its entry for the donor's receipt.
+
+        Args:
+            donation: What is donated.
+            payload: The compressed sums; None if all are zero, then nothing is stored.
+        """
         if payload is None:
             return DonationEntry(donation.key, donation.receiver, None, 0)
         data, checksum = donations.pack(donation, payload, self.spec.output.channels, self.fingerprint)
@@ -73,11 +83,18 @@ class Exchange:
         return DonationEntry(donation.key, donation.receiver, checksum, len(data))
 
     def get_donations(self, wanted: Iterable[tuple[Donation, DonationEntry]]) -> dict[str, bytes]:
-        """Fetch donations: their compressed sums, by key; those that are all zeros are left out. All are checked.
+        """Fetch donations, and check each against its donor's receipt.
+
+        Args:
+            wanted: Donations, with their entries in the donors' receipts.
+
+        Returns:
+            The compressed sums, by key; donations that are all zeros are left out.
 
         Raises:
-            MissingInputError: one isn't there.
-            DataError: one is not what its donor wrote.
+            MissingInputError: A donation isn't there.
+            DataError: A donation is not what its donor wrote.
+            StorageError: The storage does not answer.
         """
         entries = {d.key: (d, e.checksum) for d, e in wanted if e.checksum is not None}
         with storage_errors(f"fetching donations from {self.path}"):
@@ -95,7 +112,7 @@ class Exchange:
         return found
 
     def remedy(self, donor: Vector) -> str:
-        """What a user can do when a block's donation is missing or wrong."""
+        """What a user can do when a donation of this block is missing or wrong."""
         index = " ".join(map(str, donor))
         return (
             f"Run its donor, block {donor}, again: python -m chunkflow_core.inference_and_donate SPEC --block {index} "
@@ -118,7 +135,7 @@ class Exchange:
         for _, names in self._list_groups("donations", groups):
             for key in names:
                 with suppress(ValueError):  # of what is no donation
-                    Box.from_key(key.partition("%")[2])
+                    given_box(key)
                     found[self._donor(key)].append(key)
         return found
 
@@ -127,7 +144,7 @@ class Exchange:
         self.delete_files([self._donation(key) for key in keys])
 
     def keep_donations(self, donor: Vector, entries: Iterable[DonationEntry]) -> None:
-        """Delete what a block has left earlier and that is not among its donations now."""
+        """Delete the donations that a block has left and that are not among these entries."""
         kept = {entry.key for entry in entries if entry.checksum is not None}
         there = self._names_of(donor, f"donations/{_group_name(group_of(donor))}")
         self.delete_files([name for name in there if name.rpartition("/")[2] not in kept])
@@ -137,12 +154,19 @@ class Exchange:
         put_file(self.path, f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}", receipt.pack())
 
     def receipt(self, stage: Stage, block: Vector) -> Receipt | None:
-        """The receipt of a block's stage; None if there is none that is intact and of this fingerprint, or if two disagree."""
+        """The receipt of a block's stage; None if there is none that counts.
+
+        A receipt counts if it is intact and of this fingerprint, and no other one disagrees with
+        it.
+        """
         found = [receipt for receipt in self._parsed(self._receipt_names(stage, block)) if receipt]
         return found[-1] if found and merged([receipt.mark for receipt in found]) else None
 
     def receipts(self, stage: Stage, groups: Iterable[Vector] | None = None) -> dict[Vector, Receipt]:
-        """All intact receipts of a stage, or of some groups; not those of a block that has another box since the ROI grew."""
+        """All receipts of a stage that count, or those of some groups, by block.
+
+        Receipts of a block that has another box since the ROI has grown are left out.
+        """
         folder, grid = f"receipts/{stage}", self.spec.grid
         listed = self._list_groups(folder, self.groups() if groups is None else groups)
         names = [f"{folder}/{_group_name(group)}/{name}" for group, found in listed for name in found]
@@ -157,7 +181,7 @@ class Exchange:
         return [receipt for stage in STAGES for receipt in self.receipts(stage).values()]
 
     def some_receipts(self, stage: Stage, number: int) -> list[Receipt]:
-        """Some intact receipts of a stage, wherever they come first."""
+        """Up to ``number`` intact receipts of a stage, the first that are found."""
         names: list[str] = []
         for group in sorted(self._folders(f"receipts/{stage}")):
             names += self._list(f"receipts/{stage}/{group}/")[: number - len(names)]
@@ -166,7 +190,10 @@ class Exchange:
         return [receipt for receipt in self._parsed(names) if receipt]
 
     def marks(self, stage: Stage, groups: Iterable[Vector]) -> dict[Vector, Mark]:
-        """What the names of the receipts in some groups say, by block; without those of blocks with two that disagree."""
+        """The marks of the receipts in some groups, by block.
+
+        Blocks with receipts that disagree are left out.
+        """
         found: dict[Vector, list[Mark]] = defaultdict(list)
         for group, names in self._list_groups(f"receipts/{stage}", groups):
             for name in names:
@@ -179,7 +206,7 @@ class Exchange:
         return {block: mark for block, mark in marks.items() if mark is not None}
 
     def put_signature(self, receipt: Receipt, signature: str) -> None:
-        """Note in a receipt what storage says now of the same input."""
+        """Note in a receipt what storage says of the same input at present."""
         self.put_receipt(replace(receipt, signature=signature))
         self.delete_files([f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"])
 
@@ -188,7 +215,7 @@ class Exchange:
         self.delete_files(self._names_of(block, _receipts(stage, group_of(block))))
 
     def delete_receipts(self) -> int:
-        """Delete all receipts, blends first, and return how many there were."""
+        """Delete all receipts, those of blends first, and return how many there were."""
         names = [name for stage in reversed(STAGES) for name in self._list(f"receipts/{stage}/")]
         self.delete_files(names)
         return len(names)
@@ -197,14 +224,14 @@ class Exchange:
         """All groups of the volume's blocks."""
         return indices((0, 0, 0), vector(ceil_to(n, _GROUP) // _GROUP for n in self.spec.grid.shape))
 
-    def put_harmed(self, blocks: Iterable[Vector]) -> None:
+    def put_undone(self, blocks: Iterable[Vector]) -> None:
         """Remember which blocks a repair is about to undo."""
-        put_file(self.path, _HARMED, json.dumps(sorted(blocks)).encode())
+        put_file(self.path, _UNDONE, json.dumps(sorted(blocks)).encode())
 
-    def harmed(self) -> frozenset[Vector]:
+    def undone(self) -> frozenset[Vector]:
         """The blocks that the last repair has undone; they may have been made right since."""
-        with storage_errors(f"reading {self.path}/{_HARMED}"):
-            content = self._files.get(_HARMED)
+        with storage_errors(f"reading {self.path}/{_UNDONE}"):
+            content = self._files.get(_UNDONE)
         return frozenset(vector(block) for block in json.loads(content or b"[]"))
 
     def put_trial(self, trial: Trial) -> None:
@@ -229,7 +256,10 @@ class Exchange:
         return found
 
     def stored_receipts(self, stage: Stage, groups: Iterable[Vector]) -> Iterator[tuple[str, Receipt | str]]:
-        """All files among the receipts of some groups, by name: what each says, or why it counts for nothing."""
+        """All files among the receipts of some groups: name, and the receipt in each.
+
+        For a file that counts for nothing there is a text that says why, instead of the receipt.
+        """
         names = list(self._stored(f"receipts/{stage}", groups))
         with storage_errors(f"reading receipts in {self.path}"):
             answers = self._files.get(names) if names else []
@@ -243,7 +273,7 @@ class Exchange:
                 yield name, receipt if name == proper else f"its content is that of {proper}"
 
     def stored_donations(self, groups: Iterable[Vector]) -> dict[str, int]:
-        """All files among the donations of some groups, by name: their sizes in bytes."""
+        """Sizes in bytes of all files among the donations of some groups, by name."""
         sizes: dict[str, int] = {}
         for group in groups:
             with storage_errors(f"listing donations in {self.path}"):
@@ -251,7 +281,7 @@ class Exchange:
         return {name: size for name, size in sizes.items() if not name.endswith(PARTIAL)}
 
     def owner(self, name: str) -> Vector | None:
-        """The block to which a stored file belongs, by its name; None if the volume has no such block."""
+        """The block that a stored file is of, by its name; None if the volume has no such block."""
         _, group, text = name.rsplit("/", 2)
         with suppress(ValueError):
             block = self._block(text.partition("%")[0])
@@ -272,10 +302,10 @@ class Exchange:
         return f"donations/{_group_name(group_of(self._donor(key)))}/{key}"
 
     def _donor(self, key: str) -> Vector:
-        return self._block(key.partition("%")[0])
+        return self._block(donor_part(key))
 
     def _block(self, box_key: str) -> Vector:
-        """Index of the block with a range; ``ValueError`` if the text is none."""
+        """Index of the block with a range; ``ValueError`` if the text is no range."""
         x, y, z = box_key.split("_")
         return (
             (int(z[: z.index("-", 1)]) - self._origin[0]) // self._size[0],
@@ -288,7 +318,10 @@ class Exchange:
         return self._list(f"{_receipts(stage, group_of(block))}/{box.key}%")
 
     def _names_of(self, block: Vector, folder: str) -> list[str]:
-        """Files of a block in a group's folder, also those from before the ROI grew, when the block ended elsewhere."""
+        """Files of a block in a group's folder.
+
+        Those from before the ROI grew, when the block ended elsewhere, are among them.
+        """
         x = self.spec.grid.block(block).box.start[2]
         return [name for name in self._list(f"{folder}/{x}-") if self.owner(name) == block]
 
@@ -313,7 +346,7 @@ class Exchange:
             return [name for name in self._files.list(prefix=prefix) if not name.endswith(PARTIAL)]
 
     def _parsed(self, names: list[str]) -> Iterator[Receipt | None]:
-        """The receipts in some files; None for those that are not intact, or not what the file's name says."""
+        """The receipts in some files; None for one that is not intact, or has another name."""
         with storage_errors(f"reading receipts in {self.path}"):
             answers = self._files.get(names) if names else []
         for answer in answers:

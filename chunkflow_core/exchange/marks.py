@@ -5,9 +5,10 @@
     infer    <block-range>%<geometry>%<input signature>%<given>
     blend    <block-range>%<geometry>%<consumed>
 
-``given`` has eight places, for the receivers ``block + (z, y, x)`` with z, y, x of 0 or 1, x fastest, joined by ``_``: a digest of what
-was donated and the number of donations stored, ``digest.count``; empty where there is no receiver. ``consumed`` is a digest of what all
-donors have given. A part that is not known is ``-``.
+``given`` has eight places, for the receivers ``block + (z, y, x)`` with z, y, x of 0 or 1, x
+fastest, joined by ``_``. A place holds a digest of what was donated and the number of donations
+stored, ``digest.count``; it is empty where there is no receiver. ``consumed`` is a digest of what
+all donors have given. A part that is not known is ``-``.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ _TEXTS: dict[Stage, re.Pattern[str]] = {
     "infer": re.compile(rf"({_DIGEST})%({_DIGEST}|-)%({_PLACE}(?:_{_PLACE}){{7}})"),
     "blend": re.compile(rf"({_DIGEST})%({_DIGEST})"),
 }
-"""Whatever else lies there, such as a copy ``… (1).json``, is no receipt."""
+"""Patterns of the marks. Whatever else lies there, such as a copy ``… (1).json``, is no receipt."""
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceMark:
-    """A block's inference is complete."""
+    """What the name of a receipt says of a block whose inference is complete."""
 
     geometry: str
     """``VolumeSpec.block_digest`` of the block."""
     signature: str
-    """What storage said of the input's storage chunks before they were read; empty if it could not."""
+    """What storage said of the input's storage chunks before they were read; empty if unknown."""
     given: tuple[str, ...]
-    """See above: the eight places."""
+    """The eight places of ``given``, for the receivers that a block can have."""
 
     @property
     def text(self) -> str:
-        """As it stands in the receipt's name, after the block's range."""
+        """The mark in the receipt's name, after the block's range."""
         return f"{self.geometry}%{self.signature or _UNKNOWN}%{'_'.join(self.given)}"
 
     def digest(self, slot: int) -> str:
-        """Digest of what the receiver at a place got."""
+        """Digest of what the receiver at a place was given; empty if there is none."""
         return self.given[slot].partition(".")[0]
 
     def count(self, slot: int) -> int:
@@ -59,16 +60,16 @@ class InferenceMark:
 
 @dataclass(frozen=True, slots=True)
 class BlendingMark:
-    """A block's blending is complete."""
+    """What the name of a receipt says of a block whose blending is complete."""
 
     geometry: str
     """``VolumeSpec.block_digest`` of the block."""
     consumed: str
-    """See above."""
+    """Digest of what all donors had given."""
 
     @property
     def text(self) -> str:
-        """As it stands in the receipt's name, after the block's range."""
+        """The mark in the receipt's name, after the block's range."""
         return f"{self.geometry}%{self.consumed}"
 
 
@@ -81,19 +82,19 @@ def slot(donor: Vector, receiver: Vector) -> int:
 
 
 def receiver_at(donor: Vector, place: int) -> Vector:
-    """The inverse of ``slot``."""
+    """The receiver at a place, the inverse of :func:`slot`."""
     z, y, x = donor
     return (z + place // 4, y + place // 2 % 2, x + place % 2)
 
 
 def given_places(donor: Vector, given: dict[Vector, tuple[str, int]]) -> tuple[str, ...]:
-    """``given`` of a mark, from digest and number of donations by receiver."""
+    """The eight places of a mark's ``given``, from digest and number of donations by receiver."""
     places = [receiver_at(donor, place) for place in range(8)]
     return tuple("{}.{}".format(*given[place]) if place in given else "" for place in places)
 
 
 def consumed_digest(digests: Iterable[str]) -> str:
-    """``consumed`` of a mark, from the digests of what the donors gave, in the order of ``BlockGrid.donors``."""
+    """A mark's ``consumed``: digest of what was given, in the order of ``BlockGrid.donors``."""
     return short_digest("_".join(digests).encode())
 
 
@@ -109,10 +110,10 @@ def parse_mark(stage: Stage, text: str) -> Mark | None:
 
 
 def merged(marks: Sequence[Mark]) -> Mark | None:
-    """What several receipts of one block say: nothing if they disagree.
+    """What several receipts of one block say together; None if they disagree.
 
-    Two attempts that have worked on different inputs, or on machines whose networks give different bits, can leave two. Receipts
-    that differ in the input's signature only are of one content.
+    Two attempts that have worked on different inputs, or on machines whose networks give different
+    bits, can leave two. Receipts that differ in the input's signature only are of one content.
     """
     first, *others = marks
     if isinstance(first, InferenceMark) and others:

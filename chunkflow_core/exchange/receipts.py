@@ -20,7 +20,7 @@ class DonationEntry:
     key: str
     receiver: Vector
     checksum: str | None
-    """Of the stored file; None if all sums are zero, then nothing is stored."""
+    """Checksum of the stored file; None if all sums are zero, then nothing is stored."""
     bytes: int
 
 
@@ -31,36 +31,53 @@ class Receipt:
     stage: Stage
     block: Vector
     box: str
-    """Range of the block, xyz."""
+    """Range of the block, xyz: see ``Box.key``."""
     fingerprint: str
     geometry: str
     """``VolumeSpec.block_digest`` of the block."""
     run: str
-    """The run that made it."""
+    """Name of the run that made the receipt."""
     patches: int = 0
-    """Run, not skipped."""
+    """Number of patches that were run, not skipped."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Patches that were not run, by reason."""
+    """Number of patches that were not run, by reason."""
     donations: tuple[DonationEntry, ...] = ()
     consumed: dict[str, str] = field(default_factory=dict)
-    """For blend: range of each donor → digest of what it gave, in the order of ``BlockGrid.donors``."""
+    """Range of each donor → digest of what it gave; blend only.
+
+    Donors are in the order of ``BlockGrid.donors``.
+    """
     signature: str = ""
-    """For infer: what storage said of the input's storage chunks before they were read; empty if it could not."""
+    """What storage said of the input's storage chunks before they were read; infer only.
+
+    Empty if storage could not tell.
+    """
     content: str = ""
-    """For infer: digest of all input that decided a number: voxels as read, with padding and halo, and the mask."""
+    """Digest of all input that decided a number; infer only.
+
+    It covers voxels as they were read, with padding and halo, and the mask.
+    """
     mask: str = ""
-    """For infer: digest of the mask over the block's frame; empty if there is none."""
+    """Digest of the mask over the block's frame, empty if there is none; infer only."""
     written: dict[str, str] = field(default_factory=dict)
     """Names of the storage chunks written → digests of their voxels."""
     changes: tuple[str, ...] = ()
-    """The latest runs in which that became other than what the receipt before said (or there was none), the last first."""
+    """Names of the latest runs in which ``written`` has changed, the last first.
+
+    A run before which there was no receipt counts as one.
+    """
     facts: dict[str, Any] = field(default_factory=dict)
     """Timings in seconds, host, versions: for people, never decisive."""
 
     def given(self, receiver: Vector, mask: str | None = None) -> str:
         """Digest of all that this block donated to one receiver.
 
-        Its own blending also applies the mask: ``mask`` if it is other than the one that inference has read.
+        Its own blending also applies the mask.
+
+        Args:
+            receiver: Index of the receiver, zyx.
+            mask: Digest of the mask over the block's frame; default: of the mask that inference has
+                read.
         """
         entries = sorted((e.key, e.checksum) for e in self.donations if e.receiver == receiver)
         own = (self.mask if mask is None else mask) if receiver == self.block else ""
@@ -68,7 +85,7 @@ class Receipt:
 
     @property
     def mark(self) -> Mark:
-        """What its name says."""
+        """What the receipt's name says."""
         if self.stage == "blend":
             return BlendingMark(self.geometry, consumed_digest(self.consumed.values()))
         stored = Counter(e.receiver for e in self.donations if e.checksum is not None)
@@ -78,12 +95,12 @@ class Receipt:
 
     @property
     def storage_chunks(self) -> int:
-        """How many it has written."""
+        """Number of storage chunks that the stage has written."""
         return len(self.written)
 
     @property
     def name(self) -> str:
-        """Of its file, below the group's folder."""
+        """Name of the receipt's file within its group's folder."""
         return f"{self.box}%{self.mark.text}.json"
 
     def pack(self) -> bytes:
@@ -93,7 +110,7 @@ class Receipt:
 
 
 def unpack(content: bytes | None, fingerprint: str) -> Receipt | None:
-    """The receipt in a file; None if there is none, or none that is intact and of this fingerprint."""
+    """The receipt in a file; None if there is none that is intact and of this fingerprint."""
     if content is None:
         return None
     try:

@@ -1,22 +1,24 @@
-"""Test-time augmentation: a patch is run in several orientations, and the outputs are turned back and averaged.
+"""Test-time augmentation: a patch is run in several orientations, and the outputs are averaged.
 
-Turning an output back moves its voxels, and for affinities more than that: a value belongs to an *edge*, which is stored at
-the higher one of its two voxels, in the channel of its axis. A transposition of y and x therefore swaps the channels of y
-and x, and under a flip the other end of the edge is the higher one. One axis of four voxels, ``a1`` the edge of voxels 0
-and 1, ``a0`` and ``a4`` those that leave the patch::
+Each output is turned back first. That moves its voxels, and for affinities more than that: a value
+belongs to an *edge*, which is stored at the higher one of its two voxels, in the channel of its
+axis. A transposition of y and x therefore swaps the channels of y and x, and under a flip the other
+end of the edge is the higher one. One axis of four voxels, ``a1`` the edge of voxels 0 and 1,
+``a0`` and ``a4`` those that leave the patch::
 
     the patch                    a0 (0) a1 (1) a2 (2) a3 (3) a4
-      the network gives              a0     a1     a2     a3       each at the voxel to its right
+      the network gives              a0     a1     a2     a3     each at the voxel to its right
 
     the patch, flipped           a4 (3) a3 (2) a2 (1) a1 (0) a0
       the network gives              a4     a3     a2     a1
-      flipped back                   a1     a2     a3     a4       each at the voxel to its left
-      shifted by one                  ·     a1     a2     a3       as without the flip, but for the first plane
+      flipped back                   a1     a2     a3     a4     each at the voxel to its left
+      shifted by one                  ·     a1     a2     a3     unflipped, but for plane 0
 
-The mean is a sum of contributions with the same share, ``1/n`` of ``n`` orientations. In the first plane of an axis, in its
-channel, it is the mean over those that have a value there: the orientations that flip this axis (of the patch, before any
-transposition), which are exactly half of them, contribute 0, and the others twice their value. Doubling is exact, and so
-are the shares, powers of two.
+The mean is a sum of contributions with the same share, ``1/n`` of ``n`` orientations. In the first
+plane of an axis, in its channel, it is the mean over those that have a value there: the
+orientations that flip this axis (of the patch, before any transposition), which are exactly half of
+them, contribute 0, and the others twice their value. Doubling is exact, and so are the shares,
+powers of two.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ AFFINITY_CHANNELS = (2, 1, 0)
 """Channels of the affinities along z, y, x."""
 
 _TRANSPOSED_CHANNELS = (2, 0, 1)
-"""The same, for a patch whose y and x were exchanged."""
+"""Channels of the affinities along z, y, x of a patch whose y and x were exchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +50,33 @@ class Transform:
     flips: tuple[bool, bool, bool]
     """Which axes of the patch are flipped; order z, y, x."""
     transpose: bool
-    """Whether y and x are exchanged after that."""
+    """Whether y and x are exchanged after the flips."""
     affinity: bool = False
-    """Whether the channels of the output are the affinities of each voxel to the one before it along x, y, z, in this order,
-    in a mean over orientations, half of which flip any one axis."""
+    """Whether the output's channels are affinities, to be turned back as such.
+
+    They are those of each voxel to the one before it along x, y, z, in this order. What is turned
+    back is a contribution to a mean over orientations, half of which flip any one axis.
+    """
 
     def apply(self, patch: Array) -> Array:
-        """The patch ``(..., z, y, x)`` in this orientation: a view of it where the library can make one."""
+        """The patch ``(..., z, y, x)`` in this orientation; a view if the library can make one."""
         flipped = self._flip(patch)
         return flipped.swapaxes(-1, -2) if self.transpose else flipped
 
     def undo(self, output: Array) -> Array:
-        """What the network gave for the patch in this orientation, turned back: a contribution to the mean.
+        """What the network gave in this orientation, turned back: a contribution to the mean.
 
         Args:
-            output: ``(..., channels, z, y, x)``; not changed. May be memory of the result if there is nothing to do.
+            output: ``(..., channels, z, y, x)``; not changed. It may share its memory with the
+                result if there is nothing to do.
 
         Returns:
-            Contiguous, in the shape and order that the patch as it is would have got; a numpy array is float32. With
-            ``affinity``, values of first planes are 0 or doubled (see the module), so the range of values has to be checked
-            before.
+            Contiguous, in the shape and order that the patch as it is would have got; a numpy array
+            is float32. With ``affinity``, values of first planes are 0 or doubled (see the module),
+            so the range of values has to be checked before.
 
         Raises:
-            ValueError: affinities in other than three channels.
+            ValueError: There are affinities in other than three channels.
         """
         restored = self._flip(output.swapaxes(-1, -2) if self.transpose else output)
         if not self.affinity:
@@ -94,18 +100,23 @@ class Transform:
 
 
 def contributions(augmentation: str, *, affinity: bool) -> tuple[Transform, ...]:
-    """The orientations whose mean is the output: the sum of all ``undo(network(apply(patch)))``, divided by their number.
+    """The orientations whose mean is the output.
+
+    It is the sum of all ``undo(network(apply(patch)))``, divided by their number.
 
     Args:
-        augmentation: ``model.augmentation``: ``none`` (1 orientation), ``flips`` (8) or ``flips_transpose`` (16, for which
-            the network has to take patches with y and x exchanged).
-        affinity: whether the network's channels are affinities along x, y, z, rather than independent of directions.
+        augmentation: ``model.augmentation``: ``none`` (1 orientation), ``flips`` (8) or
+            ``flips_transpose`` (16, for which the network has to take patches with y and x
+            exchanged).
+        affinity: Whether the network's channels are affinities along x, y, z, rather than
+            independent of directions.
 
     Returns:
-        The patch as it is comes first. If it is the only one, its contribution is the network's output as it is.
+        The orientations, the patch as it is first. If that is the only one, its contribution is the
+        network's output as it is.
 
     Raises:
-        ValueError: there is no such augmentation.
+        ValueError: There is no such augmentation.
     """
     if augmentation == "none":
         return (Transform((False, False, False), False),)

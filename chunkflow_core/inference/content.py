@@ -14,27 +14,32 @@ from chunkflow_core.storage.digests import short_digest
 
 
 class Content:
-    """Takes planes in any order, from several threads."""
+    """Digest of a block's input; takes planes in any order, from several threads."""
 
     def __init__(self) -> None:
+        """Begin with nothing read."""
         self._planes: dict[int, bytes] = {}
         self._mask = b""
 
     def add(self, start: int, data: NDArray[Any], used: Container[int]) -> None:
-        """Planes ``(channels, z, y, x)`` from ``start`` on in z, as they are read: with padding and halo.
+        """Add planes as they are read, with padding and halo.
 
-        Those that are not ``used`` decide nothing: they are read since storage chunks are read whole.
+        Args:
+            start: Position of the first plane, z.
+            data: ``(channels, z, y, x)``.
+            used: The planes, by z, that count. Others decide nothing: they are read since storage
+                chunks are read whole.
         """
         for z in range(data.shape[1]):
             if start + z in used:
                 self._planes[start + z] = hashlib.sha256(np.ascontiguousarray(data[:, z]).data).digest()
 
     def add_mask(self, window: MaskWindow) -> None:
-        """The mask over all voxels that the block's patches touch."""
+        """Add the mask over all voxels that the block's patches touch."""
         self._mask = hashlib.sha256(np.ascontiguousarray(window.present).data).digest()
 
     @property
     def digest(self) -> str:
-        """Of all that was added."""
+        """Digest of all that was added."""
         planes = [b"%d:" % z + digest for z, digest in sorted(self._planes.items())]
         return short_digest(b"".join([self._mask, *planes]))

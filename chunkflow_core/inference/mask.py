@@ -1,15 +1,17 @@
 """A layer that says where there is something to do, seen from the input's voxels.
 
-The two layers are aligned by where their voxels are, not by mip: a voxel's position times the voxel size is its low corner
-in nm, in every layer and at every mip. An input voxel is inside the mask if the mask voxel that contains its centre is
-nonzero. Per axis, with input voxel size ``r`` and mask voxel size ``R``, that is mask voxel ``floor((v + 1/2) · r / R)``::
+The two layers are aligned by where their voxels are, not by mip: a voxel's position times the voxel
+size is its low corner in nm, in every layer and at every mip. An input voxel is inside the mask if
+the mask voxel that contains its centre is nonzero. With input voxel size ``r`` and mask voxel size
+``R`` along an axis, that is mask voxel ``floor((v + 1/2) · r / R)``::
 
     mask  R = 9    |        0        |        1        |        2    …
     input r = 4    |   0   |   1   |   2   |   3   |   4   |   5   | …
     its centre         ·       ·       ·       ·       ·       ·
     mask voxel         0       0       1       1       2       2
 
-It is computed in rational numbers: in floating point, a centre that lies on a mask voxel's face could fall on either side.
+It is computed in rational numbers: in floating point, a centre that lies on a mask voxel's face
+could fall on either side.
 """
 
 from __future__ import annotations
@@ -31,25 +33,35 @@ from chunkflow_core.storage.layer_reader import open_layer
 
 @dataclass(frozen=True, slots=True)
 class MaskWindow:
-    """The mask in a box of input voxels, in memory: one bool per mask voxel that holds a centre of an input voxel."""
+    """The mask in a box of input voxels, in memory.
+
+    It holds one bool for each mask voxel that contains the centre of an input voxel.
+    """
 
     box: Box
-    """In input voxels."""
+    """The box, in input voxels."""
     present: NDArray[np.bool_]
-    """``(z, y, x)``, whether the mask voxel is nonzero."""
+    """Whether each mask voxel is nonzero, ``(z, y, x)``."""
     index: tuple[NDArray[np.intp], ...]
-    """Per axis, for each input voxel of ``box``, its mask voxel in ``present``; never decreases, has no gaps."""
+    """Index in ``present`` of the mask voxel of each input voxel of ``box``, axis by axis.
+
+    It never decreases, and has no gaps.
+    """
 
     def touches(self, box: Box) -> bool:
-        """Whether any voxel of ``box``, in input voxels, is inside the mask; ``ValueError`` if it leaves the window."""
+        """Whether any voxel of a box, in input voxels, is inside the mask.
+
+        Raises:
+            ValueError: The box leaves the window.
+        """
         parts = self._index(box)
         return bool(box) and bool(self.present[tuple(slice(part[0], part[-1] + 1) for part in parts)].any())
 
     def voxels(self, box: Box) -> NDArray[np.bool_]:
-        """Which voxels of ``box``, in input voxels, are inside the mask: ``(z, y, x)``, of the shape of ``box``.
+        """Which voxels of a box, in input voxels, are inside the mask: ``(z, y, x)``, of its shape.
 
         Raises:
-            ValueError: ``box`` leaves the window.
+            ValueError: The box leaves the window.
         """
         return self.present[np.ix_(*self._index(box))]
 
@@ -60,16 +72,20 @@ class MaskWindow:
 
 
 class Mask:
-    """The mask layer of a spec. Where the layer ends, so does the mask: voxels beyond its bounds are 0."""
+    """The mask layer of a spec.
+
+    Where the layer ends, so does the mask: voxels beyond its bounds are 0.
+    """
 
     def __init__(self, spec: VolumeSpec) -> None:
         """Open the layer of ``spec.skip.mask``.
 
         Raises:
-            ValueError: the spec has no mask.
-            MissingInputError: the layer, its mip, or the input layer isn't there.
-            SpecError: the layer can't be a mask: several channels, not numbers, voxels without a size.
-            StorageError: the storage does not answer.
+            ValueError: The spec has no mask.
+            MissingInputError: The layer, its mip, or the input layer isn't there.
+            SpecError: The layer can't be a mask: several channels, not numbers, voxels without a
+                size.
+            StorageError: The storage does not answer.
         """
         mask = spec.skip.mask
         if mask is None:
@@ -86,14 +102,14 @@ class Mask:
             self._reader = open_layer(self.path, self.scale, mask.mip, fill_missing=mask.fill_missing)
 
     def window(self, box: Box) -> MaskWindow:
-        """Read the mask where it covers ``box``, in input voxels.
+        """Read the mask where it covers a box, in input voxels.
 
-        Only voxels that decide something are kept. The layer is read in steps of its storage chunks' depth: in its own
-        dtype, no more than that is in memory.
+        Only voxels that decide something are kept. The layer is read in steps of its storage
+        chunks' depth: in its own dtype, no more than that is in memory.
 
         Raises:
-            MissingInputError: a storage chunk isn't there and ``fill_missing`` is off.
-            StorageError: the storage does not answer.
+            MissingInputError: A storage chunk isn't there, and ``fill_missing`` is off.
+            StorageError: The storage does not answer.
         """
         positions, index = zip(
             *(np.unique(self._mask_voxels(a, box.start[a], box.stop[a]), return_inverse=True) for a in range(3)),
@@ -108,12 +124,12 @@ class Mask:
         return MaskWindow(box, present, index)
 
     def region(self, box: Box) -> Box:
-        """The mask voxels that decide something in ``box``, which is in input voxels; may reach past the layer."""
+        """The mask voxels that decide something in a box of input voxels; may leave the layer."""
         ends = [[self._mask_voxels(a, v, v + 1)[0] for v in (box.start[a], box.stop[a] - 1)] for a in range(3)]
         return Box(vector(int(low) for low, _ in ends), vector(int(high) + 1 for _, high in ends))
 
     def _fill(self, present: NDArray[np.bool_], positions: list[NDArray[np.int64]]) -> None:
-        """Read the mask voxels at the positions, ascending and inside the layer, into ``present``."""
+        """Read the mask voxels at positions, ascending and inside the layer, into ``present``."""
         if not present.size:
             return
         z, y, x = positions
@@ -127,7 +143,10 @@ class Mask:
             present[part] = data[np.ix_(*(p - start for p, start in zip(wanted, region.start, strict=True)))]
 
     def _mask_voxels(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The mask voxels that contain the centres of the input voxels ``start`` to ``stop - 1``, along one axis."""
+        """The mask voxels of the input voxels ``start`` to ``stop - 1``, along one axis.
+
+        They are those that contain the input voxels' centres.
+        """
         ratio = self._ratios[axis]
         numerator, denominator = ratio.numerator, 2 * ratio.denominator
         # Python's integers: the terms of a ratio of two decimals can be too long for those of numpy
@@ -142,7 +161,7 @@ def _is_number(dtype: str) -> bool:
 
 
 def _voxel_size(key: str, path: str, scale: LayerScale) -> list[Fraction]:
-    """Voxel size in nm, exactly as it is written in the layer's ``info``; order z, y, x."""
+    """Voxel size in nm, exactly as the layer's ``info`` has it; order z, y, x."""
     sizes = [_fraction(value) for value in scale.resolution]
     if len(sizes) != 3 or min(sizes) <= 0:
         raise SpecError(f"{key}: {path} has a resolution of {scale.resolution} nm (zyx), expected three sizes > 0")
@@ -150,7 +169,10 @@ def _voxel_size(key: str, path: str, scale: LayerScale) -> list[Fraction]:
 
 
 def _fraction(value: Any) -> Fraction:
-    """The decimal number that stands in the file (0.1 is 1/10), not the binary one nearest to it; 0 if there is none."""
+    """The decimal number that stands in the file (0.1 is 1/10); 0 if there is none.
+
+    It is not the binary number nearest to it.
+    """
     try:
         return Fraction(str(value))
     except ValueError:

@@ -18,51 +18,52 @@ from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.timing import Timings
 
 
-class Streams:
-    """Runs patches of a block, layer by layer.
+class OnCpu:
+    """Runs patches of a block, tier by tier.
 
-    The next layer's patches may start before the last ones of a layer are done, so that no stream has to wait: what they
-    give is added when the sums of the layer before have left.
+    The next tier's patches may start before the last ones of a tier are done, so that no stream has
+    to wait: what they give is added when the sums of the tier before have left.
     """
 
     ahead = 1
-    """Layers that may be started before the one before them has been finished."""
+    """Tiers that may be started before the one before them has been finished."""
 
     def __init__(
         self, patches: Patches, block: Block, timings: Timings, patch_done: Callable[[], object], streams: int
     ) -> None:
+        """Make the slab and the threads.
+
+        Args:
+            patches: What is done with each patch of the volume.
+            block: The block.
+            timings: Where seconds and patches are counted.
+            patch_done: Called after each patch, from several threads.
+            streams: Number of patches to run at a time.
+        """
         self._patches, self._timings, self._patch_done = patches, timings, patch_done
         grid = patches.grid
         self._copying = ThreadPoolExecutor(streams, thread_name_prefix="copy")
         self._slab = Slab(
             grid,
-            block.chunk,
+            block.reach,
             grid.slab_depth(block),
             patches.spec.output.channels,
             patches.values,
             self._copying.map,
         )
+        self.sums = SlabSums(self._slab, patches.spec.output.dtype, timings)
+        """What the finished patches add up to."""
         self._pool = ThreadPoolExecutor(streams, thread_name_prefix="stream")
-        self._layers: deque[list[Future[None]]] = deque()
+        self._tiers: deque[list[Future[None]]] = deque()
 
     def start(self, positions: list[Vector], planes: Planes) -> None:
-        """Start a layer of patches."""
-        self._layers.append([self._pool.submit(self._run, position, planes) for position in positions])
+        """Start a tier of patches, given the input planes that they need."""
+        self._tiers.append([self._pool.submit(self._run, position, planes) for position in positions])
 
     def finish(self) -> None:
-        """Wait for the layer that was started first; an error of any of its patches arises here."""
-        for future in self._layers.popleft():
+        """Wait for the tier that was started first; an error of any of its patches arises here."""
+        for future in self._tiers.popleft():
             future.result()
-
-    def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
-        """See ``block.Sums``."""
-        data = self._timings.measure("convert", self._slab.sum, box)
-        return lambda: data
-
-    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """See ``block.Sums``."""
-        data = self._timings.measure("convert", self._slab.converted, box, self._patches.spec.output.dtype)
-        return lambda: data
 
     def advance(self, plane: int) -> None:
         """Drop the sums below a plane."""
@@ -78,3 +79,21 @@ class Streams:
         wait = partial(self._slab.wait_for_room, position)
         self._patches.run(self._slab, position, planes, self._timings, wait)
         self._patch_done()
+
+
+class SlabSums:
+    """Sums of final pieces, copied out of a slab when they are asked for."""
+
+    def __init__(self, slab: Slab, dtype: str, timings: Timings) -> None:
+        """Name the slab, and the output's dtype; nothing is copied yet."""
+        self._slab, self._dtype, self._timings = slab, dtype, timings
+
+    def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
+        """Sums of a box: float32 ``(channels, z, y, x)``; see ``block.Sums``."""
+        data = self._timings.measure("convert", self._slab.sum, box)
+        return lambda: data
+
+    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """Complete sums of a box, in the output's dtype; see ``block.Sums``."""
+        data = self._timings.measure("convert", self._slab.converted, box, self._dtype)
+        return lambda: data

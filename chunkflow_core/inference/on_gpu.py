@@ -1,8 +1,9 @@
-"""Patches on an accelerator: input planes, batches, blending and sums stay there; final planes leave converted.
+"""Patches on an accelerator: input planes, batches, blending and sums stay there.
 
-Everything is queued on the device in order, and the caller runs ahead of it: while a layer of patches is computed, the planes
-of the next one arrive and final ones leave through pinned memory, each on a stream of their own. The numbers are those of ``Slab``:
-the same products, rounded and added by the same rules.
+Final planes leave converted. Everything is queued on the device in order, and the caller runs ahead
+of it: while a tier of patches is computed, the planes of the next one arrive and final ones leave
+through pinned memory, each on a stream of their own. The numbers are those of ``Slab``: the same
+products, rounded and added by the same rules.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from chunkflow_core.lattice.weights import ExactStep, normalised_weight
 from chunkflow_core.timing import Timings
 
 Job = tuple[Vector, Transform]
+ToHost = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
 
 
 class DeviceSlab:
-    """``Slab`` on a device, for one thread."""
+    """Sums over consecutive planes of a region, as ``Slab``, on a device and for one thread."""
 
     def __init__(
         self, grid: BlockGrid, region: Box, depth: int, channels: int, values: ExactStep, device: torch.device
@@ -41,7 +43,7 @@ class DeviceSlab:
         self._weights: dict[tuple[int, int], torch.Tensor] = {}
 
     def add(self, position: Vector, patch: torch.Tensor, share: float = 1.0) -> None:
-        """Add a patch, weighted; ``patch`` float32 ``(channels, z, y, x)`` on the device."""
+        """Add a patch, weighted: float32 ``(channels, z, y, x)`` on the device; as ``Slab.add``."""
         box = self.grid.patch_box(position)
         inside = box & self.region
         if not inside:
@@ -57,11 +59,11 @@ class DeviceSlab:
             done += depth
 
     def sum(self, box: Box) -> torch.Tensor:
-        """A copy of the sums in ``box``, in the units of the values."""
+        """A copy of the sums in a box: float32 ``(channels, z, y, x)``, in units of the values."""
         return torch.cat([part * self.values.step for part in self._parts(box)], dim=1)
 
     def converted(self, box: Box, dtype: str) -> torch.Tensor:
-        """The complete sums in ``box`` in the output's dtype."""
+        """The complete sums in a box, ``(channels, z, y, x)`` in the output's dtype."""
         sums = self.sum(box)
         if dtype == "float32":
             return sums
@@ -95,25 +97,38 @@ class DeviceSlab:
 
 
 class OnDevice:
-    """Runs patches of a block in batches, layer by layer."""
+    """Runs patches of a block in batches, tier by tier."""
 
     ahead = 0
-    """The queue of the device is filled ahead anyway."""
+    """Tiers that may be started before the one before them has been finished.
+
+    None has to be: the queue of the device is filled ahead anyway.
+    """
 
     def __init__(self, patches: Patches, block: Block, timings: Timings, patch_done: Callable[[], object]) -> None:
+        """Make the slab and the streams on the engine's device.
+
+        Args:
+            patches: What is done with each patch of the volume.
+            block: The block.
+            timings: Where seconds and patches are counted.
+            patch_done: Called after each patch is queued.
+        """
         device = patches.engine.device
         assert device is not None
         self._patches, self._timings, self._patch_done, self._device = patches, timings, patch_done, device
         grid, channels = patches.grid, patches.spec.output.channels
-        self._slab = DeviceSlab(grid, block.chunk, grid.slab_depth(block), channels, patches.values, device)
+        self._slab = DeviceSlab(grid, block.reach, grid.slab_depth(block), channels, patches.values, device)
         self._incoming, self._outgoing = _stream(device), _stream(device)
         self._scales: dict[Any, torch.Tensor] = {}
         self._extremes: list[tuple[Vector, torch.Tensor]] = []
         self._checks: list[Callable[[], None]] = []
+        self.sums = DeviceSums(self._slab, patches.spec.output.dtype, self._to_host, self._checks)
+        """What the finished patches add up to."""
         self._forward: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self, positions: list[Vector], planes: Planes) -> None:
-        """Queue a layer of patches."""
+        """Queue a tier of patches, given the input planes that they need."""
         voxels, scale = self._upload(planes), self._scale(planes[1].dtype)
         due = self._due(positions, planes)
         jobs = iter([(position, t) for position in due for t in self._patches.transforms])
@@ -121,7 +136,7 @@ class OnDevice:
             self._run(batch, planes[0], voxels, scale)
 
     def finish(self) -> None:
-        """Queue what tells whether the layer's values were right; the error arises before any of them leaves."""
+        """Queue the check of the tier's values; its error arises before any of them leaves."""
         if self._extremes:
             positions = [position for position, _ in self._extremes]
             arriving = self._to_host(torch.stack([extreme for _, extreme in self._extremes]))
@@ -129,14 +144,6 @@ class OnDevice:
             self._extremes = []
         while self._forward and self._forward[0][1].query():  # type: ignore[no-untyped-call]
             self._time_forward()
-
-    def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """See ``block.Sums``."""
-        return self._leaving(self._slab.sum(box))
-
-    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """See ``block.Sums``."""
-        return self._leaving(self._slab.converted(box, self._patches.spec.output.dtype))
 
     def advance(self, plane: int) -> None:
         """Drop the sums below a plane."""
@@ -162,7 +169,11 @@ class OnDevice:
                 yield position
 
     def _scale(self, dtype: np.dtype[Any]) -> torch.Tensor:
-        """A tensor, as division by a number of the host would be a multiplication by its reciprocal on some devices."""
+        """What voxels of a dtype are divided by, as a tensor.
+
+        Division by a number of the host would be a multiplication by its reciprocal on some
+        devices.
+        """
         if dtype not in self._scales:
             self._scales[dtype] = torch.tensor(self._patches.scale(dtype), device=self._device)
         return self._scales[dtype]
@@ -209,20 +220,8 @@ class OnDevice:
         for position, (least, most) in zip(positions, arriving().tolist(), strict=True):
             self._patches.check_extremes(position, least, most)
 
-    def _leaving(self, result: torch.Tensor) -> Callable[[], NDArray[Any]]:
-        """Start the copy to the host; the function that is returned waits for it, and for the checks of its layers."""
-        arriving, checks = self._to_host(result), tuple(self._checks)
-
-        def wait() -> NDArray[Any]:
-            for check in checks:
-                check()
-            array: NDArray[Any] = arriving().numpy()
-            return array
-
-        return wait
-
     def _to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start a copy; the function that is returned waits for it."""
+        """Start a copy to the host; the function that is returned waits for it."""
         if self._outgoing is None:
             return tensor.cpu
         self._outgoing.wait_stream(torch.cuda.current_stream(self._device))
@@ -236,6 +235,44 @@ class OnDevice:
         def wait() -> torch.Tensor:
             arrived.synchronize()
             return host
+
+        return wait
+
+
+class DeviceSums:
+    """Sums of final pieces, on their way to the host from when they are asked for."""
+
+    def __init__(self, slab: DeviceSlab, dtype: str, to_host: ToHost, checks: Sequence[Callable[[], None]]) -> None:
+        """Name the slab; nothing is copied yet.
+
+        Args:
+            slab: The sums.
+            dtype: The output's dtype.
+            to_host: Starts a copy to the host, and returns a function that waits for it.
+            checks: Grows by those of each tier that has been finished.
+        """
+        self._slab, self._dtype, self._to_host, self._checks = slab, dtype, to_host, checks
+
+    def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """Sums of a box: float32 ``(channels, z, y, x)``; see ``block.Sums``."""
+        return self._checked(self._slab.sum(box))
+
+    def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
+        """Complete sums of a box, in the output's dtype; see ``block.Sums``."""
+        return self._checked(self._slab.converted(box, self._dtype))
+
+    def _checked(self, result: torch.Tensor) -> Callable[[], NDArray[Any]]:
+        """Start the copy to the host.
+
+        The function that is returned waits for it, and for the checks of its tiers.
+        """
+        arriving, checks = self._to_host(result), tuple(self._checks)
+
+        def wait() -> NDArray[Any]:
+            for check in checks:
+                check()
+            array: NDArray[Any] = arriving().numpy()
+            return array
 
         return wait
 

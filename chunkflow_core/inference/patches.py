@@ -38,7 +38,7 @@ class Patches:
 
     @cached_property
     def engine(self) -> Engine:
-        """What runs patches."""
+        """The engine that runs patches, loaded at first use."""
         return self._load()
 
     def input_box(self, position: Vector) -> Box:
@@ -46,7 +46,7 @@ class Patches:
         return self.grid.patch_box(position).grown(self.spec.halo, self.spec.halo)
 
     def inside_mask(self, positions: Iterable[Vector]) -> list[Vector]:
-        """Those patches that a voxel of the mask touches; all if there is no mask."""
+        """The patches among these that a voxel of the mask touches; all if there is no mask."""
         positions = list(positions)
         if self.mask is None or not positions:
             return positions
@@ -62,7 +62,12 @@ class Patches:
         return self.spec.skip.zeros and not few.any() and not part.any()
 
     def take(self, position: Vector, planes: Planes) -> NDArray[np.float32]:
-        """A patch as the network gets it, ``(channels, z, y, x)``; the planes are contiguous."""
+        """A patch as the network gets it: float32 ``(channels, z, y, x)``.
+
+        Args:
+            position: Position of the patch in the lattice, zyx.
+            planes: Input planes that hold the patch, contiguous.
+        """
         box, data = planes
         patch = np.empty((data.shape[0], *self.spec.patch_size), np.float32)
         z, y, x = (a - b for a, b in zip(self.input_box(position).start, box.start, strict=True))
@@ -87,7 +92,10 @@ class Patches:
         timings.count("patches")
 
     def forward(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run one patch ``(channels, z, y, x)``, in a batch that is filled up: another batch shape could give other bits."""
+        """Run one patch: float32 ``(channels, z, y, x)``.
+
+        It runs in a batch that is filled up: another batch shape could give other bits.
+        """
         if self.engine.batch_size == 1:
             batch = patch[None]
         else:
@@ -97,11 +105,20 @@ class Patches:
         return output
 
     def check(self, position: Vector, output: NDArray[np.float32]) -> None:
-        """``DataError`` unless all values of an output are within the declared range."""
+        """Check that an output's values are within the declared range; ``DataError`` if not."""
         self.check_extremes(position, float(output.min()), float(output.max()))
 
     def check_extremes(self, position: Vector, least: float, most: float) -> None:
-        """``check``, given the least and largest value of a patch's output; NaN if there is one among them."""
+        """Check that the least and the largest value of a patch's output are in the declared range.
+
+        Args:
+            position: Position of the patch in the lattice, zyx.
+            least: Least value; NaN if there is one among the values.
+            most: Largest value; NaN if there is one among the values.
+
+        Raises:
+            DataError: A value is out of range, or not finite.
+        """
         if self.values.low <= least and most <= self.values.high:
             return
         finite = isfinite(least) and isfinite(most)

@@ -1,17 +1,19 @@
 """The global lattice of patches, and its division into blocks that can be computed apart.
 
-Along one axis, with patch ``p``, overlap ``o``, stride ``s = p - o`` and ``m = 2`` patches a block::
+Along one axis, with patch ``p``, overlap ``o``, stride ``s = p - o`` and ``m = 2`` patches a
+block::
 
     patch 0  |--------|
     patch 1        |--------|                 block 0 owns patches 0 and 1
     patch 2              |--------|           block 1 owns patches 2 and 3
     patch 3                    |--------|
-    block    |     0     |       1      |     the last block reaches to the end of the ROI
-    chunk    |<-  block 0 + overlap ->|
-                         |<->|                margin of block 1: block 0 contributes here (its overhang)
+    block    |     0     |       1      |     the last block extends to the end of the ROI
+    reach    |<-block 0's ->|                 block 0 and its overhang: all that its patches touch
+    margin               |<>|                 of block 1: block 0 contributes here
 
-There is one lattice for the whole region of interest (ROI). It is never re-anchored, so what a voxel receives does not
-depend on the blocks. Everything here is pure integer arithmetic, order z, y, x.
+There is one lattice for the whole region of interest (ROI). It is never re-anchored, so what a
+voxel receives does not depend on the blocks. Everything here is pure integer arithmetic, order z,
+y, x.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ class AxisLattice:
     """The patches along one axis; positions are relative to the ROI's start, in voxels."""
 
     length: int
-    """Length of the ROI."""
+    """Length of the ROI in voxels, at least 1."""
     patch: int
-    """Length of an output patch."""
+    """Length of an output patch in voxels."""
     overlap: int
-    """Voxels shared by neighbouring patches; less than ``patch``."""
+    """Voxels shared by neighbouring patches, at least 0 and less than ``patch``."""
 
     def __post_init__(self) -> None:
+        """Check that the lattice can cover the ROI; ``ValueError`` if not."""
         if self.length < 1 or not 0 <= self.overlap < self.patch:
             raise ValueError(f"need length >= 1 and 0 <= overlap < patch, got {self}")
 
@@ -50,7 +53,7 @@ class AxisLattice:
         return max(1, -(-(self.length - self.overlap) // self.stride))
 
     @property
-    def reach(self) -> int:
+    def neighbours(self) -> int:
         """How many patches on either side overlap a given one."""
         return -(-self.patch // self.stride) - 1
 
@@ -66,33 +69,56 @@ class AxisBlock:
 
     start: int
     stop: int
-    chunk_stop: int
+    reach_stop: int
     core_start: int
     first_patch: int
     stop_patch: int
     near: int
-    """One past the last patch that can overlap the block's own: patches beyond decide nothing of it."""
+    """One past the last patch that can overlap the block's own.
+
+    Patches beyond decide nothing of the block.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Donation:
-    """One box of weighted partial sums that one block (the donor) computes for another (or for itself)."""
+    """A box of weighted partial sums that one block computes for another, or for itself."""
 
     donor: Vector
-    """Index of the block that computes it."""
+    """Index of the block that computes the sums, zyx."""
     receiver: Vector
-    """Index of the block that owns the voxels."""
+    """Index of the block that owns the voxels, zyx."""
     box: Box
     key: str
-    """Its name in the exchange: ``block-range%chunk-range``, in xyz."""
+    """Name of the donation in the exchange; see :func:`donation_key`."""
+
+
+def donation_key(donor: Box, given: Box) -> str:
+    """Name of a donation in the exchange: ``block-range%box-range``, each in the order x, y, z.
+
+    Args:
+        donor: The donor's own box.
+        given: The box that is given.
+    """
+    return f"{donor.key}%{given.key}"
+
+
+def donor_part(key: str) -> str:
+    """The donor's own box in a donation's key, as text."""
+    return key.partition("%")[0]
+
+
+def given_box(key: str) -> Box:
+    """The box that is given, in a donation's key; ``ValueError`` if the text is no such key."""
+    return Box.from_key(key.partition("%")[2])
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of planes of a chunk that becomes final at once: what of it is written, and what is donated."""
+    """A range of planes of a block's reach that becomes final at once."""
 
     box: Box
-    """The planes, over the whole chunk in y and x."""
+    """The planes, over the whole reach in y and x."""
     core: Box
     """The part that can be written to the output at once; may be empty."""
     donations: tuple[Donation, ...]
@@ -105,16 +131,16 @@ class Block:
     index: Vector
     box: Box
     """The voxels that the block owns."""
-    chunk: Box
-    """The voxels that its patches touch: the box and its overhang on the high sides."""
+    reach: Box
+    """The voxels that the block's patches touch: its own box and its overhang on the high sides."""
     core: Box
     """The storage chunks to which no other block contributes."""
     frame: tuple[Box, ...]
-    """The storage chunks that touch the margin, as disjoint boxes; empty if there is nothing to receive."""
+    """The storage chunks that touch the margin, as disjoint boxes; empty without a margin."""
     first_patch: Vector
     """Lattice position of the block's first patch."""
     stop_patch: Vector
-    """One past the lattice position of its last patch."""
+    """One past the lattice position of the block's last patch."""
 
     @property
     def patches(self) -> int:
@@ -132,18 +158,19 @@ class BlockGrid:
     """The lattice of patches over an ROI, cut into blocks."""
 
     roi: Box
-    """Region of interest: what is to be written."""
+    """Region of interest: the voxels that are to be written."""
     patch: Vector
-    """Output patch size."""
+    """Size of an output patch in voxels."""
     overlap: Vector
-    """Overlap of output patches."""
+    """Overlap of neighbouring output patches in voxels."""
     block_size: Vector
-    """A multiple of the stride and of ``storage_chunk``; at least ``overlap``."""
+    """Size of a block: a multiple of the stride and of ``storage_chunk``, at least ``overlap``."""
     storage_chunk: Vector
     """Storage chunk size of the output layer, whose grid starts at the ROI's start."""
     axes: tuple[AxisLattice, AxisLattice, AxisLattice] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Check the size; ``ValueError`` if it does not fit stride, storage chunk or overlap."""
         z, y, x = map(AxisLattice, self.roi.shape, self.patch, self.overlap)
         object.__setattr__(self, "axes", (z, y, x))
         for axis, block, chunk in zip(self.axes, self.block_size, self.storage_chunk, strict=True):
@@ -155,12 +182,12 @@ class BlockGrid:
 
     @property
     def stride(self) -> Vector:
-        """Distance between the starts of neighbouring patches."""
+        """Distance between the starts of neighbouring patches, in voxels."""
         return vector(axis.stride for axis in self.axes)
 
     @cached_property
     def patches_per_block(self) -> Vector:
-        """Patches along each axis of a block (fewer in the last blocks)."""
+        """Number of patches along each axis of a block; the last blocks can have fewer."""
         return vector(b // s for b, s in zip(self.block_size, self.stride, strict=True))
 
     @cached_property
@@ -170,7 +197,7 @@ class BlockGrid:
 
     @cached_property
     def axis_blocks(self) -> tuple[list[AxisBlock], ...]:
-        """For each axis, the blocks along it."""
+        """The blocks along each axis: three lists, in the order z, y, x."""
         return tuple([self._axis_block(a, i) for i in range(n)] for a, n in enumerate(self.shape))
 
     @property
@@ -180,6 +207,7 @@ class BlockGrid:
         return z.count * y.count * x.count
 
     def __contains__(self, index: Vector) -> bool:
+        """Whether there is a block with this index."""
         return all(0 <= i < n for i, n in zip(index, self.shape, strict=True))
 
     def indices(self) -> Iterator[Vector]:
@@ -187,7 +215,7 @@ class BlockGrid:
         return indices((0, 0, 0), self.shape)
 
     def patch_box(self, position: Vector) -> Box:
-        """The output voxels of the patch at a lattice position; may reach past the ROI."""
+        """The output voxels of the patch at a lattice position; may extend past the ROI."""
         start = vector(o + k * s for o, k, s in zip(self.roi.start, position, self.stride, strict=True))
         return Box(start, vector(a + p for a, p in zip(start, self.patch, strict=True)))
 
@@ -201,7 +229,7 @@ class BlockGrid:
         return Block(
             index=index,
             box=box,
-            chunk=Box(box.start, (z.chunk_stop, y.chunk_stop, x.chunk_stop)),
+            reach=Box(box.start, (z.reach_stop, y.reach_stop, x.reach_stop)),
             core=core,
             frame=tuple(box.minus_high_corner(core)),
             first_patch=(z.first_patch, y.first_patch, x.first_patch),
@@ -209,8 +237,11 @@ class BlockGrid:
         )
 
     def slab_depth(self, block: Block) -> int:
-        """Planes of sums to keep at a time: those that a layer of patches reaches, and those short of a storage chunk."""
-        return min(self.patch[0] + self.storage_chunk[0] - 1, block.chunk.shape[0])
+        """Number of planes of sums that a block's run keeps in memory.
+
+        They are those that a tier of patches covers, and those that fall short of a storage chunk.
+        """
+        return min(self.patch[0] + self.storage_chunk[0] - 1, block.reach.shape[0])
 
     def has_frame(self, index: Vector) -> bool:
         """Whether other blocks contribute to a block, so that it has a second stage."""
@@ -237,17 +268,17 @@ class BlockGrid:
     def pieces(self, block: Block) -> list[Piece]:
         """The block's planes in the order in which they become final, cut at storage chunks in z.
 
-        Streaming along z needs no more memory for a deep block than for a shallow one: each piece is written and
-        donated as soon as its planes are beyond the reach of later patches.
+        Streaming along z needs no more memory for a deep block than for a shallow one: each piece
+        is written and donated as soon as no later patch touches its planes.
         """
         sources = [(block.index, box) for box in block.frame] + list(self._overhangs(block))
         cuts = self._z_cuts(block)
         pieces = []
         for start, stop in pairwise(cuts):
-            planes = block.chunk.with_z(start, stop)
+            planes = block.reach.with_z(start, stop)
             boxes = ((receiver, box & planes) for receiver, box in sources)
             donations = tuple(
-                Donation(block.index, receiver, box, f"{block.box.key}%{box.key}") for receiver, box in boxes if box
+                Donation(block.index, receiver, box, donation_key(block.box, box)) for receiver, box in boxes if box
             )
             pieces.append(Piece(planes, block.core & planes, donations))
         return pieces
@@ -280,18 +311,18 @@ class BlockGrid:
     def _z_cuts(self, block: Block) -> list[int]:
         start, stop, depth = block.box.start[0], block.box.stop[0], self.storage_chunk[0]
         cuts = [start]
-        for layer in range(1, block.stop_patch[0] - block.first_patch[0]):
-            final = start + layer * self.stride[0] // depth * depth
+        for tier in range(1, block.stop_patch[0] - block.first_patch[0]):
+            final = start + tier * self.stride[0] // depth * depth
             if cuts[-1] < final < stop:
                 cuts.append(final)
-        return cuts + [stop] + ([block.chunk.stop[0]] if block.chunk.stop[0] > stop else [])
+        return cuts + [stop] + ([block.reach.stop[0]] if block.reach.stop[0] > stop else [])
 
     def _overhangs(self, block: Block) -> Iterator[tuple[Vector, Box]]:
         for delta in product((0, 1), repeat=3):
             receiver = self._shifted(block.index, delta, 1)
             if any(delta) and receiver in self:
                 start = vector(b if d else a for d, a, b in zip(delta, block.box.start, block.box.stop, strict=True))
-                stop = vector(c if d else b for d, b, c in zip(delta, block.box.stop, block.chunk.stop, strict=True))
+                stop = vector(c if d else b for d, b, c in zip(delta, block.box.stop, block.reach.stop, strict=True))
                 yield receiver, Box(start, stop)
 
     def _axis_block(self, a: int, i: int) -> AxisBlock:
@@ -303,11 +334,11 @@ class BlockGrid:
         return AxisBlock(
             start=start,
             stop=stop,
-            chunk_stop=stop if i == last else stop + axis.overlap,
+            reach_stop=stop if i == last else stop + axis.overlap,
             core_start=min(stop, start + ceil_to(margin, self.storage_chunk[a])),
             first_patch=i * m,
             stop_patch=stop_patch,
-            near=min(axis.count, stop_patch + axis.reach),
+            near=min(axis.count, stop_patch + axis.neighbours),
         )
 
     @staticmethod

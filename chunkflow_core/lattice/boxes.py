@@ -17,21 +17,24 @@ _KEY = re.compile(r"(-?\d+)-(-?\d+)_(-?\d+)-(-?\d+)_(-?\d+)-(-?\d+)")
 
 
 def vector(values: Iterable[int]) -> Vector:
-    """Make a Vector of three integers; ``ValueError`` if there are not exactly three."""
+    """A vector of three integers; ``ValueError`` if there are not exactly three."""
     z, y, x = values
     return (z, y, x)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Box:
-    """An axis-aligned box of voxels, half-open: ``start`` is inside, ``stop`` is not. Order z, y, x."""
+    """An axis-aligned box of voxels, half-open: ``start`` is inside, ``stop`` is not.
+
+    Order z, y, x.
+    """
 
     start: Vector
     stop: Vector
 
     @property
     def shape(self) -> Vector:
-        """Voxels per axis; never negative."""
+        """Number of voxels along each axis, never negative."""
         return vector(max(0, b - a) for a, b in zip(self.start, self.stop, strict=True))
 
     @property
@@ -44,7 +47,7 @@ class Box:
         return self.voxels > 0
 
     def __and__(self, other: Box) -> Box:
-        """The intersection; empty (falsy) when the boxes don't meet."""
+        """The intersection, which is empty (falsy) where the boxes don't meet."""
         start = vector(map(max, self.start, other.start))
         stop = vector(map(min, self.stop, other.stop))
         return Box(start, vector(map(max, start, stop)))
@@ -73,9 +76,9 @@ class Box:
         return Box((start, *self.start[1:]), (stop, *self.stop[1:]))
 
     def minus_high_corner(self, inner: Box) -> list[Box]:
-        """The box without ``inner``, where ``inner`` shares its high corner, as at most three disjoint boxes.
+        """The box without ``inner``, which shares its high corner, as at most three disjoint boxes.
 
-        Cut from the low side: a slab in z, then one in y, then one in x::
+        They are cut from the low side: a slab in z, then one in y, then one in x::
 
             +-----------+
             |  z slab   |      (seen along x)
@@ -96,7 +99,7 @@ class Box:
 
     @property
     def corners(self) -> list[Vector]:
-        """Start and stop, as specs and JSON have them."""
+        """Start and stop, the form that boxes have in specs and JSON."""
         return [self.start, self.stop]
 
     def slices(self, origin: Vector) -> tuple[slice, slice, slice]:
@@ -106,12 +109,12 @@ class Box:
 
     @property
     def key(self) -> str:
-        """The box as it stands in storage keys: ``x0-x1_y0-y1_z0-z1``."""
+        """Name of the box in storage keys, in the order x, y, z: ``x0-x1_y0-y1_z0-z1``."""
         return "_".join(f"{a}-{b}" for a, b in zip(reversed(self.start), reversed(self.stop), strict=True))
 
     @classmethod
     def from_key(cls, key: str) -> Box:
-        """The inverse of ``key``; ``ValueError`` if the text is not a key."""
+        """The box with a key, the inverse of ``key``; ``ValueError`` if the text is not a key."""
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{key!r} is not a box key such as 0-64_0-64_0-16 (xyz)")
@@ -119,6 +122,7 @@ class Box:
         return cls((z0, y0, x0), (z1, y1, x1))
 
     def __str__(self) -> str:
+        """The box for people: ``z 0–16 y 0–64 x 0–64``."""
         return " ".join(f"{n} {a}–{b}" for n, a, b in zip(AXES, self.start, self.stop, strict=True))
 
 
@@ -128,5 +132,5 @@ def ceil_to(value: int, step: int) -> int:
 
 
 def indices(start: Vector, stop: Vector) -> Iterator[Vector]:
-    """All integer vectors of a box, x fastest."""
+    """All integer vectors from ``start`` up to, and without, ``stop``; x fastest."""
     yield from map(vector, product(*(range(a, b) for a, b in zip(start, stop, strict=True))))

@@ -1,9 +1,10 @@
-"""Loops over voxels, compiled: one pass over memory where numpy takes several, and without Python's lock.
+"""Compiled loops over voxels: one pass over memory where numpy takes several, and without the GIL.
 
-Only IEEE 754 operations of single precision, in a fixed order and never fused, so that they give the bits that numpy gives.
-Arrays are whole and contiguous, and parts of them are told by offsets: the compiler vectorises only along an axis whose
-stride it knows. Planes of sums are stored as strips along y, a patch wide: the rows of a patch in a plane thousands of voxels
-wide would each be in another page of memory, at a third of the speed.
+They use only IEEE 754 operations of single precision, in a fixed order and never fused, so that
+they give the bits that numpy gives. Arrays are whole and contiguous, and parts of them are told by
+offsets: the compiler vectorises only along an axis whose stride it knows. Planes of sums are stored
+as strips along y, a patch wide: the rows of a patch in a plane thousands of voxels wide would each
+be in another page of memory, at a third of the speed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _compile(function: Function) -> Function:
-    """Compile at the first call, and keep the result for other processes where there is a place for it."""
+    """Compile at the first call.
+
+    The result is kept for other processes where there is a place for it.
+    """
     for cache in (True, False):
         with suppress(RuntimeError):  # neither this folder nor the user's can be written
             compiled = numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
@@ -32,7 +36,12 @@ def _compile(function: Function) -> Function:
 
 @_compile
 def _in_strip(width: int, x: int, count: int) -> tuple[int, int, int]:
-    """Which strip of a given width ``x`` is in, where in it, and how many of ``count`` voxels it holds from there."""
+    """The strip of a given width that holds ``x``, and the part of ``count`` voxels that is in it.
+
+    Returns:
+        Number of the strip, position of ``x`` within it, and how many of the ``count`` voxels from
+        ``x`` on it holds.
+    """
     strip = x // width
     first = x - strip * width
     return strip, first, min(width - first, count)
@@ -52,14 +61,14 @@ def add_plane(
     """Add a plane of weighted values to a plane of sums, rounded to whole steps.
 
     Args:
-        sums: ``(channels, z, strips, y, x of a strip)``, in steps; changed.
-        to: where in ``sums``, zyx.
-        values: ``(channels, z, y, x)``.
-        source: where in ``values``, zyx.
-        weight_yx: ``(y, x)``: as much of the plane is added.
-        weight_z: weight of the plane, in steps per unit.
-        low: least value allowed.
-        high: largest value allowed.
+        sums: Float32 ``(channels, z, strips, y, x of a strip)``, in steps; changed.
+        to: Position in ``sums`` of the first value's sum: index of the plane, y, x.
+        values: Float32 ``(channels, z, y, x)``.
+        source: Position of the first value in ``values``, zyx.
+        weight_yx: Float32 ``(y, x)``, whose shape says how much of the plane is added.
+        weight_z: Weight of the plane, in steps per unit.
+        low: Least value allowed.
+        high: Largest value allowed.
 
     Returns:
         Whether all values were within ``[low, high]``.
@@ -88,7 +97,7 @@ def add_plane(
 def to_float32(
     sums: NDArray[np.float32], start: Vector, unit: np.float32, result: NDArray[np.float32], plane: int
 ) -> None:
-    """Copy a part of a plane of sums, times ``unit``; arguments as ``to_uint8``."""
+    """Copy a part of a plane of sums, times ``unit``; arguments as :func:`to_uint8`."""
     height, width = result.shape[2:]
     for c in range(sums.shape[0]):
         done = 0
@@ -112,16 +121,18 @@ def to_uint8(
     result: NDArray[np.uint8],
     plane: int,
 ) -> None:
-    """Convert a part of a plane of sums: ``(sum · unit - low) · scale``, rounded half to even and clipped to 0–255.
+    """Convert a part of a plane of sums: ``(sum · unit - low) · scale``, as uint8.
+
+    Values are rounded half to even, and clipped to 0–255.
 
     Args:
-        sums: ``(channels, z, strips, y, x of a strip)``.
-        start: where in ``sums``, zyx.
-        unit: value of one step.
-        low: value that becomes 0.
+        sums: Float32 ``(channels, z, strips, y, x of a strip)``.
+        start: Position of the part in ``sums``: index of the plane, y, x.
+        unit: Value of one step.
+        low: Value that becomes 0.
         scale: 255 over the range of values.
         result: ``(channels, z, y, x)``; its plane ``plane`` is filled.
-        plane: see ``result``.
+        plane: Index of the plane of ``result`` that is filled.
     """
     height, width = result.shape[2:]
     for c in range(sums.shape[0]):
@@ -143,9 +154,9 @@ def take_scaled(planes: NDArray[Any], start: Vector, divisor: np.float32, patch:
 
     Args:
         planes: ``(channels, z, y, x)``, of any dtype.
-        start: where in ``planes``, zyx.
-        divisor: see above.
-        patch: ``(channels, z, y, x)``; filled.
+        start: Position of the part in ``planes``, zyx.
+        divisor: What each voxel is divided by.
+        patch: Float32 ``(channels, z, y, x)``; filled. Its shape says how much is copied.
     """
     channels, depth, height, width = patch.shape
     for c in range(channels):
@@ -159,7 +170,7 @@ def take_scaled(planes: NDArray[Any], start: Vector, divisor: np.float32, patch:
 
 @_compile
 def split_bytes(words: NDArray[np.uint32], planes: NDArray[np.uint8]) -> None:
-    """Put bytes of equal rank together: ``(n,)`` into ``(4, n)``, lowest first."""
+    """Put bytes of equal rank together: ``(n,)`` words into ``(4, n)`` bytes, the lowest first."""
     first, second, third, fourth = planes[0], planes[1], planes[2], planes[3]
     for i in range(len(words)):
         word = words[i]
@@ -171,7 +182,7 @@ def split_bytes(words: NDArray[np.uint32], planes: NDArray[np.uint8]) -> None:
 
 @_compile
 def join_bytes(planes: NDArray[np.uint8], words: NDArray[np.uint32]) -> None:
-    """The inverse of ``split_bytes``."""
+    """Put words together from bytes by rank, the inverse of :func:`split_bytes`."""
     first, second, third, fourth = planes[0], planes[1], planes[2], planes[3]
     for i in range(len(words)):
         low = np.uint32(first[i]) | (np.uint32(second[i]) << np.uint32(8))

@@ -1,7 +1,7 @@
-"""Sums over the planes of a chunk that patches still reach, in a ring; what is final leaves it, converted.
+"""Sums over the planes of a region that patches still touch, in a ring; final ones leave it.
 
-Several threads add patches at once. Sums are exact, so their order is of no matter; each plane has a lock, and threads start
-at different planes.
+Several threads add patches at once. Sums are exact, so their order is of no matter; each plane has
+a lock, and threads start at different planes.
 """
 
 from __future__ import annotations
@@ -20,22 +20,32 @@ from chunkflow_core.lattice.kernels import add_plane, to_float32, to_uint8
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight, strips
 
 Map = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
-"""``map``, or an executor's."""
+"""The builtin ``map``, or that of an executor."""
 
 
 class Cancelled(ChunkflowError):
-    """Somebody waited for room in a slab that was given up."""
+    """A thread waited for room in a slab that was given up."""
 
 
 class Slab:
-    """Sums over consecutive planes of a chunk, in exact steps; moves up along z as planes become final."""
+    """Sums over consecutive planes of a region, in exact steps.
+
+    It moves up along z as planes become final.
+    """
 
     def __init__(
         self, grid: BlockGrid, region: Box, depth: int, channels: int, values: ExactStep, mapping: Map = map
     ) -> None:
-        """Start at the first plane of ``region`` with room for ``depth`` planes; sums outside ``region`` are dropped.
+        """Start at the first plane of ``region``, with all sums 0.
 
-        ``mapping`` is what goes over planes that are copied out or cleared: ``map`` of an executor does it in several threads.
+        Args:
+            grid: The lattice of patches.
+            region: Voxels whose sums are kept; sums outside are dropped.
+            depth: Number of planes that there is room for.
+            channels: Number of channels of the patches.
+            values: Range of the values, and the step of their sums.
+            mapping: What goes over planes that are copied out or cleared; the ``map`` of an
+                executor does it in several threads.
         """
         self.grid, self.region, self.values, self._map = grid, region, values, mapping
         self.depth = min(depth, region.shape[0])
@@ -57,13 +67,13 @@ class Slab:
         """Add a patch, weighted. There has to be room for it.
 
         Args:
-            position: of the patch in the lattice.
-            patch: float32 ``(channels, z, y, x)``, contiguous.
-            share: a power of two by which the weights are multiplied.
-            limits: least and largest value allowed.
+            position: Position of the patch in the lattice, zyx.
+            patch: Float32 ``(channels, z, y, x)``, contiguous.
+            share: A power of two by which the weights are multiplied.
+            limits: Least and largest value allowed.
 
         Returns:
-            Whether all values were within the limits. If not, the sums are of no use any more.
+            Whether all values were within the limits. If not, the sums must not be used.
         """
         box = self.grid.patch_box(position)
         inside = box & self.region
@@ -86,7 +96,7 @@ class Slab:
         return within
 
     def sum(self, box: Box) -> NDArray[np.float32]:
-        """A copy of the sums in ``box``: float32 ``(channels, z, y, x)`` in the units of the values."""
+        """A copy of the sums in a box: float32 ``(channels, z, y, x)``, in units of the values."""
         result = np.empty((len(self.sums), *box.shape), np.float32)
 
         def copy(plane: int) -> None:
@@ -96,7 +106,7 @@ class Slab:
         return result
 
     def converted(self, box: Box, dtype: str) -> NDArray[np.float32 | np.uint8]:
-        """The complete sums in ``box`` in the output's dtype, as ``convert`` gives them."""
+        """The complete sums in ``box`` in the output's dtype, converted as :func:`convert` does."""
         if dtype == "float32":
             return self.sum(box)
         result = np.empty((len(self.sums), *box.shape), np.uint8)
@@ -123,7 +133,7 @@ class Slab:
         """Return when there is room for a patch.
 
         Raises:
-            Cancelled: the slab was given up.
+            Cancelled: The slab was given up.
         """
         stop = (self.grid.patch_box(position) & self.region).stop[0]
         with self._moved:
@@ -142,7 +152,7 @@ class Slab:
         return z % self.depth, y, x
 
     def _start(self, box: Box, plane: int) -> Vector:
-        """Where a plane of a box is in ``sums``."""
+        """Position in ``sums`` of a plane of a box: index of the plane, y, x."""
         z, y, x = self._place(box)
         return (z + plane) % self.depth, y, x
 
@@ -153,12 +163,13 @@ class Slab:
 def convert(sums: NDArray[np.float32], dtype: str, values: ExactStep) -> NDArray[np.float32 | np.uint8]:
     """Convert complete sums to the output's dtype, once, after the last addition.
 
-    ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and clipped.
+    ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and
+    clipped.
 
     Args:
-        sums: float32 ``(channels, z, y, x)``, in the units of the values.
-        dtype: of the output.
-        values: their range.
+        sums: Float32 ``(channels, z, y, x)``, in the units of the values.
+        dtype: The output's dtype, ``float32`` or ``uint8``.
+        values: Range of the values.
     """
     if dtype == "float32":
         return sums

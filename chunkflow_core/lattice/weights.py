@@ -1,11 +1,13 @@
 """Weights of patches, and sums that do not depend on their order.
 
-The weight of a patch is a separable bump, normalised over the lattice. Since the lattice is a tensor product too, the sum
-of all weights at a voxel is a product of three one-dimensional sums, and the normalised weight a product of three vectors.
+The weight of a patch is a separable bump, normalised over the lattice. Since the lattice is a
+tensor product too, the sum of all weights at a voxel is a product of three one-dimensional sums,
+and the normalised weight a product of three vectors.
 
-Each weighted value is rounded to a multiple of one exact step before it is added. Sums of a few such multiples are exact in
-float32, hence the same in any order: across patches, blocks, donations and retries. Only multiplication by float32 weights,
-rounding half to even, and addition are used, which IEEE 754 defines to the last bit, so every processor agrees.
+Each weighted value is rounded to a multiple of one exact step before it is added. Sums of a few
+such multiples are exact in float32, hence the same in any order: across patches, blocks, donations
+and retries. Only multiplication by float32 weights, rounding half to even, and addition are used,
+which IEEE 754 defines to the last bit, so every processor agrees.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from chunkflow_core.lattice.blocks import AxisLattice
 from chunkflow_core.lattice.boxes import ceil_to
 
 MAX_PATCH = 2048
-"""Longest patch edge whose bump stays clear of the smallest float64 numbers."""
+"""Longest patch edge whose bump stays clear of the smallest float64 numbers, in voxels."""
 
 NUMERICS_VERSION = 1
-"""To be raised with any change of this module that changes a bit of the output."""
+"""Version to be raised with any change of this module that changes a bit of the output."""
 
 MANTISSA_BITS = 23
 
@@ -35,9 +37,16 @@ _EXACT = Context(prec=40)
 def bump(length: int) -> NDArray[np.float64]:
     """The blending weight along one axis of a patch, before normalisation.
 
-    ``w(i) = exp(-1 / (1 - x²))`` with ``x = 2(i + 1)/(p + 1) - 1``, the test function of the field's "wu" patch mask; here in
-    the form ``exp(-(p + 1)² / (4 (i + 1)(p - i)))``. Computed in decimal, as ``exp`` of C libraries differs in the last bit
-    between processors.
+    It is ``w(i) = exp(-1 / (1 - x²))`` with ``x = 2(i + 1)/(p + 1) - 1``, the test function of the
+    field's "wu" patch mask, here in the form ``exp(-(p + 1)² / (4 (i + 1)(p - i)))``. It is
+    computed in decimal, as ``exp`` of C libraries differs in the last bit between processors.
+
+    Args:
+        length: Length ``p`` of the patch in voxels, from 1 to ``MAX_PATCH``; ``ValueError``
+            otherwise.
+
+    Returns:
+        Float64 ``(length,)``.
     """
     if not 1 <= length <= MAX_PATCH:
         raise ValueError(f"patch length must be 1 to {MAX_PATCH}, got {length}")
@@ -50,10 +59,16 @@ def bump(length: int) -> NDArray[np.float64]:
 
 @cache
 def normalised_weight(axis: AxisLattice, position: int) -> NDArray[np.float32]:
-    """Weight along one axis of the patch at a lattice position, divided by the sum over all patches that exist there."""
+    """Weight along one axis of the patch at a lattice position, normalised over the lattice.
+
+    It is divided by the sum over all patches that exist at each voxel.
+
+    Returns:
+        Float32 ``(axis.patch,)``.
+    """
     weight = bump(axis.patch)
     total = np.zeros(axis.patch)
-    for other in range(max(0, position - axis.reach), min(axis.count, position + axis.reach + 1)):
+    for other in range(max(0, position - axis.neighbours), min(axis.count, position + axis.neighbours + 1)):
         shift = (other - position) * axis.stride
         low, high = max(0, shift), min(axis.patch, axis.patch + shift)
         total[low:high] += weight[low - shift : high - shift]
@@ -61,10 +76,10 @@ def normalised_weight(axis: AxisLattice, position: int) -> NDArray[np.float32]:
 
 
 def strips(width: int) -> tuple[int, int]:
-    """In how many strips, of how many voxels, sums over a ``width`` are stored.
+    """Number of strips in which sums over a ``width`` are stored, and their width in voxels.
 
-    A strip is about a patch wide: rows of a patch in a plane thousands of voxels wide would each be in another page of
-    memory. It has whole cache lines: rows that end within one are half as fast.
+    A strip is about a patch wide: rows of a patch in a plane thousands of voxels wide would each be
+    in another page of memory. It has whole cache lines: rows that end within one are half as fast.
     """
     count = -(-width // 128)
     return count, ceil_to(-(-width // count), 16)
@@ -73,8 +88,8 @@ def strips(width: int) -> tuple[int, int]:
 class ExactStep:
     """The step to which contributions are rounded, for values within a declared range.
 
-    With ``R`` the smallest power of two that bounds the range, the step is ``2⁻²³·R``: a sum within ``±2R`` is at most
-    ``2²⁴`` steps, all of which float32 represents.
+    With ``R`` the smallest power of two that bounds the range, the step is ``2⁻²³·R``: a sum within
+    ``±2R`` is at most ``2²⁴`` steps, all of which float32 represents.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -85,5 +100,5 @@ class ExactStep:
 
     @property
     def uint8(self) -> tuple[np.float32, np.float32]:
-        """How values become uint8: what is subtracted, then what is multiplied by."""
+        """What is subtracted from values, and then what they are multiplied by, to become uint8."""
         return np.float32(self.low), np.float32(255 / (self.high - self.low))

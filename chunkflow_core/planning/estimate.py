@@ -18,7 +18,7 @@ from chunkflow_core.planning.planner import Plan
 from chunkflow_core.spec import VolumeSpec
 
 SAMPLE = 64
-"""Receipts that are enough to know the time per patch."""
+"""Number of receipts that are enough to know the time per patch."""
 
 _FLOAT = 4
 
@@ -29,17 +29,31 @@ class Estimate:
 
     patches: int
     donated_bytes: int
-    """Before compression."""
+    """Bytes of all donations before compression."""
     data_bytes: int
-    """Largest memory of the data of one inference task: see ``data_bytes``."""
+    """Largest memory in bytes of the data of one inference task; see :func:`data_bytes`."""
     memory_bytes: int | None
-    """The same with interpreter, libraries and network; None before ``prepare`` has tried them out."""
+    """Largest memory in bytes of one inference task: data, interpreter, libraries, network.
+
+    None before ``prepare`` has tried them out.
+    """
     seconds: float | None
-    """On one process, by the median time per patch of the blocks that are done, or by what ``prepare`` has tried."""
+    """Seconds on one process; None if nothing is known yet.
+
+    They follow from the median time per patch of the blocks that are done, or else from what
+    ``prepare`` has measured.
+    """
 
 
 def estimate(spec: VolumeSpec, due: Plan, done: Iterable[Receipt], trial: Trial | None) -> Estimate:
-    """Estimate a plan from geometry, from the receipts of blocks that are done, and from what ``prepare`` has measured."""
+    """Estimate what a plan costs.
+
+    Args:
+        spec: The volume.
+        due: The plan.
+        done: Receipts of inference, of blocks that are done.
+        trial: What ``prepare`` has measured; None if it has not run yet.
+    """
     grid = spec.grid
     alike: Counter[tuple[int, ...]] = Counter()
     example: dict[tuple[int, ...], Block] = {}
@@ -63,9 +77,9 @@ def estimate(spec: VolumeSpec, due: Plan, done: Iterable[Receipt], trial: Trial 
 
 
 def _kinds(blocks: Sequence[AxisBlock]) -> list[int]:
-    """For each block along an axis, a number that is the same for those of the same sizes."""
+    """Numbers of the blocks along an axis: the same for blocks of the same sizes."""
     sizes = [
-        (b.stop - b.start, b.chunk_stop - b.start, b.core_start - b.start, b.start > blocks[0].start) for b in blocks
+        (b.stop - b.start, b.reach_stop - b.start, b.core_start - b.start, b.start > blocks[0].start) for b in blocks
     ]
     return [sizes.index(size) for size in sizes]
 
@@ -76,20 +90,23 @@ def _donated(spec: VolumeSpec, block: Block) -> int:
 
 
 def data_bytes(spec: VolumeSpec, block: Block) -> int:
-    """Memory of the data of a block's inference: sums, input planes, and a piece on its way to storage."""
+    """Memory in bytes of the data of a block's inference.
+
+    It has sums, input planes, and a piece on its way to storage.
+    """
     return _sums(spec, block) + _planes(spec, block) + _leaving(spec, block)
 
 
 def _sums(spec: VolumeSpec, block: Block) -> int:
-    _, height, width = block.chunk.shape
+    _, height, width = block.reach.shape
     return spec.output.channels * spec.grid.slab_depth(block) * height * prod(strips(width)) * _FLOAT
 
 
 def _planes(spec: VolumeSpec, block: Block) -> int:
-    """Stretches that have been read and are being read, and what of them makes up two layers of patches."""
+    """Bytes of stretches that are read or being read, and of the planes of two tiers of patches."""
     source, (depth, height, width) = (
         spec.input_scale,
-        (n + 2 * h for n, h in zip(block.chunk.shape, spec.halo, strict=True)),
+        (n + 2 * h for n, h in zip(block.reach.shape, spec.halo, strict=True)),
     )
     patch, step = spec.patch_size[0], source.chunk[0]
     stretches = min(patch + (2 + spec.input.prefetch) * step, depth)
@@ -97,7 +114,7 @@ def _planes(spec: VolumeSpec, block: Block) -> int:
 
 
 def _leaving(spec: VolumeSpec, block: Block) -> int:
-    """What of a piece is written, and what of it is donated; with their encoded forms."""
+    """Bytes of what of a piece is written and what is donated, with their encoded forms."""
     written, donated = 2 * np.dtype(spec.output.dtype).itemsize, 5 * _FLOAT // 2
     return spec.output.channels * max(
         written * piece.core.voxels + donated * sum(donation.box.voxels for donation in piece.donations)

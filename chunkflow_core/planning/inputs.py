@@ -1,4 +1,7 @@
-"""Whether the input of blocks is what it was: by what storage says of it if that is enough, or else by its voxels."""
+"""Whether the input of blocks is what it was.
+
+What storage says of it tells, if that is enough, or else its voxels do.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from functools import cached_property
 
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.receipts import Receipt
-from chunkflow_core.inference.block import ChunkInference
+from chunkflow_core.inference.block import Inference
 from chunkflow_core.inference.mask import Mask
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.storage.digests import short_digest
@@ -18,8 +21,15 @@ from chunkflow_core.storage.signatures import LayerSignatures
 class Inputs:
     """What the blocks of a volume read: input layer and mask."""
 
-    def __init__(self, exchange: Exchange, layer: InputLayer, mask: Mask | None, inference: ChunkInference) -> None:
-        """Look at nothing yet. What has been looked at is remembered."""
+    def __init__(self, exchange: Exchange, layer: InputLayer, mask: Mask | None, inference: Inference) -> None:
+        """Look at nothing yet; what has been looked at is remembered.
+
+        Args:
+            exchange: Where receipts are.
+            layer: The input layer.
+            mask: The mask; None if the spec has none.
+            inference: Knows what a block reads.
+        """
         self._exchange, self._spec = exchange, exchange.spec
         self._layer, self._mask, self._inference = layer, mask, inference
         spec = exchange.spec
@@ -35,7 +45,10 @@ class Inputs:
             self._mask_signatures.load([self._mask_source(block) for block in blocks])
 
     def signature(self, block: Vector) -> str:
-        """Digest of what storage says of the storage chunks that a block reads; empty if it can't tell one from another."""
+        """Digest of what storage says of the storage chunks that a block reads; may be empty.
+
+        It is empty if storage can't tell one content from another.
+        """
         signature = self._signatures.digest(self._source(block))
         if self._mask_signatures is None or not signature:
             return signature
@@ -45,7 +58,8 @@ class Inputs:
     def unchanged(self, receipt: Receipt) -> bool:
         """Whether a block would read what its receipt of inference says that it has read.
 
-        If that has to be found out from the voxels, the receipt is told what storage says of them now.
+        If that has to be found out from the voxels, what storage says of them at present is noted
+        in the receipt.
         """
         signature = self.signature(receipt.block)
         if signature and signature == receipt.signature:
@@ -58,15 +72,18 @@ class Inputs:
 
     def content(self, block: Vector) -> str:
         """Digest of what a block reads, from its voxels: see ``Receipt.content``."""
-        return self._inference.content(self._spec.grid.block(block))
+        return self._inference.reading(self._spec.grid.block(block)).digest()
 
     @cached_property
     def _sources(self) -> list[list[tuple[int, int]]]:
-        """For each axis and each block along it, what is read inside the layer: the same whatever the block's other indices."""
+        """Ranges that are read inside the layer, for each axis and each block along it.
+
+        They are the same whatever the block's other indices.
+        """
         grid, sources = self._spec.grid, []
         for axis, count in enumerate(grid.shape):
             blocks = (grid.block(vector(i if a == axis else 0 for a in range(3))) for i in range(count))
-            boxes = [self._layer.source(self._inference.reads(block)) for block in blocks]
+            boxes = [self._layer.source(self._inference.reading(block).whole) for block in blocks]
             sources.append([(box.start[axis], box.stop[axis]) for box in boxes])
         return sources
 
@@ -76,4 +93,4 @@ class Inputs:
 
     def _mask_source(self, block: Vector) -> Box:
         assert self._mask is not None
-        return self._mask.region(self._spec.grid.block(block).chunk & self._spec.grid.roi)
+        return self._mask.region(self._spec.grid.block(block).reach & self._spec.grid.roi)

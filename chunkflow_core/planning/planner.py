@@ -1,17 +1,15 @@
-"""What has to run: ``make`` for volumes. One pure function of geometry, request and what is there."""
+"""What has to run: ``make`` for volumes. A pure function of geometry, request and what is there."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, consumed_digest, slot
 from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.spec import VolumeSpec
-
-Reason = Literal["new", "input", "forced", "donations"]
-"""Why inference of a block is due: it has no valid receipt; its input has changed; it was asked for; or its donations are needed."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,13 @@ class Request:
     blocks: frozenset[Vector] | None = None
     """Blocks that are to be complete, instead of a box."""
     force: bool = False
-    """Infer the requested blocks again although they are done."""
+    """Whether to infer the requested blocks again although they are done."""
     check_input: bool = False
-    """Infer those of the requested blocks, and of their donors, again whose input has changed."""
+    """Whether to infer requested blocks, and their donors, again if their input has changed."""
 
 
 class Receipts(Protocol):
-    """What has been done."""
+    """What has been done, according to receipts."""
 
     def load(self, blocks: Collection[Vector]) -> None:
         """Say which blocks will be asked for, so that storage can be asked for many at once."""
@@ -41,14 +39,17 @@ class Receipts(Protocol):
         """What the block's receipt of blending says; None if there is none."""
 
 
-class State(Receipts, Protocol):
-    """What there is."""
+class VolumeState(Receipts, Protocol):
+    """What has been done, and what is there."""
 
     def stored(self, donor: Vector, receiver: Vector) -> int:
-        """Number of donations there are, from one block for another."""
+        """Number of donations that are there, from one block for another."""
 
     def changed_inputs(self, blocks: Collection[Vector]) -> Set[Vector]:
-        """Which of some blocks, all with a receipt of inference, would read something else now."""
+        """The blocks among these that would read something else than their receipts say.
+
+        All have to have a receipt of inference.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,43 +61,59 @@ class Plan:
     up_to_date: tuple[Vector, ...]
     """Requested blocks for which nothing is due."""
     why: Mapping[Vector, Reason] = field(default_factory=dict, compare=False)
-    """For each block to infer. With ``input``, and only then, nothing else makes it necessary: if it turns out that the input is
-    the same, it need not be done."""
+    """The reason why each block is to be inferred.
+
+    With ``input``, and only then, nothing else makes it necessary: if it turns out that the input
+    is the same, it need not be done.
+    """
 
 
-def plan(spec: VolumeSpec, request: Request, state: State) -> Plan:
+def plan(spec: VolumeSpec, request: Request, state: VolumeState) -> Plan:
     """Decide what is due.
 
-    - Inference of a block: it is requested and has no valid receipt, or is forced; or it, or a block that it donates to, is
-      requested and its input has changed; or a block that has to be blended needs a donation of it that isn't there.
-    - Blending of a block: it is requested, or has been blended before, and any donor's receipt is missing, about to
-      change, or differs from what the block's own receipt says it consumed. Blocks that are not requested are looked at where
-      they share a donor with one that is, or that has to be blended.
+    - Inference of a block: it is requested and has no valid receipt, or is forced; or it, or a
+      block that it donates to, is requested and its input has changed; or a block that has to be
+      blended needs a donation of it that isn't there.
+    - Blending of a block: it is requested, or has been blended before, and any donor's receipt is
+      missing, about to change, or differs from what the block's own receipt says it consumed.
+      Blocks that are not requested are looked at where they share a donor with one that is, or that
+      has to be blended.
 
-    Input is looked at if the request says so; that of blocks that have to donate again always is, since it decides what they
-    would give.
+    Input is looked at if the request says so; that of blocks that have to donate again always is,
+    since it decides what they would give.
+
+    Args:
+        spec: The volume.
+        request: What is asked for.
+        state: What has been done, and what is there.
     """
     return _Planner(spec, request, state).plan()
 
 
 class Done:
-    """What has been done and is still valid: receipts of the geometry that blocks have now."""
+    """What has been done and is still valid: receipts of the geometry that blocks have."""
 
     def __init__(self, spec: VolumeSpec, receipts: Receipts) -> None:
-        """Look at nothing yet. What has been looked at is remembered: a block is asked for with each of its receivers."""
+        """Look at nothing yet.
+
+        What has been looked at is remembered: a block is asked for with each of its receivers.
+        """
         self._spec, self._receipts = spec, receipts
         self._inferred: dict[Vector, InferenceMark | None] = {}
         self._digests: dict[Vector, str] = {}
 
     def inferred(self, block: Vector) -> InferenceMark | None:
-        """What a block's receipt of inference says; None if there is none, or it is of another geometry."""
+        """What a block's valid receipt of inference says; None if there is none.
+
+        One of another geometry is not valid.
+        """
         if block not in self._inferred:
             mark = self._receipts.inferred(block)
             self._inferred[block] = mark if mark is not None and mark.geometry == self._digest(block) else None
         return self._inferred[block]
 
     def has_consumed(self, receiver: Vector) -> bool:
-        """Whether a block has been blended from just what its donors give now."""
+        """Whether a block has been blended from just what its donors give at present."""
         mark = self._receipts.blended(receiver)
         if mark is None or mark.geometry != self._digest(receiver):
             return False
@@ -115,7 +132,7 @@ class Done:
 
 
 class _Planner:
-    def __init__(self, spec: VolumeSpec, request: Request, state: State) -> None:
+    def __init__(self, spec: VolumeSpec, request: Request, state: VolumeState) -> None:
         self.spec, self.request, self.state = spec, request, state
         self.grid, self.done = spec.grid, Done(spec, state)
         grid = spec.grid
@@ -129,7 +146,8 @@ class _Planner:
         self.state.load(self.requested)
         self._ask_for_requested()
         changing, blend = set(self.why), set[Vector]()
-        # Around them too: a run that ended too soon may have changed a donor, and not blended all that it gave to.
+        # Around them too: a run that ended too soon may have changed a donor, and not blended all
+        # that it gave to.
         todo = self.requested | self._receivers(changing.union(self.requested, *map(self.grid.donors, self.requested)))
         seen = set[Vector]()
         while todo:
@@ -147,7 +165,7 @@ class _Planner:
             changing |= new | edited
             around = {d for r in due for d in self.grid.donors(r)}
             todo = (self._receivers(around) - seen) | (self._receivers(new | edited) - blend)
-        self._insist(blend, changing)
+        self._need_donations(blend, changing)
         return Plan(
             infer=tuple(sorted(self.why)),
             blend=tuple(sorted(blend)),
@@ -169,8 +187,12 @@ class _Planner:
     def _add(self, reason: Reason, blocks: Iterable[Vector]) -> None:
         self.why.update(dict.fromkeys(blocks, reason))
 
-    def _insist(self, blend: Set[Vector], changing: Set[Vector]) -> None:
-        """A block whose donations are gone and needed since another donor changes has to be done, whatever of its own input."""
+    def _need_donations(self, blend: Set[Vector], changing: Set[Vector]) -> None:
+        """Let blocks whose lost donations are needed be due for that, not for their input.
+
+        They are needed where another donor of a receiver changes, or the receiver has not consumed
+        what there is. Such a block has to be done whatever becomes of its own input.
+        """
         for block in [b for b, reason in self.why.items() if reason == "input"]:
             for receiver in blend & set(self.grid.receivers(block)):
                 others = changing & set(self.grid.donors(receiver)) - {block}
@@ -184,7 +206,7 @@ class _Planner:
     def _blend_is_due(self, receiver: Vector, changing: Set[Vector]) -> bool:
         donors = self.grid.donors(receiver)
         mark = self.state.blended(receiver)
-        if not donors or (receiver not in self.requested and mark is None):
+        if not self.grid.has_frame(receiver) or (receiver not in self.requested and mark is None):
             return False
         return any(d in changing for d in donors) or not self.done.has_consumed(receiver)
 

@@ -8,7 +8,8 @@ from typing import cast
 
 from chunkflow_core.exchange.folder import Exchange, group_of
 from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage
-from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.blocks import given_box
+from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.planning.inputs import Inputs
 from chunkflow_core.progress import progress
 
@@ -17,7 +18,7 @@ class ExchangeReceipts:
     """The receipts in an exchange, by listings alone."""
 
     def __init__(self, exchange: Exchange) -> None:
-        """Read nothing yet."""
+        """Name the exchange; nothing is read yet."""
         self._exchange = exchange
         self._marks: dict[Stage, dict[Vector, Mark]] = {"infer": {}, "blend": {}}
         self._listed: set[Vector] = set()
@@ -45,27 +46,35 @@ class ExchangeReceipts:
 
 
 class ExchangeState(ExchangeReceipts):
-    """Receipts, donations, and the input layer."""
+    """What an exchange and the input layer say: receipts, donations, changed inputs."""
 
     def __init__(self, exchange: Exchange, inputs: Callable[[], Inputs]) -> None:
-        """Read nothing yet. ``inputs`` gives what can tell whether an input has changed; called when that is asked."""
+        """Name what can be asked; nothing is read yet.
+
+        Args:
+            exchange: Where receipts and donations are.
+            inputs: Gives what can tell whether an input has changed; called when that is asked.
+        """
         super().__init__(exchange)
         self._inputs = inputs
         self._stored: dict[Vector, Counter[Vector]] = {}
         self._donations_listed: set[Vector] = set()
 
     def stored(self, donor: Vector, receiver: Vector) -> int:
-        """Number of donations there are, from one block for another."""
+        """Number of donations that are there, from one block for another."""
         group = group_of(donor)
         if group not in self._donations_listed:
             for block, keys in self._exchange.donations_of([group]).items():
                 holding = self._exchange.spec.grid.holding
-                self._stored[block] = Counter(holding(Box.from_key(key.partition("%")[2]).start) for key in keys)
+                self._stored[block] = Counter(holding(given_box(key).start) for key in keys)
             self._donations_listed.add(group)
         return self._stored.get(donor, Counter())[receiver]
 
     def changed_inputs(self, blocks: Collection[Vector]) -> Set[Vector]:
-        """Which of some blocks, all with a receipt of inference, would read something else now."""
+        """The blocks among these that would read something else than their receipts say.
+
+        All have to have a receipt of inference.
+        """
         if not blocks:
             return set()
         inputs = self._inputs()

@@ -1,1 +1,1 @@
-"""What was done: the manifest of a run, figures from receipts, and pictures of both and of the output."""
+"""What was done: a run's manifest, figures from receipts, pictures of both and of the output."""

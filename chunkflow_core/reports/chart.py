@@ -1,4 +1,4 @@
-"""A picture of a report: where the time went, how long tasks took, what ran when, how much memory it took."""
+"""A picture of a report: where time went, how long tasks took, what ran when, peak memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange.marks import STAGES, Stage
 from chunkflow_core.reports.figures import (
+    DoneTask,
     Report,
-    Task,
     busy_stretches,
     duration,
     metric,
@@ -54,26 +54,26 @@ _UNKNOWN = "these receipts don't tell"
 
 _MAX_LANES = 32
 _MAX_BARS = 3000
-"""Beyond, the timeline shows how many tasks ran instead of each of them."""
+"""Number of tasks above which the timeline shows how many ran instead of each of them."""
 _MAX_HOSTS = 12
-"""Beyond, the lanes of the timeline are not told apart by host."""
+"""Number of hosts above which the lanes of the timeline are not told apart by host."""
 _MAX_CUTS_NAMED = 6
 _BINS = 800
 _PAUSE = 60.0
-"""Seconds without a task, beyond which a pause may be cut out of the timeline."""
+"""Least seconds without a task for a pause to be cut out of the timeline."""
 
 
-def draw(report: Report, tasks: Sequence[Task], path: Path) -> None:
+def draw_chart(report: Report, tasks: Sequence[DoneTask], path: Path) -> None:
     """Draw a report as a PNG of 1600 × 1000 pixels.
 
     Args:
-        report: the figures.
-        tasks: those that the report is of.
-        path: of the picture; its folder is made.
+        report: The figures.
+        tasks: The tasks that the report is about.
+        path: Path of the picture; its folder is made.
 
     Raises:
-        MissingInputError: there is no task.
-        OSError: the picture can't be written.
+        MissingInputError: There is no task.
+        OSError: The picture can't be written.
     """
     if not tasks:
         raise MissingInputError(remedy(report))
@@ -149,7 +149,7 @@ def _shares(axes: Axes, report: Report) -> None:
     _legend(axes, {phase: _PHASES.get(phase, _PHASES["other"]) for phase in shown})
 
 
-def _times(axes: Axes, tasks: Sequence[Task], stage: Stage) -> None:
+def _times(axes: Axes, tasks: Sequence[DoneTask], stage: Stage) -> None:
     axes.set_title(f"time of {_NAMES[stage]} tasks")
     timed = [task for task in tasks if task.wall]
     if not timed:
@@ -163,7 +163,7 @@ def _times(axes: Axes, tasks: Sequence[Task], stage: Stage) -> None:
     axes.set_xlabel(f"{unit}  (median {middle:.3g}, longest {longest.wall / size:.3g}: {longest.block})")
 
 
-def _memory(axes: Axes, tasks: Sequence[Task]) -> None:
+def _memory(axes: Axes, tasks: Sequence[DoneTask]) -> None:
     axes.set_title("peak memory of the processes")
     peaks = [(task, task.peak_memory) for task in tasks if task.peak_memory is not None]
     if not peaks:
@@ -199,7 +199,7 @@ def _histogram(axes: Axes, series: Mapping[Stage, Sequence[float]]) -> None:
 
 
 def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
-    """Above the diagram, at the right."""
+    """Draw the legend above the diagram, at the right."""
     axes.legend(
         handles=[Patch(color=colour, label=label) for label, colour in colours.items()],
         ncol=len(colours),
@@ -213,12 +213,12 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
 
 
 def _say(axes: Axes, text: str) -> None:
-    """Instead of a diagram."""
+    """Show a text instead of a diagram."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="#777777", fontsize=14)
     axes.axis("off")
 
 
-def _timeline(axes: Axes, tasks: Sequence[Task]) -> None:
+def _timeline(axes: Axes, tasks: Sequence[DoneTask]) -> None:
     axes.set_title("what ran when")
     timed = sorted((task for task in tasks if task.start is not None), key=lambda task: task.start or 0.0)
     if not timed:
@@ -266,17 +266,20 @@ class _Clock:
         self._shown = [seconds / size for seconds in shown]
         self.end = self._shown[-1]
         self.gap = 0.02 * busy / size
-        """What is left of a long pause."""
+        """Width of what is left of a long pause, in the unit."""
         self.cuts = [(position / size, pause) for position, pause in cuts]
-        """Where a pause was cut out, and its seconds."""
+        """Where a pause was cut out, in the unit, and its seconds."""
 
     def __call__(self, times: Sequence[float | None]) -> NDArray[np.float64]:
         shown: NDArray[np.float64] = np.interp(np.array(times, float), self._times, self._shown)
         return shown
 
 
-def _lanes(timed: Sequence[Task]) -> list[tuple[str, list[Task]]]:
-    """Tasks in lanes in which they follow each other, by host (all hosts together if there are many)."""
+def _lanes(timed: Sequence[DoneTask]) -> list[tuple[str, list[DoneTask]]]:
+    """Tasks in lanes in which they follow each other, by host.
+
+    All hosts are together if there are many.
+    """
     hosts = defaultdict(list)
     for task in timed:
         hosts[task.host].append(task)
@@ -285,8 +288,8 @@ def _lanes(timed: Sequence[Task]) -> list[tuple[str, list[Task]]]:
     return [(host, lane) for host in sorted(hosts) for lane in _packed(hosts[host])]
 
 
-def _packed(timed: Sequence[Task]) -> list[list[Task]]:
-    lanes: list[list[Task]] = []
+def _packed(timed: Sequence[DoneTask]) -> list[list[DoneTask]]:
+    lanes: list[list[DoneTask]] = []
     free: list[tuple[float, int]] = []
     for task in timed:
         assert task.start is not None and task.finished is not None
@@ -300,7 +303,7 @@ def _packed(timed: Sequence[Task]) -> list[list[Task]]:
     return lanes
 
 
-def _bars(axes: Axes, lanes: Sequence[tuple[str, list[Task]]], clock: _Clock) -> None:
+def _bars(axes: Axes, lanes: Sequence[tuple[str, list[DoneTask]]], clock: _Clock) -> None:
     for row, (_, lane) in enumerate(lanes):
         start, finish = clock([task.start for task in lane]), clock([task.finished for task in lane])
         width = finish - start
@@ -330,11 +333,11 @@ def _bars(axes: Axes, lanes: Sequence[tuple[str, list[Task]]], clock: _Clock) ->
     axes.set_ylim(len(lanes) - 0.5 + spare, -0.5 - spare)
 
 
-def _running(axes: Axes, timed: Sequence[Task], clock: _Clock) -> None:
-    """How many tasks run, over time."""
+def _running(axes: Axes, timed: Sequence[DoneTask], clock: _Clock) -> None:
+    """Draw how many tasks run, over time."""
     edges = np.linspace(0, clock.end, _BINS + 1)
     bottom = np.zeros(_BINS)
-    kinds: list[tuple[str, Callable[[Task], float]]] = [
+    kinds: list[tuple[str, Callable[[DoneTask], float]]] = [
         (FORWARD, _forward),
         (INFER, lambda task: 1 - _forward(task) if task.stage == "infer" else 0.0),
         (BLEND, lambda task: float(task.stage == "blend")),
@@ -353,7 +356,7 @@ def _running(axes: Axes, timed: Sequence[Task], clock: _Clock) -> None:
 def _seconds_until(
     edges: NDArray[np.float64], since: NDArray[np.float64], weights: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Weighted seconds that have passed at each edge since each of some moments before it, summed."""
+    """Weighted seconds since each of some moments, summed, at each edge after them."""
     order = np.argsort(since)
     weight = np.concatenate([[0.0], np.cumsum(weights[order])])
     moment = np.concatenate([[0.0], np.cumsum(weights[order] * since[order])])
@@ -362,7 +365,7 @@ def _seconds_until(
     return seconds
 
 
-def _forward(task: Task) -> float:
+def _forward(task: DoneTask) -> float:
     return min(1.0, task.parts.get("forward", 0.0) / task.wall) if task.wall else 0.0
 
 

@@ -28,46 +28,54 @@ _IN_STREAMS = ("forward", "stitch")
 
 
 @dataclass(frozen=True)
-class Task:
-    """One stage of one block, as its receipt tells; what older receipts don't tell is None or empty."""
+class DoneTask:
+    """One stage of one block, as its receipt tells.
+
+    What an older receipt lacks is None or empty.
+    """
 
     stage: Stage
     block: str
     """Name of the block, ``z_y_x``."""
     run: str
     voxels: int
-    """Output voxels written."""
+    """Number of output voxels written."""
     patches: int
-    """Run, not skipped."""
+    """Number of patches that were run, not skipped."""
     skipped: dict[str, int]
     storage_chunks: int
     donated_bytes: int
     seconds: dict[str, float]
-    """By phase; seconds of concurrent threads add up."""
+    """Seconds by phase; those of concurrent threads add up."""
     wall: float
-    """Seconds."""
+    """Wall time of the task in seconds."""
     finished: float | None
-    """Unix time."""
+    """Time when the task ended, Unix time."""
     rate: float | None
     """Voxels of the block (infer) or of its frame (blend) per second of wall time."""
     streams: int
-    """Patches run at a time."""
+    """Number of patches run at a time."""
     bytes: dict[str, int]
-    """Read and written (as arrays), donated (as stored); blends read donations, as stored."""
+    """Bytes read and written (as arrays), and donated (as stored).
+
+    What blends read are donations, as stored.
+    """
     peak_memory: int | None
-    """Of the process so far, in bytes."""
+    """Peak memory of the process until the task ended, in bytes."""
     host: str
     device: str
 
     @property
     def start(self) -> float | None:
-        """Unix time."""
+        """Time when the task began, Unix time."""
         return self.finished - self.wall if self.finished is not None and self.wall else None
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of the wall time by phase; they add up to it. What is in no phase: in infer ``idle``, when the streams had
-        nothing to run; in blend ``other``.
+        """Seconds of the wall time by phase; they add up to it.
+
+        What is in no phase is ``idle`` for infer, when the streams had nothing to run, and
+        ``other`` for blend.
         """
         known = {phase: self.seconds.get(phase, 0.0) for phase in _IN_TURN[self.stage]}
         parts = {phase: s / self.streams if phase in _IN_STREAMS else s for phase, s in known.items()}
@@ -82,7 +90,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle and the ends of a figure of many tasks."""
+    """The middle and the ends of a figure that many tasks have."""
 
     median: float
     least: float
@@ -109,67 +117,70 @@ class Report:
     fingerprint: str
     run: str | None
     runs: dict[str, int]
-    """All runs that there are receipts of, with the number of these, whichever run the report is of."""
+    """Number of receipts by run, of all runs, whichever run the report is about."""
     blocks: int
-    """Of the whole volume."""
+    """Number of blocks of the whole volume."""
     inferred: int
-    """Blocks with a receipt of inference."""
+    """Number of blocks with a receipt of inference."""
     to_blend: int
-    """Blocks of the whole volume that receive donations."""
+    """Number of blocks of the whole volume that receive donations."""
     blended: int
-    """Blocks with a receipt of blending."""
+    """Number of blocks with a receipt of blending."""
     patches: int
-    """Run, not skipped."""
+    """Number of patches that were run, not skipped."""
     skipped: dict[str, int]
-    """Patches that were not run, by reason."""
+    """Number of patches that were not run, by reason."""
     all_patches: int
-    """Of the whole volume."""
+    """Number of patches of the whole volume."""
     voxels: int
-    """Output voxels written."""
+    """Number of output voxels written."""
     storage_chunks: int
-    """Storage chunks written."""
+    """Number of storage chunks written."""
     donated_bytes: int
-    """As stored."""
+    """Bytes of the donations, as stored."""
     bytes: dict[str, int]
-    """By stage: read, written, donated; see ``Task.bytes``."""
+    """Bytes read, written and donated, by stage; see ``DoneTask.bytes``."""
     patches_per_second: float | None
-    """Of one process, over the whole time of its inference tasks."""
+    """Patches per second of one process, over the whole time of its inference tasks."""
     span: float | None
     """Seconds from the first start to the last finish."""
     busy: float | None
     """Seconds of the span in which any task ran."""
     voxels_per_second: float | None
-    """Output voxels written, over the span."""
+    """Output voxels written per second of the span."""
     task_voxels_per_second: Spread | None
-    """Of inference tasks: voxels of the block over the task's time."""
+    """Voxels of the block per second of the task's time, for inference tasks."""
     wall: dict[str, Spread]
-    """Seconds of a task, by stage."""
+    """Wall time of a task in seconds, by stage."""
     seconds: dict[str, float]
-    """Sum over blocks, by phase; concurrent phases overlap."""
+    """Seconds by phase, summed over blocks; concurrent phases overlap."""
     shares: dict[str, float]
     """Shares of all tasks' time, 0 to 1, by stage and phase; those of a stage add up to 1."""
     beside: dict[str, float]
-    """Phases that go on beside those in ``shares``, in threads of their own, as shares of the same time; threads add up."""
+    """Phases that go on beside those in ``shares``, as shares of the same time.
+
+    They are in threads of their own, which add up.
+    """
     forward: float | None
     """Share of the inference tasks' time in forward passes, 0 to 1."""
     peak_memory: TaskFigure | None
-    """In bytes, of the process that had most."""
+    """Peak memory in bytes, of the process that had most."""
     slowest: list[TaskFigure]
-    """The three longest tasks, in seconds."""
+    """The three longest tasks, with their wall time in seconds."""
     hosts: dict[str, int]
-    """Tasks by host."""
+    """Number of tasks, by host."""
     devices: dict[str, int]
-    """Inference tasks by device."""
+    """Number of inference tasks, by device."""
 
 
-def tasks_of(spec: VolumeSpec, receipts: Iterable[Receipt]) -> list[Task]:
+def tasks_of(spec: VolumeSpec, receipts: Iterable[Receipt]) -> list[DoneTask]:
     """The tasks that have left receipts, in order of stage and block."""
     ordered = sorted(receipts, key=lambda receipt: (STAGES.index(receipt.stage), receipt.block))
     return [_task(receipt, spec.grid.block(receipt.block)) for receipt in ordered]
 
 
-def of_run(tasks: Iterable[Task], run: str | None) -> list[Task]:
-    """Those of a run; all for None."""
+def of_run(tasks: Iterable[DoneTask], run: str | None) -> list[DoneTask]:
+    """The tasks of a run; all for None."""
     return [task for task in tasks if run is None or task.run == run]
 
 
@@ -178,14 +189,14 @@ def summarise(spec: VolumeSpec, exchange: Exchange, *, run: str | None = None) -
     return report_of(spec, exchange.path, tasks_of(spec, exchange.all_receipts()), run=run)
 
 
-def report_of(spec: VolumeSpec, exchange: str, everything: Sequence[Task], *, run: str | None = None) -> Report:
+def report_of(spec: VolumeSpec, exchange: str, everything: Sequence[DoneTask], *, run: str | None = None) -> Report:
     """Summarise the tasks of a run, or all of them.
 
     Args:
-        spec: of the volume.
-        exchange: path of the exchange.
-        everything: the tasks of all runs.
-        run: its name; None for all.
+        spec: The volume.
+        exchange: Path of the exchange.
+        everything: The tasks of all runs.
+        run: Name of the run; None for all.
     """
     grid, tasks = spec.grid, of_run(everything, run)
     infer, blend = ([task for task in tasks if task.stage == stage] for stage in STAGES)
@@ -234,8 +245,11 @@ def report_of(spec: VolumeSpec, exchange: str, everything: Sequence[Task], *, ru
     )
 
 
-def busy_stretches(tasks: Iterable[Task]) -> list[tuple[float, float]]:
-    """The disjoint stretches of time (start and finish, Unix time) in which any task ran, in order."""
+def busy_stretches(tasks: Iterable[DoneTask]) -> list[tuple[float, float]]:
+    """The disjoint stretches of time in which any task ran, in order.
+
+    Each is start and finish, in Unix time.
+    """
     stretches: list[tuple[float, float]] = []
     for start, finish in sorted((t.start, t.finished) for t in tasks if t.start is not None and t.finished is not None):
         if stretches and start <= stretches[-1][1]:
@@ -246,11 +260,15 @@ def busy_stretches(tasks: Iterable[Task]) -> list[tuple[float, float]]:
 
 
 def lines(report: Report) -> list[str]:
-    """The report as text: a name and a figure a line; where there is nothing to report, what to do."""
+    """The report as text, a name and a figure a line.
+
+    Where there is nothing to report, it says what to do.
+    """
     if not report.inferred + report.blended:
         return [f"{report.name}: {remedy(report)}"]
     return [
-        f"{report.name} (fingerprint {report.fingerprint}){f', run {report.run}' if report.run else ''}: {report.output}",
+        f"{report.name} (fingerprint {report.fingerprint}){f', run {report.run}' if report.run else ''}: "
+        f"{report.output}",
         *(
             [f"\n► forward passes: {percent(report.forward)} of the inference tasks' time\n"]
             if report.forward is not None
@@ -261,7 +279,7 @@ def lines(report: Report) -> list[str]:
 
 
 def remedy(report: Report) -> str:
-    """What to do where there are no receipts to report of."""
+    """What to do where there are no receipts to report."""
     if report.runs:
         there = ", ".join(map(repr, sorted(report.runs)[-5:]))
         return f"no receipt of run {report.run!r} in {report.exchange}; give --run one of those it has: {there}"
@@ -298,7 +316,7 @@ def percent(share: float) -> str:
 
 
 def phases_of(shares: dict[str, float], stage: Stage) -> dict[str, float]:
-    """Those of ``Report.shares`` or ``Report.beside`` that are of a stage and not 0, by phase."""
+    """Shares of a stage's phases, of ``Report.shares`` or ``Report.beside``, without zeros."""
     prefix = f"{stage}: "
     return {name.removeprefix(prefix): share for name, share in shares.items() if name.startswith(prefix) and share}
 
@@ -372,11 +390,11 @@ def _names(counts: dict[str, int]) -> str:
     return ", ".join([*shown, f"and {len(counts) - len(shown)} more"] if len(counts) > len(shown) else shown)
 
 
-def _task(receipt: Receipt, block: Block) -> Task:
+def _task(receipt: Receipt, block: Block) -> DoneTask:
     facts, infer = receipt.facts, receipt.stage == "infer"
     device, processor, wall = facts.get("device", "cpu"), facts.get("processor"), facts.get("wall", 0.0)
     frame = sum(box.voxels for box in block.frame)
-    return Task(
+    return DoneTask(
         stage=receipt.stage,
         block=block.name,
         run=receipt.run,
@@ -397,7 +415,7 @@ def _task(receipt: Receipt, block: Block) -> Task:
     )
 
 
-def _shares(tasks: Sequence[Task], seconds: Callable[[Task], dict[str, float]]) -> dict[str, float]:
+def _shares(tasks: Sequence[DoneTask], seconds: Callable[[DoneTask], dict[str, float]]) -> dict[str, float]:
     """Seconds by phase, summed, as shares of all wall time of the stage."""
     walls = _total((task.stage, task.wall) for task in tasks)
     total = _total((f"{task.stage}: {phase}", s) for task in tasks for phase, s in seconds(task).items())
@@ -416,7 +434,7 @@ def _rounded(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: round(number, 3) for name, number in sorted(_total(pairs).items())}
 
 
-def _figure(task: Task, value: float) -> TaskFigure:
+def _figure(task: DoneTask, value: float) -> TaskFigure:
     return TaskFigure(task.stage, task.block, task.host, value)
 
 

@@ -1,8 +1,8 @@
-"""The manifest of a run: what was asked, with what it was done, and what came of it, as JSON in the output layer.
+"""The manifest of a run, JSON in the output layer: what was asked, with what, and what came of it.
 
-It is ``runs/<run>.json`` below the layer's path, beside CloudVolume's own ``provenance``, which says whose the layer is. Until it is
-complete there is a ``runs/<run>.open`` too: what such a run has changed has not been told to anybody, and is told with the next one
-that completes.
+It is ``runs/<run>.json`` below the layer's path, beside CloudVolume's own ``provenance``, which
+says whose the layer is. Until it is complete there is a ``runs/<run>.open`` too: what such a run
+has changed has not been told to anybody, and is told with the next one that completes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.provenance import History, digests, now, spec_record, user
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file, storage_errors
-from chunkflow_core.storage.layer_info import layer_path
 from chunkflow_core.storage.layers import layer_files
 
 FORMAT: Final = 1
@@ -36,28 +36,31 @@ _LONGEST = 150
 
 
 def begin(spec: VolumeSpec, run: str, request: Mapping[str, Any]) -> None:
-    """Store the manifest of a run that starts. A run that starts again keeps the time of its first start.
+    """Store the manifest of a run that starts.
+
+    A run that starts again keeps the time of its first start.
 
     Args:
-        spec: of the volume.
-        run: its name.
-        request: what is asked for: ``box``, ``force``, ``check_input``, ``repair``, for JSON.
+        spec: The volume.
+        run: Name of the run.
+        request: What is asked for: ``box``, ``force``, ``check_input``, ``repair``, for JSON.
     """
     earlier = read(spec, run) or {}
-    put_file(layer_path(spec.output.path), f"{stem(run)}{_OPEN}", json.dumps(run).encode())
+    put_file(plain(spec.output.path), f"{stem(run)}{_OPEN}", json.dumps(run).encode())
     _put(spec, _begun(spec, run) | {"request": dict(request), "started": earlier.get("started") or now()})
 
 
 def complete(spec: VolumeSpec, run: str, receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Store the manifest of a run that has done all it had to, and return it.
 
-    What has changed is told with what runs before it have changed and not told, since they did not come so far.
-    If with that every block is of this spec's fingerprint, the layer's provenance says so too.
+    What has changed is told with what runs before it have changed and not told, since they did not
+    come so far. If with that every block is of this spec's fingerprint, the layer's provenance says
+    so too.
 
     Args:
-        spec: of the volume.
-        run: its name.
-        receipts: all there are, of whichever run.
+        spec: The volume.
+        run: Name of the run.
+        receipts: All there are, of whichever run.
     """
     known = {(receipt.stage, receipt.block): receipt for receipt in receipts}
     own = [receipt for receipt in known.values() if receipt.run == run]
@@ -107,10 +110,10 @@ def read(spec: VolumeSpec, run: str) -> dict[str, Any] | None:
 
 
 def stem(run: str) -> str:
-    """Where in the output layer the files of a run are: this and an extension.
+    """Path of a run's files in the output layer, without their extension.
 
-    Airflow's names have colons and plus signs, which not every storage and browser takes as they are. They are replaced; a hash
-    then keeps names apart that only differ there.
+    Airflow's names have colons and plus signs, which not every storage and browser takes as they
+    are. They are replaced; a hash then keeps names apart that only differ there.
     """
     name = re.sub(r"[^\w.-]", "_", run, flags=re.ASCII)[:_LONGEST]
     return f"runs/{name}" if name == run else f"runs/{name}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
@@ -155,14 +158,17 @@ def _mixture(spec: VolumeSpec, run: str, receipts: Mapping[tuple[Stage, Vector],
 
 
 def _is_whole(spec: VolumeSpec, receipts: Mapping[tuple[Stage, Vector], Receipt]) -> bool:
-    """Whether all blocks are done, of this fingerprint: receipts are discarded where another has claimed the layer."""
+    """Whether all blocks are done with this fingerprint.
+
+    Receipts are discarded where another one has claimed the layer.
+    """
     grid = spec.grid
-    due = ((stage, i) for i in grid.indices() for stage in STAGES if stage == "infer" or grid.block(i).frame)
+    due = ((stage, i) for i in grid.indices() for stage in STAGES if stage == "infer" or grid.has_frame(i))
     return all((known := receipts.get(key)) is not None and known.geometry == spec.block_digest(key[1]) for key in due)
 
 
 def _put(spec: VolumeSpec, manifest: dict[str, Any]) -> dict[str, Any]:
     content = json.dumps(manifest).encode()
-    put_file(layer_path(spec.output.path), f"{stem(manifest['run'])}.json", content)
+    put_file(plain(spec.output.path), f"{stem(manifest['run'])}.json", content)
     stored: dict[str, Any] = json.loads(content)
     return stored

@@ -9,31 +9,33 @@ from typing import Any
 
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.reports import manifest
-from chunkflow_core.reports.chart import draw
+from chunkflow_core.reports.chart import draw_chart
 from chunkflow_core.reports.figures import of_run, report_of, tasks_of
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file
-from chunkflow_core.storage.layer_info import layer_path
 
 
 def publish(spec: VolumeSpec, run: str) -> dict[str, Any]:
     """Complete a run's manifest, draw its picture beside it, and return the run's report.
 
     Returns:
-        The fields of ``figures.Report``, and ``changed_blocks`` (indices, zyx), ``bounding_box`` (of these; start and stop in
-        voxels, zyx; None if nothing has changed), and where ``manifest`` and ``picture`` are.
+        The fields of ``figures.Report``, and ``changed_blocks`` (indices, zyx), ``bounding_box``
+        (of these; start and stop in voxels, zyx; None if nothing has changed), and where
+        ``manifest`` and ``picture`` are.
 
     Raises:
-        StorageError: the storage does not answer.
+        MissingInputError: There is no receipt of the run.
+        StorageError: The storage does not answer.
     """
     exchange = Exchange(spec)
     receipts = exchange.all_receipts()
     tasks = tasks_of(spec, receipts)
     report = report_of(spec, exchange.path, tasks, run=run)
-    layer, stem = layer_path(spec.output.path), manifest.stem(run)
+    layer, stem = plain(spec.output.path), manifest.stem(run)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.png"
-        draw(report, of_run(tasks, run), file)
+        draw_chart(report, of_run(tasks, run), file)
         put_file(layer, f"{stem}.png", file.read_bytes())
     completed = manifest.complete(spec, run, receipts)
     return asdict(report) | {

@@ -1,4 +1,4 @@
-"""A picture of a result: input slice, output slice, and the blocks."""
+"""A picture of a result: a section of the input, of the output, and the blocks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from numpy.typing import NDArray
 
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, vector
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 
 MAX_SIDE = 2048
-"""Voxels shown at most along an axis, from the ROI's start."""
+"""Number of voxels shown at most along an axis, from the ROI's start."""
 
 
-def draw(workspace: Workspace, path: Path, *, z: int | None = None) -> None:
-    """Draw one section of input and output, with the blocks' faces, seams and storage chunks, as a PNG.
+def draw_section(workspace: Workspace, path: Path, *, z: int | None = None) -> None:
+    """Draw one section of input and output, with block faces and what was blended, as a PNG.
 
     Args:
-        workspace: of the spec.
-        path: of the picture.
-        z: section; default: one in the middle of the volume, above the margin of its layer of blocks if there is one.
+        workspace: What the steps of the volume share.
+        path: Path of the picture; its folder is made.
+        z: Position of the section in voxels; default: the middle of the core of the volume's middle
+            block.
+
+    Raises:
+        MissingInputError: The section has not been written yet.
+        OSError: The picture can't be written.
     """
     grid = workspace.spec.grid
     z = _middle(grid) if z is None else z

@@ -1,6 +1,7 @@
-"""The volume spec: one YAML file that says everything about a run. Parsed, validated, completed, fingerprinted.
+"""The volume spec: one YAML file that says everything about a run.
 
-Imported whenever Airflow parses its DAG files, so it imports neither PyTorch nor CloudVolume.
+It is parsed, validated, completed and fingerprinted here. Imported whenever Airflow parses its DAG
+files, so it imports neither PyTorch nor CloudVolume.
 """
 
 from chunkflow_core.spec.loading import load_spec, parse_spec

@@ -1,4 +1,7 @@
-"""A spec from its YAML file or from environment variables; errors name file, key, value and what was expected."""
+"""Volume specs from YAML files or environment variables.
+
+Errors name file, key, value and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,13 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
     """Read a spec file.
 
     Args:
-        path: YAML file; values may contain ``${ENVIRONMENT_VARIABLE}``. Or ``env:CHUNKFLOW_SPEC``: what
-            ``transport.to_environment`` gave, in which they have been replaced already.
+        path: YAML file; values may contain ``${ENVIRONMENT_VARIABLE}``. Or ``env:CHUNKFLOW_SPEC``:
+            what ``transport.to_environment`` gave, in which they have been replaced already.
         overrides: ``key.sub=value`` texts, the value in YAML; they replace what the file says.
 
     Raises:
-        SpecError: naming file, key, value and what was expected.
+        SpecError: The spec can't be read, or is wrong. The message names file, key, value and what
+            was expected.
     """
     if str(path).startswith(FROM_ENVIRONMENT):
         return _load_from_environment(str(path), overrides)
@@ -60,7 +64,16 @@ def _load_from_environment(source: str, overrides: Iterable[str]) -> VolumeSpec:
 
 
 def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".") -> VolumeSpec:
-    """Validate the content of a spec; ``SpecError`` as in ``load_spec``, ``source`` naming where it came from."""
+    """Validate the content of a spec.
+
+    Args:
+        data: Keys and values, as YAML gives them.
+        source: Where the content came from, for messages.
+        folder: Folder to which the model's paths are relative.
+
+    Raises:
+        SpecError: The spec is wrong. The message names source, key, value and what was expected.
+    """
     if "folder" in data:
         raise SpecError(f"{source}: folder: unknown key")
     try:
@@ -127,7 +140,10 @@ def _explain(error: Any) -> str:
 
 
 def _fields(location: Sequence[str], runner: str) -> list[str]:
-    """Keys of the section at a location; none if there is a value. ``runner`` is the kind of the runner section."""
+    """Keys of the section at a location; none if there is a value.
+
+    ``runner`` is the kind of the runner section.
+    """
     section: Any = VolumeSpec
     for name in location:
         fields = getattr(section, "model_fields", {})

@@ -1,7 +1,7 @@
 """What runs the tasks of a volume's DAG: the ``runner`` section of the spec.
 
-Only the shape is checked here; what a cluster makes of it is the operators' to know. Imported whenever Airflow parses its DAG
-files, so it stays light.
+Only the shape is checked here; what a cluster makes of it is the operators' to know. Imported
+whenever Airflow parses its DAG files, so it stays light.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 Json = dict[str, Any]
 """A Kubernetes object as it would stand in a manifest."""
 
-_UNITS = {"": 1} | {f"{prefix}{suffix}": base**power for suffix, base in (("", 1000), ("i", 1024))
-                    for power, prefix in enumerate(("k" if base == 1000 else "K", "M", "G", "T", "P"), start=1)}  # fmt: skip
+_UNITS = {"": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate(("k" if base == 1000 else "K", "M", "G", "T", "P"), start=1)
+}
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(k|Ki|[MGTP]i?)?", re.ASCII)
 _VARIABLE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# names of objects, keys and values of labels: https://kubernetes.io/docs/concepts/overview/working-with-objects/names/
+# names of objects, keys and values of labels:
+# https://kubernetes.io/docs/concepts/overview/working-with-objects/names/
 _DOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _WORD = r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?"
 _KEY = re.compile(rf"({_DOMAIN}/)?{_WORD}", re.ASCII)
 _RESERVED = ("CHUNKFLOW_SPEC", "CHUNKFLOW_CPUS")
 OWN_LABELS = "chunkflow/"
-"""Prefix of the labels that pods get from us."""
+"""Prefix of the labels that this project gives to pods."""
 
 
 def parse_memory(quantity: str) -> int:
@@ -136,10 +140,15 @@ class _Section(BaseModel):
 
 class _Runner(_Section):
     parallel: int | None = Field(None, ge=1)
-    """Blocks at a time; default: 16 for processes, 1000 for pods. The CPUs of a worker are shared out among its processes."""
+    """Number of blocks at a time at most.
+
+    Processes share the worker's CPUs out among so many, so set it to 1 if each block is to have
+    all. Pods are bounded by ``runner.pool``, which has to include deferred tasks. Default: 16.
+    """
     pool: Text = "default_pool"
-    """Airflow pool that inference tasks take a slot of."""
+    """Airflow pool of the inference tasks. It must exist, or they wait for ever."""
     retries: int = Field(3, ge=0)
+    """Number of times that a failed task is tried again."""
     retry_delay: float = Field(30.0, ge=0)
     """Seconds before the first retry; doubles with each."""
 
@@ -148,11 +157,14 @@ class LocalRunner(_Runner):
     """Tasks are processes on the Airflow worker."""
 
     kind: Annotated[Literal["local"], _matching("local", "local or kubernetes")] = "local"
+    """What does the tasks of the DAG: ``local`` are processes on the Airflow worker, ``kubernetes``
+    are pods.
+    """
 
     @model_validator(mode="before")
     @classmethod
     def _nothing_of_pods(cls, value: Any) -> Any:
-        """One message, instead of one for each key, where only ``kind`` is missing or misspelt."""
+        """Refuse keys of pods, by one message, where only ``kind`` is missing or misspelt."""
         of_pods = [key for key in value if key in KubernetesRunner.model_fields] if isinstance(value, dict) else []
         if first := next((key for key in of_pods if key not in cls.model_fields), None):
             raise ValueError(f"kind: {value.get('kind', 'local')}: expected kubernetes, as {first} is for pods")
@@ -163,26 +175,36 @@ class SecretKey(_Section):
     """One value of a Kubernetes Secret."""
 
     secret: Name
+    """Name of the Secret."""
     key: SecretKeyName
+    """Key of the value within it."""
 
 
 class PodVolume(_Section):
-    """A folder that pods see; exactly one of ``claim``, ``host_path``, ``secret``, ``config_map``, ``memory``."""
+    """A folder that pods see.
+
+    Exactly one of ``claim``, ``host_path``, ``secret``, ``config_map`` and ``memory`` is given.
+    """
 
     mount: Folder
-    """Where pods see it."""
+    """Absolute path where pods see the folder."""
     claim: Name | None = None
-    """A PersistentVolumeClaim."""
+    """Name of a PersistentVolumeClaim."""
     host_path: Folder | None = None
     """A folder of the node."""
     secret: Name | None = None
-    """A Secret, each key a file: CloudVolume's, for instance."""
+    """Name of a Secret, each key a file: CloudVolume's credentials, for instance."""
     config_map: Name | None = None
+    """Name of a ConfigMap, each key a file."""
     memory: Memory | None = None
-    """An empty folder in memory of this size: ``/dev/shm``, for instance."""
+    """Size of an empty folder in memory, ``/dev/shm`` for instance.
+
+    It counts towards the pod's memory.
+    """
     sub_path: Annotated[str, BeforeValidator(_sub_path)] | None = None
-    """The part of it that pods see."""
+    """Part of the volume that pods see, relative to its root."""
     read_only: bool = False
+    """Whether pods can't write to it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> PodVolume:
@@ -196,23 +218,36 @@ class PodResources(_Section):
     """What the pods of a stage need, and which nodes they may run on."""
 
     cpu: float = Field(1.0, gt=0)
-    """CPUs that are reserved; a pod uses so many."""
+    """Number of CPUs that are reserved, and that the task uses; there is no limit."""
     memory: Memory = "2Gi"
-    """Reserved, and the limit above which the pod is killed."""
+    """Memory that is reserved, and the limit.
+
+    ``Ki``, ``Mi``, ``Gi``, ``Ti`` count in 1024s, ``k``, ``M``, ``G``, ``T`` in 1000s.
+    """
     memory_max: Memory | None = None
-    """How far ``memory`` may grow after such kills; default: four times ``memory``."""
+    """How far ``memory`` grows when pods are killed for memory. Default: 4 × ``memory``."""
     gpu: int = Field(0, ge=0)
+    """Number of GPUs of a pod. For inference on CPUs: ``gpu: 0``."""
     gpu_resource: Resource = "nvidia.com/gpu"
+    """What the cluster calls its GPUs."""
     ephemeral_storage: Memory | None = None
-    """Disk that is reserved on the node, and the limit."""
+    """Disk of the node: reserved, and the limit."""
     node_selector: Labels = {}
+    """Labels that nodes must have."""
     tolerations: list[Json] = []
+    """Tolerations as in a pod's manifest. GPU pods tolerate the taint ``nvidia.com/gpu``."""
     affinity: Json = {}
+    """Affinity as in a pod's manifest."""
     spot: Spot = "never"
-    """Nodes that the cloud may take back at any time: ``never``, ``allowed`` (tolerated), ``required``."""
+    """Nodes that the cloud may take back: ``allowed`` tolerates their taints, ``required`` takes no
+    others; known are those of GKE, EKS, Karpenter and AKS. ``never`` tolerates nothing, but where
+    such nodes have no taint (EKS, Karpenter: by default) only a selector or an affinity keeps pods
+    off them.
+    """
     priority_class: Name | None = None
+    """PriorityClass of the pods."""
     deadline: int | None = Field(None, ge=1)
-    """Seconds after which a running pod is ended, and the block retried."""
+    """Seconds after which a pod is ended, and the block retried; pulling the image counts."""
 
     @model_validator(mode="after")
     def _memory_order(self) -> PodResources:
@@ -227,7 +262,7 @@ class PodResources(_Section):
 
 
 class InferResources(PodResources):
-    """The same with the defaults of inference, also where a spec says only some of it."""
+    """Needs of inference pods: other defaults, also where a spec says only some of them."""
 
     cpu: float = Field(4.0, gt=0)
     memory: Memory = "16Gi"
@@ -238,28 +273,37 @@ class KubernetesRunner(_Runner):
     """Tasks are pods of a Kubernetes cluster."""
 
     kind: Literal["kubernetes"]
+    """``kubernetes``: tasks are pods."""
     image: Image
     """Container image with this project in it."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When the image is pulled: ``Always``, ``IfNotPresent``, ``Never``. Default: the cluster's."""
     image_pull_secrets: list[Name] = []
+    """Names of Secrets for the registry."""
     namespace: Namespace | None = None
-    """Default: that of the connection, or that of the worker."""
+    """Namespace of the pods. Default: the connection's, or the worker's."""
     connection: Text = "kubernetes_default"
     """Airflow connection to the cluster."""
     deferrable: bool = True
-    """Whether tasks leave their worker while a pod runs; the triggerer watches it."""
+    """Whether tasks of blocks leave their worker while a pod runs, and the triggerer watches it;
+    the other steps do after 15 s. Otherwise each task holds a worker's slot.
+    """
     poll_interval: float = Field(15.0, gt=0)
     """Seconds between looks at a pod."""
     infer: InferResources = InferResources()
-    """Pods of inference, and of the two steps that run the model too: prepare and verify."""
+    """Pods of inference, and of ``prepare`` and ``verify``, which run the model too."""
     blend: PodResources = PodResources()
-    """Pods of blending, and of the steps that don't run the model."""
+    """Pods of blending, and of the other steps; the same keys."""
     memory_growth: float = Field(2.0, gt=1)
-    """Factor of the memory of a retry after the pod was killed for memory."""
+    """Factor of the memory of a retry after a pod was killed for memory."""
     interruptions: int = Field(20, ge=0)
-    """Pods of a task that may be evicted, preempted or lost before that counts as a failed try."""
+    """Number of a task's pods that may be evicted, preempted or lost before that counts as a failed
+    try.
+    """
     pending_timeout: float = Field(7 * 86400.0, gt=0)
-    """Seconds that a pod may wait for a node, or for quota: where others have come first, that is no failure."""
+    """Seconds that a pod may wait for a node, or for quota: a week, as waiting for others is no
+    failure.
+    """
     start_timeout: float = Field(600.0, gt=0)
     """Seconds that a pod with a node may take to start: pulling the image, mounting volumes."""
     api_timeout: float = Field(1800.0, gt=0)
@@ -267,21 +311,35 @@ class KubernetesRunner(_Runner):
     termination_grace: int = Field(30, ge=0)
     """Seconds between asking a pod to end and killing it."""
     service_account: Name | None = None
+    """ServiceAccount of the pods; its token is not mounted. Default: the namespace's."""
     run_as_user: int | None = Field(None, ge=1)
-    """User id; default: the image's, which must not be root."""
+    """User id of the pods' processes, not 0. Default: the image's."""
     fs_group: int | None = Field(None, ge=1)
-    """Group that owns mounted volumes."""
+    """Id of the group that owns mounted volumes."""
     volumes: list[PodVolume] = []
+    """Folders that pods see: each with ``mount`` and one of ``claim``, ``secret``, ``config_map``,
+    ``host_path``, ``memory``.
+    """
     env: Annotated[dict[str, str], BeforeValidator(_text_variables)] = {}
-    """Environment variables."""
+    """Environment variables; ``$(NAME)`` in a value is that of an earlier one, or of one with a
+    Secret's value; ``$$`` is ``$``.
+    """
     secret_env: Annotated[dict[str, SecretKey], BeforeValidator(_variables)] = {}
-    """Environment variables with values of Secrets."""
+    """Environment variables with values of Secrets: ``NAME: {secret: …, key: …}``."""
     env_from: list[Name] = []
-    """Secrets whose keys become environment variables."""
+    """Secrets whose keys all become environment variables."""
     labels: Annotated[dict[str, str], BeforeValidator(_pod_labels)] = {}
+    """Labels of every pod.
+
+    Ours are ``chunkflow/volume``, ``chunkflow/stage``, ``chunkflow/block`` (``z_y_x``).
+    """
     annotations: Annotated[dict[str, str], BeforeValidator(_annotations)] = {}
+    """Annotations of every pod."""
     pod_template: Text | None = None
-    """Pod manifest to start from, relative to the spec's folder; what this section says goes before it."""
+    """Manifest to start from, relative to the spec's folder.
+
+    A ``.yaml`` file there would count as a spec: call it ``.yml``.
+    """
 
     @field_validator("volumes")
     @classmethod
@@ -302,8 +360,9 @@ class KubernetesRunner(_Runner):
     def _pods_are_bounded_by_a_pool(self) -> KubernetesRunner:
         if self.parallel is not None and self.deferrable:
             raise ValueError(
-                f"parallel: {self.parallel}: Airflow does not count tasks that have left their worker; make a pool that includes "
-                "deferred tasks (airflow pools set NAME SLOTS TEXT --include-deferred) and name it as runner.pool"
+                f"parallel: {self.parallel}: Airflow does not count tasks that have left their worker; make a pool "
+                "that includes deferred tasks (airflow pools set NAME SLOTS TEXT --include-deferred) and name it as "
+                "runner.pool"
             )
         return self
 

@@ -1,7 +1,8 @@
-"""When a volume's runs start by themselves, and who is told of their ends: the ``schedule`` and ``notify`` sections of the spec.
+"""When runs start by themselves, and who is told of their ends.
 
-Only the shape is checked here; cron expressions, time zones and notifiers are Airflow's to know. Imported whenever Airflow parses
-its DAG files, so it stays light.
+These are the ``schedule`` and ``notify`` sections of the spec. Only the shape is checked here; cron
+expressions, time zones and notifiers are Airflow's to know. Imported whenever Airflow parses its
+DAG files, so it stays light.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 INPUT = "input"
-"""Stands for the Asset of the spec's input layer."""
+"""Word that stands for the Asset of the spec's input layer."""
 
 Ending = Literal["success", "failure"]
 
@@ -44,11 +45,11 @@ class ScheduleSpec(_Section):
     """What starts runs: a clock, updates of layers, or both."""
 
     cron: str | None = Field(None, min_length=1)
-    """Cron expression or preset such as ``@weekly``."""
+    """Cron expression or preset, such as ``@weekly``."""
     timezone: str | None = Field(None, min_length=1)
-    """That the cron expression is meant in, such as Europe/Zurich; default: UTC."""
-    asset: Annotated[tuple[str, ...], BeforeValidator(_addresses)] = ()
-    """``input``, for the input layer, or addresses of layers: an update of any of them starts a run."""
+    """Time zone that the cron expression is meant in, such as ``Europe/Zurich``. Default: UTC."""
+    asset: Annotated[tuple[str, ...], BeforeValidator(_addresses, json_schema_input_type=str | tuple[str, ...])] = ()
+    """``input``, an address, or a list of those: an update of any of these layers starts a run."""
 
     @model_validator(mode="after")
     def _complete(self) -> ScheduleSpec:
@@ -63,10 +64,17 @@ class NotifySpec(_Section):
     """Who is told how a run has ended."""
 
     notifier: Annotated[str, BeforeValidator(_dotted_path)]
-    """Dotted path of a class that inherits from Airflow's ``BaseNotifier``."""
+    """Dotted path of a class that inherits from ``airflow.sdk.BaseNotifier``; it is told once at
+    each end of a run.
+    """
     arguments: dict[str, Any] = {}
-    """For the notifier. Those that are templates of it can use ``report``."""
+    """Arguments of the notifier.
+
+    Its templates can use ``report``: ``state``, ``text``, ``volume``, ``run``, ``output``,
+    ``figures``, ``manifest``, ``picture``.
+    """
     on: Annotated[tuple[Ending, ...], BeforeValidator(_endings)] = ("success", "failure")
+    """The ends that are told."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,4 +95,6 @@ def _section(value: Any) -> Any:
     return value
 
 
-Schedule = Annotated[ScheduleSpec | None, BeforeValidator(_section)]
+OptionalSchedule = Annotated[
+    ScheduleSpec | None, BeforeValidator(_section, json_schema_input_type=str | ScheduleSpec | None)
+]

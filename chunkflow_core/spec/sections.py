@@ -1,21 +1,18 @@
-"""The sections of a volume spec about storage and the model: keys, types, defaults, and what of each can be checked by itself."""
+"""The sections of a volume spec about storage and the model.
+
+They say keys, types and defaults, and what of each section can be checked by itself.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from chunkflow_core.lattice.boxes import Vector
-
-_STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]+/[^/]"
-_PROTOCOL = re.compile(rf"(precomputed://)?(file://[/~]|mem://.|{_STORES}|(\w+\+)?https?://[^/]).*")
-_ALIAS = re.compile(r"(?:precomputed://)?(\w+)://[^/]")
+from chunkflow_core.storage.addresses import check_address, check_writable, is_fetchable
 
 
 def _three_integers(value: Any) -> Any:
@@ -29,41 +26,6 @@ def _three_positive_integers(value: Any) -> Any:
     value = _three_integers(value)
     if min(value) < 1:
         raise ValueError("expected three integers >= 1 in the order z, y, x")
-    return value
-
-
-def check_storage_path(value: Any) -> Any:
-    """The value, if it is the address of a place in storage; ``ValueError`` if not. Local ones have to be absolute."""
-    if isinstance(value, str) and (_PROTOCOL.fullmatch(value) or _has_alias(value)):
-        return value
-    if isinstance(value, str) and re.match(r"(precomputed://)?s3://https?:", value):
-        raise ValueError('expected endpoint, bucket and path, such as "s3://https://minio.example.org/bucket/em"')
-    raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
-
-
-def _has_alias(path: str) -> bool:
-    """Whether a path begins with an alias for an endpoint, of those that CloudFiles reads from its ``aliases.json``."""
-    match = _ALIAS.match(path)
-    file = Path(os.environ.get("CLOUD_FILES_DIR") or "~/.cloudfiles").expanduser() / "aliases.json"
-    if match is None or not file.is_file():
-        return False
-    try:
-        aliases = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"the aliases in {file} can't be read, they are not JSON: {error}") from error
-    return isinstance(aliases, dict) and match[1] in aliases
-
-
-def _is_fetchable(path: str) -> bool:
-    return re.match(rf"file://[/~]|{_STORES}", path) is not None or _has_alias(path)
-
-
-def _writable_path(value: Any) -> Any:
-    check_storage_path(value)
-    if re.match(r"(precomputed://)?(\w+\+)?https?://", value):
-        raise ValueError(
-            'expected a place that can be written, such as "file:///data/em" or "gs://bucket/em", not http'
-        )
     return value
 
 
@@ -91,13 +53,13 @@ def _key_or_index(value: Any) -> Any:
 
 Size = Annotated[Vector, BeforeValidator(_three_positive_integers)]
 Offset = Annotated[Vector, BeforeValidator(_three_integers)]
-StoragePath = Annotated[str, BeforeValidator(check_storage_path)]
-WritablePath = Annotated[str, BeforeValidator(_writable_path)]
+StoragePath = Annotated[str, BeforeValidator(check_address)]
+WritablePath = Annotated[str, BeforeValidator(check_writable)]
 Corners = Annotated[tuple[Vector, Vector], BeforeValidator(_two_corners)]
 
 
 class Section(BaseModel):
-    """A section of the spec: unknown keys are refused, values are not converted, and nothing changes once it is read."""
+    """A section of the spec, frozen. Unknown keys are refused, and values are not converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -106,49 +68,78 @@ class InputSpec(Section):
     """The layer to read."""
 
     path: StoragePath
+    """Address of the layer to read: any that CloudVolume reads (``file://``, ``gs://``, ``s3://``,
+    ``https://``, …).
+    """
     mip: int = Field(0, ge=0)
+    """Scale of the layer."""
     bounds: Corners | None = None
-    """What of the layer is looked at; None for all. A run in Airflow sets it, so that a layer may grow meanwhile."""
+    """What of the layer is looked at, ``[[z, y, x] start, [z, y, x] stop]``.
+
+    Patches that reach past are padded. A run in Airflow sets it, and ``roi``, to what its
+    ``prepare`` has found. Of a layer that grows, write the new storage chunks first and ``info``
+    last; those that the old end had cut short may go then. Default: the layer's.
+    """
     padding: Literal["reflect", "edge", "constant"] = "reflect"
-    """How patches are filled where they reach past the bounds (numpy's modes; ``constant`` is 0)."""
+    """How patches are filled beyond the input's bounds: ``reflect``, ``edge``, ``constant`` (0)."""
     fill_missing: bool = False
-    """Whether storage chunks that aren't there are read as zeros; otherwise they are an error."""
+    """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66."""
     prefetch: int = Field(1, ge=1)
-    """Steps of one storage chunk's depth that are read ahead of the patches."""
+    """Number of steps, each of one storage chunk's depth, that are read ahead of the patches."""
 
 
 class MaskSpec(Section):
-    """A layer that says where there is something to do: nonzero voxels. Aligned with the input by voxel size."""
+    """A layer whose nonzero voxels say where there is something to do.
+
+    It is aligned with the input by voxel size.
+    """
 
     path: StoragePath
+    """Address of a layer whose nonzero voxels say where there is something to do.
+
+    It is aligned with the input by voxel size and offset in nm. Patches outside are not run, and
+    blocks outside read nothing; the output is 0 outside the mask.
+    """
     mip: int = Field(0, ge=0)
+    """Scale of the layer."""
     fill_missing: bool = False
-    """Whether storage chunks that aren't there are read as zeros; otherwise they are an error."""
+    """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66."""
 
 
 class SkipSpec(Section):
     """Which patches are not run. They contribute nothing."""
 
     zeros: bool = True
-    """Patches whose input is all zeros."""
+    """Whether patches whose input is all zeros are not run. They contribute zeros."""
     mask: MaskSpec | None = None
-    """Patches that no nonzero voxel of a mask touches; outside the mask the output is 0."""
+    """A layer that says where there is something to do."""
 
 
 class OutputSpec(Section):
     """The layer to write."""
 
     path: WritablePath
+    """Address of the layer to write, which ``prepare`` makes."""
     channels: int = Field(1, ge=1)
+    """Number of channels that the model gives."""
     dtype: Literal["uint8", "float32"] = "uint8"
+    """``uint8`` maps ``output.range`` to 0–255; ``float32`` stores the values as they are."""
     chunk_size: Size | None = None
+    """Size of a storage chunk in voxels, zyx.
+
+    Default: a divisor of the block near 32 × 128 × 128.
+    """
     compression: Literal["gzip", "br", "zstd", "none"] = "gzip"
+    """Compression of storage chunks: ``gzip``, ``br``, ``zstd``, ``none``."""
     range: Annotated[tuple[float, float], BeforeValidator(_low_and_high)] = (0.0, 1.0)
-    """The values that the model can give; sets the exact step of the sums and what uint8 0 and 255 mean."""
+    """Least and largest value that the model can give.
+
+    It sets the exact step of the sums. Other values stop the block with exit code 65.
+    """
 
 
 class KeepDays(Section):
-    """For how long donations are kept after their blending."""
+    """How long donations are kept after their blending, in days."""
 
     days: float
 
@@ -170,41 +161,76 @@ class ExchangeSpec(Section):
     """Where blocks leave donations and receipts for each other."""
 
     path: WritablePath
+    """Address of the folder where blocks leave donations and receipts: any storage that CloudFiles
+    reaches.
+    """
     donations: Annotated[Literal["delete", "keep"] | KeepDays, BeforeValidator(_retention)] = "delete"
-    """What cleanup does with donations once the blocks that they are for are complete."""
+    """What cleanup does with donations once the blocks that they are for are complete: ``delete``,
+    ``keep``, or ``{days: N}``, which deletes them N days later. Kept donations spare their donors a
+    second inference when a neighbour changes.
+    """
 
 
 class ModelSpec(Section):
     """The convnet and how it is run."""
 
     engine: Literal["identity", "pytorch", "openvino", "onnx", "pznet"]
+    """What runs the network: ``pytorch``, ``openvino``, ``onnx``, ``pznet``, or ``identity`` (the
+    input repeated over the channels). See docs/models.md.
+    """
     path: str | None = None
-    """Model file, relative to the spec's folder, or an address in gs:// or s3://; for pznet the folder of the net."""
+    """Model file, or the folder of a net of pznet: relative to the spec's folder, or an address
+    (``gs://``, ``s3://``). See docs/models.md and docs/storage.md.
+    """
     weights: str | None = None
-    """Checkpoint, relative to the spec's folder, or an address in gs:// or s3://."""
+    """Checkpoint, relative to the spec's folder, or an address (``gs://``, ``s3://``)."""
     batch_size: int = Field(1, ge=1)
-    """Patches of one forward pass on a GPU. On CPUs each patch is run by itself."""
+    """Number of patches of one forward pass on a GPU; a short last batch is filled up.
+
+    CPUs run each patch by itself.
+    """
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numbers that the network computes with: ``float32``, ``bfloat16``, ``float16``."""
     threads: int = Field(1, ge=1)
-    """CPU threads of one forward pass. Fixed rather than taken from the machine, since it can decide a sum's order."""
+    """Number of CPU threads of one forward pass.
+
+    It is part of the fingerprint, as it can change a network's last bits.
+    """
     streams: int | None = Field(None, ge=1)
-    """Forward passes at a time on CPUs; default: as many as the process's CPUs allow. Decides no number."""
+    """Number of forward passes at a time on CPUs.
+
+    It changes no bit; more of them need more memory for the network. Default: CPUs ÷ threads.
+    """
     compile: bool = False
-    """Compile the network by ``torch.compile``."""
+    """Whether PyTorch compiles the network (``torch.compile``)."""
     augmentation: Literal["none", "flips", "flips_transpose"] = "none"
-    """Average over the 8 flips of a patch, or those and their transpositions of y and x (16)."""
+    """Orientations of each patch to average over: ``none``, ``flips`` (8), ``flips_transpose`` (16,
+    with y and x exchanged).
+    """
     outputs: Literal["independent", "affinity"] = "independent"
-    """What the channels are. ``affinity``: those of a voxel to the one before it along x, y, z, in this order."""
+    """What the channels are: ``independent``, or ``affinity``: 3 channels, the affinities of a
+    voxel to the one before it along x, y, z, in this order; augmentation then permutes and shifts
+    them.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs: ``auto``, ``cpu``, ``cuda``."""
     activation: Literal["none", "sigmoid"] = "none"
-    """Applied to the network's output."""
+    """Function applied to the network's output: ``none``, or ``sigmoid`` for networks that give
+    logits.
+    """
     output: Annotated[str | int | None, BeforeValidator(_key_or_index)] = None
-    """Which of several outputs to take: a key or an index. Default: the first of a list, the fitting one of a dict."""
+    """Key or index of the output to take, of a network with several.
+
+    Default: the first of a list, the fitting one of a dict.
+    """
     batch_statistics: bool = False
-    """Normalise by the statistics of the patch itself instead of those of the training (needs ``batch_size: 1``)."""
+    """Whether batch normalisation takes the statistics of the patch itself, instead of those of the
+    training. It needs ``batch_size: 1``.
+    """
     trust: bool = False
-    """Allow checkpoints that run code when they are loaded (pickles)."""
+    """Whether checkpoints are allowed that run code when they are loaded (pickles)."""
     options: dict[str, Any] = {}
+    """What only one engine knows, such as OpenVINO's own settings."""
 
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:
@@ -220,9 +246,9 @@ class ModelSpec(Section):
         return self
 
     def _check_engine(self) -> None:
-        """Refuse addresses that models can't be fetched from, and what the engine would have to ignore."""
+        """Refuse addresses that models can't be fetched from, and what the engine would ignore."""
         for key, value in {"path": self.path, "weights": self.weights}.items():
-            if value and "://" in value and not _is_fetchable(value):
+            if value and "://" in value and not is_fetchable(value):
                 raise ValueError(
                     f'{key}: {value}: expected a path, or an address such as "gs://bucket/net.py" or "s3://bucket/net.py"'
                 )

@@ -1,11 +1,13 @@
-"""Volume specs in environment variables: how a spec gets into a pod, which sees none of the files around the spec's own.
+"""Volume specs in environment variables: how a spec gets into a pod.
 
-The spec travels as it was validated, variables substituted, as base64 of zlib-compressed JSON, cut in pieces, since Linux takes
-no single variable of 128 KiB (MAX_ARG_STRLEN)::
+A pod sees none of the files around the spec's own. The spec travels as it was validated, variables
+substituted, as base64 of zlib-compressed JSON, cut in pieces, since Linux takes no single variable
+of 128 KiB (MAX_ARG_STRLEN)::
 
     CHUNKFLOW_SPEC, CHUNKFLOW_SPEC_1, CHUNKFLOW_SPEC_2, …
 
-``load_spec("env:CHUNKFLOW_SPEC")`` reads it. Imported whenever Airflow parses its DAG files, so it stays light.
+``load_spec("env:CHUNKFLOW_SPEC")`` reads it. Imported whenever Airflow parses its DAG files, so it
+stays light.
 """
 
 from __future__ import annotations
@@ -21,22 +23,24 @@ from typing import Any
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec.volume import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 
 SPEC_VARIABLE = "CHUNKFLOW_SPEC"
 FROM_ENVIRONMENT = "env:"
-"""What the name of a spec begins with that is in environment variables."""
+"""Prefix of the name of a spec that is in environment variables."""
 
 _PIECE = 96 * 1024
 _FOR_EVERY_MACHINE = re.compile(r"/|[\w+.-]+://")
-_HOME = re.compile(r"(precomputed://)?file://~")
 _AGAIN = "Start the pod again by its Airflow task, or give the path of a YAML file"
 
 
 def to_environment(spec: VolumeSpec) -> dict[str, str]:
-    """The environment variables that give a pod this spec, but for what is Airflow's business alone: who runs it, when, whom it tells.
+    """The environment variables that give a pod this spec.
+
+    What is Airflow's business alone is left out: who runs it, when, and whom it tells.
 
     Raises:
-        SpecError: as ``check_transportable``.
+        SpecError: The spec would not mean the same in a pod; see :func:`check_transportable`.
     """
     check_transportable(spec)
     content = json.dumps(spec.model_dump(exclude={"runner", "schedule", "notify"}, exclude_defaults=True))
@@ -49,7 +53,7 @@ def from_environment(name: str) -> dict[str, Any]:
     """The content of the spec in the variables ``name``, ``name_1``, …, not validated yet.
 
     Raises:
-        SpecError: there is none, or it is not what ``to_environment`` gave.
+        SpecError: There is none, or it is not what :func:`to_environment` gave.
     """
     pieces: list[str] = []
     for variable in _names(name):
@@ -70,7 +74,15 @@ def from_environment(name: str) -> dict[str, Any]:
 
 
 def check_transportable(spec: VolumeSpec, *, source: str = "spec") -> None:
-    """Whether a spec means the same in a pod; ``SpecError`` if not, ``source`` naming where it came from."""
+    """Check that a spec means the same in a pod.
+
+    Args:
+        spec: The volume.
+        source: Where the spec came from, for messages.
+
+    Raises:
+        SpecError: A path leads elsewhere in a pod, or an option can't be told in JSON.
+    """
     if problems := [f"{source}: {problem}" for problem in _problems(spec)]:
         raise SpecError("\n".join(problems))
 
@@ -87,13 +99,13 @@ def _problems(spec: VolumeSpec) -> Iterator[str]:
     places = {f"{key}.path": section.path for key, section in sections.items() if section is not None}
     places |= {"model.path": spec.model.path or "", "model.weights": spec.model.weights or ""}
     for key, path in places.items():
-        if _HOME.match(path):
+        if plain(path).startswith("file://~"):
             yield f"{key}: {path}: a pod has another home; expected an absolute path, or a storage address"
     yield from _no_json("model.options", spec.model.options)
 
 
 def _no_json(key: str, value: Any) -> Iterator[str]:
-    """What would not be the same, once it has been JSON."""
+    """Problems of a value that would not be the same, once it has been JSON."""
     if isinstance(value, dict):
         for name, part in value.items():
             if isinstance(name, str):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import posixpath
 import re
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
 from chunkflow_core.errors import MissingInputError, SpecError
-from chunkflow_core.lattice.blocks import BlockGrid
+from chunkflow_core.lattice.blocks import AxisBlock, BlockGrid
 from chunkflow_core.lattice.boxes import AXES, Box, Vector, vector
 from chunkflow_core.lattice.weights import MAX_PATCH, NUMERICS_VERSION
 from chunkflow_core.spec.runner import LocalRunner, RunnerSpec
-from chunkflow_core.spec.schedule import NotifySpec, Schedule
+from chunkflow_core.spec.schedule import NotifySpec, OptionalSchedule
 from chunkflow_core.spec.sections import (
     Corners,
     ExchangeSpec,
@@ -30,33 +28,58 @@ from chunkflow_core.spec.sections import (
     Size,
     SkipSpec,
 )
+from chunkflow_core.storage.addresses import is_same_place
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.model_files import fetch, with_companions
 
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
-"""The default storage chunk is the divisor of the block that is nearest to this, per axis."""
+"""Size in voxels, zyx, to which the default storage chunk is near.
+
+Along each axis it is the nearest divisor of the block size.
+"""
 
 
 class VolumeSpec(Section):
     """Everything about one volume. Sizes in voxels, order z, y, x."""
 
     name: str
+    """Name of the volume and its DAG: letters, digits, ``.``, ``-``, ``_``."""
     input: InputSpec
+    """The layer to read."""
     output: OutputSpec
+    """The layer to write."""
     exchange: ExchangeSpec
+    """Where blocks leave donations and receipts for each other."""
     roi: Corners | None = None
+    """Region of interest: what of the input gets an output, ``[[z, y, x] start, [z, y, x] stop]``.
+
+    A DAG whose input is not ``file://`` should state it, or each parsing asks the storage. Default:
+    the input's bounds.
+    """
     patch_size: Size
+    """Size of an input patch."""
     output_patch_size: Size | None = None
+    """Size of an output patch, for networks whose output is smaller; the difference must be even.
+
+    Default: ``patch_size``.
+    """
     patch_overlap: Offset
+    """Overlap of output patches along each axis: any from 0 to patch − 1."""
     block_size: Size
+    """What one task does: a multiple of the stride (patch − overlap) and of the storage chunk."""
     model: ModelSpec
+    """The convnet and how it is run."""
     skip: SkipSpec = SkipSpec()
+    """Which patches are not run."""
     runner: RunnerSpec = LocalRunner()
-    schedule: Schedule = None
-    """When runs start by themselves; in the file also a cron expression or preset such as ``@weekly``."""
+    """What does the tasks of the DAG."""
+    schedule: OptionalSchedule = None
+    """When runs start by themselves: a cron expression or preset (``"0 3 * * 1"``, ``"@weekly"``),
+    or a section. Default: only by hand.
+    """
     notify: NotifySpec | None = None
-    """Who is told how a run has ended."""
+    """Who is told how a run has ended. Default: nobody."""
     folder: str = Field(".", exclude=True)
     """Folder of the spec file, to which the model's paths are relative; set on loading."""
 
@@ -76,8 +99,8 @@ class VolumeSpec(Section):
                 raise ValueError(f"patch_size: {patch} along {n}, expected at most {MAX_PATCH}")
             if patch > self.patch_size[a] or (self.patch_size[a] - patch) % 2:
                 raise ValueError(
-                    f"output_patch_size: {patch} along {n}, expected at most patch_size {self.patch_size[a]} and smaller "
-                    "by an even number (the same margin on both sides)"
+                    f"output_patch_size: {patch} along {n}, expected at most patch_size {self.patch_size[a]} and "
+                    "smaller by an even number (the same margin on both sides)"
                 )
             if not 0 <= overlap < patch:
                 raise ValueError(f"patch_overlap: {overlap} along {n}, expected 0 to {patch - 1} (less than the patch)")
@@ -88,7 +111,7 @@ class VolumeSpec(Section):
         for (first, one), (second, other) in [
             ((a, p), (b, q)) for a, p in paths.items() for b, q in paths.items() if a < b
         ]:
-            if _normalised(one) == _normalised(other):
+            if is_same_place(one, other):
                 raise ValueError(f"{second}.path: {other} is {first}.path too, expected another place")
         return self
 
@@ -102,48 +125,63 @@ class VolumeSpec(Section):
 
     @property
     def output_size(self) -> Vector:
-        """Size of the patches that the model gives."""
+        """Size of the patches that the model gives, in voxels."""
         return self.output_patch_size or self.patch_size
 
     @property
     def halo(self) -> Vector:
-        """Context that an input patch has around its output patch, per side."""
+        """Context of an input patch around its output patch, in voxels on each side."""
         return vector((i - o) // 2 for i, o in zip(self.patch_size, self.output_size, strict=True))
 
     @property
     def storage_chunk(self) -> Vector:
-        """Storage chunk size of the output layer."""
+        """Storage chunk size of the output layer, in voxels."""
         return self.output.chunk_size or vector(map(_divisor_near, self.block_size, STORAGE_CHUNK_TARGET))
 
     @cached_property
     def input_scale(self) -> LayerScale:
-        """Bounds, resolution and dtype of the input layer; ``MissingInputError`` if it can't be read."""
+        """The input layer's scale, with bounds, resolution and dtype.
+
+        Raises:
+            MissingInputError: There is no such layer, or it does not have the mip.
+            StorageError: The storage does not answer.
+        """
         return read_scale(self.input.path, self.input.mip)
 
     @cached_property
     def input_bounds(self) -> Box:
-        """Where voxels are read; patches that reach past are padded. ``SpecError`` if the layer does not have them."""
+        """Box whose voxels are read; patches that extend past it are padded.
+
+        Raises:
+            SpecError: The layer does not have all of ``input.bounds``.
+            MissingInputError: The layer can't be read.
+        """
         bounds, layer = self.input.bounds, self.input_scale.bounds
         if bounds is None:
             return layer
         if Box(*bounds) not in layer:
             raise SpecError(
-                f"input.bounds: {Box(*bounds)} reach past the layer {self.input.path}, which has {layer}; give a part of it"
+                f"input.bounds: {Box(*bounds)} reach past the layer {self.input.path}, which has {layer}; give a part "
+                "of it"
             )
         return Box(*bounds)
 
     @cached_property
     def grid(self) -> BlockGrid:
-        """The lattice and its blocks. Reads the input layer's bounds if the spec has no ``roi``."""
+        """The lattice and its blocks.
+
+        The input layer's bounds are read if the spec has no ``roi``.
+        """
         roi = Box(*self.roi) if self.roi else self.input_bounds
         return BlockGrid(roi, self.output_size, self.patch_overlap, self.block_size, self.storage_chunk)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides the output's numbers, and of where they go: names the folder in the exchange.
+        """Hash of all that decides the output's numbers, and of where they go.
 
-        The ROI's end and the input's bounds are left out, so that a growing volume keeps its finished blocks: what of them
-        matters is in each block's own digest (``block_digest``).
+        It names the folder in the exchange. The ROI's end and the input's bounds are left out, so
+        that a growing volume keeps its finished blocks: what of them matters is in each block's own
+        digest (``block_digest``).
         """
         model = self.model.model_dump(exclude={"path", "weights", "device", "streams"})
         facts = {
@@ -161,17 +199,18 @@ class VolumeSpec(Section):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def block_digest(self, index: Vector) -> str:
-        """Hash of what decides a block's numbers: the fingerprint, its geometry, and where its input is padded.
+        """Hash of what decides a block's numbers.
 
-        The ends of the ROI and of the input count only where the block's patches reach them: a block far from them
-        stays valid when the volume grows.
+        It covers the fingerprint, the block's geometry, and where its input is padded. The ends of
+        the ROI and of the input count only where the block's patches touch them: a block far from
+        them stays valid when the volume grows.
         """
         texts = (texts[i] for texts, i in zip(self._axis_digests, index, strict=True))
         return short_digest("|".join((self.fingerprint, *texts)).encode())
 
     @cached_property
     def _axis_digests(self) -> list[list[str]]:
-        """For each axis and each block along it, what of it decides numbers, as text."""
+        """Texts of what decides numbers, for each axis and each block along it."""
         grid, bounds = self.grid, self.input_bounds
         digests = []
         for a, blocks in enumerate(grid.axis_blocks):
@@ -183,14 +222,19 @@ class VolumeSpec(Section):
                 before, after = low - (first - halo), last + halo - high
                 both = max(before, after) >= high - low  # what is padded is reflected more than once
                 padded = [low if before > 0 or both else None, high if after > 0 or both else None]
-                texts.append(json.dumps([asdict(block), padded]))
+                texts.append(json.dumps([_geometry(block), padded]))
             digests.append(texts)
         return digests
 
     def model_path(self, name: str) -> Path:
-        """Path of a model file of the spec on this machine (a folder for pznet); ``MissingInputError`` if there is none.
+        """Path of a model file of the spec on this machine; for pznet, of a folder.
 
         One at a storage address is fetched into the cache, with its companions.
+
+        Raises:
+            MissingInputError: There is no such file or folder.
+            SpecError: The storage refuses the credentials, or the cache can't be written.
+            StorageError: The storage does not answer.
         """
         if "://" in name and not name.startswith("file://"):
             return fetch(name, folder=self.model.engine == "pznet")
@@ -206,16 +250,27 @@ class VolumeSpec(Section):
     def model_files(self) -> list[Path]:
         """The files that make the model: weights, model file, and what it brings along.
 
-        That is: the siblings that a Python file imports, the weights beside an OpenVINO or ONNX file, a net's whole folder.
+        That is: the siblings that a Python file imports, the weights beside an OpenVINO or ONNX
+        file, a net's whole folder.
         """
         files = [self.model_path(self.model.weights)] if self.model.weights else []
         return files + (with_companions(self.model_path(self.model.path)) if self.model.path else [])
 
 
-def _normalised(path: str) -> str:
-    """A storage path without what makes no difference."""
-    protocol, _, place = path.removeprefix("precomputed://").partition("://")
-    return f"{protocol}://{posixpath.normpath(place).lstrip('/')}"
+def _geometry(block: AxisBlock) -> dict[str, int]:
+    """What of a block along one axis is digested.
+
+    The names are stored for good, whatever the fields are called.
+    """
+    return {
+        "start": block.start,
+        "stop": block.stop,
+        "chunk_stop": block.reach_stop,
+        "core_start": block.core_start,
+        "first_patch": block.first_patch,
+        "stop_patch": block.stop_patch,
+        "near": block.near,
+    }
 
 
 def _check_block(axis: str, block: int, stride: int, chunk: int, overlap: int) -> None:

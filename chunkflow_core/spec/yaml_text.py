@@ -1,4 +1,4 @@
-"""YAML that people write: read fast, without silently repeated keys, and told about in a line."""
+"""YAML that people write: read fast, without silently repeated keys, errors told in a line."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ except ImportError:  # this PyYAML was built without it
 
 
 class _Loader(_FastLoader):
-    """Refuses repeated keys."""
+    """A loader that refuses repeated keys."""
 
 
 _MERGE = "tag:yaml.org,2002:merge"
 _DEEP = 10_000
-"""Levels of lists and mappings; with twice as many, libyaml's composer would end the process."""
+"""Levels of lists and mappings that are read; twice as many would end the process in libyaml."""
 _TOO_DEEP = "lists or mappings are nested too deep"
 
 
 def parse_yaml(text: str) -> Any:
-    """The content of a YAML text; ``YAMLError`` if it can't be told, or if a key stands twice."""
+    """The content of a YAML text; ``YAMLError`` if it can't be read, or if a key stands twice."""
     # No piece is nested deeper: each level is a bracket, or begins further to the right.
     depth = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
     if depth >= _DEEP:
@@ -36,7 +36,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    """Say so where a text is nested too deep. Its events are read one after the other, at whatever depth."""
+    """Raise a ``YAMLError`` where a text is nested too deep.
+
+    Its events are read one after the other, at whatever depth.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=_FastLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -46,7 +49,7 @@ def _check_depth(text: str) -> None:
 
 
 def problem_in_yaml(error: Exception) -> str:
-    """In one line, where and what."""
+    """Where in a text an error is and what it says, in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -72,7 +75,11 @@ def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) ->
 
 
 def _whole_list(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> list[Any]:
-    """By default a list's content comes later, so that one nested too deep for Python would be given out."""
+    """A list with its content.
+
+    By default the content comes later, so that a list nested too deep for Python would be given
+    out.
+    """
     return loader.construct_sequence(node, deep=True)
 
 

@@ -1,7 +1,8 @@
-"""Deletes the donations that nothing needs any more.
+"""Deletes the donations that have been used.
 
-A donation is needed until the receiver's receipt says that it has consumed just this. Interrupted at any point, this leaves
-donations too many, or some of a donor's: the planner counts them, and has what is not whole made again.
+A donation is needed until the receiver's receipt says that it has consumed just this. Interrupted
+at any point, this leaves donations too many, or some of a donor's: the planner counts them, and has
+what is not whole made again.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import time
 from collections.abc import Iterator
 
 from chunkflow_core.exchange.folder import Exchange
-from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.blocks import given_box
+from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.planning.planner import Done
 from chunkflow_core.planning.state import ExchangeReceipts
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.disk import delete_partials
 from chunkflow_core.storage.files import is_on_disk
-from chunkflow_core.storage.layer_info import layer_path
 
 _HOUR, _DAY = 3600.0, 86400.0
 
@@ -25,12 +27,13 @@ def cleanup(spec: VolumeSpec, *, now: float | None = None) -> int:
     """Delete donations as the spec says, and return how many.
 
     Args:
-        spec: of the volume; ``exchange.donations`` is ``delete``, ``keep``, or the days for which they are kept after their blending.
+        spec: The volume. Its ``exchange.donations`` is ``delete``, ``keep``, or the days for which
+            donations are kept after their blending.
         now: Unix time; default: the clock's.
     """
     now = time.time() if now is None else now
     exchange = Exchange(spec)
-    for path in (exchange.path, layer_path(spec.output.path)):
+    for path in (exchange.path, plain(spec.output.path)):
         if is_on_disk(path):
             delete_partials(path, older_than=_HOUR)
     policy = spec.exchange.donations
@@ -43,7 +46,10 @@ def cleanup(spec: VolumeSpec, *, now: float | None = None) -> int:
 
 
 def _spent(exchange: Exchange, before: float | None) -> Iterator[str]:
-    """Keys of donations that have been consumed; ``before``: by a blending that ended before this time."""
+    """Keys of donations that have been consumed.
+
+    With ``before``, in Unix time, only those that a blending has consumed that ended before it.
+    """
     grid, receipts = exchange.spec.grid, ExchangeReceipts(exchange)
     donated = exchange.donations_of(exchange.groups())
     receivers = {r for donor in donated for r in grid.receivers(donor)}
@@ -53,11 +59,11 @@ def _spent(exchange: Exchange, before: float | None) -> Iterator[str]:
         done = {r for r in done if _finished(exchange, r) < before}
     for keys in donated.values():
         for key in keys:
-            if grid.holding(Box.from_key(key.partition("%")[2]).start) in done:
+            if grid.holding(given_box(key).start) in done:
                 yield key
 
 
 def _finished(exchange: Exchange, receiver: Vector) -> float:
-    """When a block's blending ended, Unix time; now if its receipt does not say."""
+    """When a block's blending ended, Unix time; the present time if its receipt does not say."""
     receipt = exchange.receipt("blend", receiver)
     return float(receipt.facts.get("finished", time.time())) if receipt else time.time()

@@ -10,17 +10,6 @@ from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
 
-KINDS = {
-    0: "done",
-    1: "unforeseen error",
-    64: "wrong usage",
-    65: "data that can't be right",
-    66: "an input is missing",
-    75: "storage or network trouble",
-    78: "wrong spec",
-}
-"""What an exit code says of how a command ended."""
-
 _IN_WORDS = {"infer": "inference", "blend": "blending"}
 _MOST = 50
 _FEW = 3
@@ -33,14 +22,14 @@ class Failure:
     stage: Stage
     block: Vector
     reason: str
-    """The kind of failure in words, and the error's own."""
+    """Kind of the failure in words, and the error's own text."""
 
 
 class BlocksFailedError(ChunkflowError):
     """Some blocks have failed. All that does not depend on them is done."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        """The exit code is that of the most telling failure."""
+        """Take the message, and the exit code of the most telling failure."""
         super().__init__(message)
         self.exit_code = exit_code
 
@@ -49,8 +38,9 @@ def is_final(code: int, *, inputs_may_come: bool) -> bool:
     """Whether a retry can't help after an exit code.
 
     Args:
-        code: exit code of a command.
-        inputs_may_come: whether a missing input can appear by itself: a donation can, a layer or a model can't.
+        code: Exit code of a command.
+        inputs_may_come: Whether a missing input can appear by itself: a donation can, a layer or a
+            model can't.
     """
     return code in (64, 65, 78) or (code == 66 and not inputs_may_come)
 
@@ -69,9 +59,9 @@ def lines(grid: BlockGrid, failures: Sequence[Failure], waiting: Collection[tupl
     """What has failed and what that leaves undone: a line for all, then one for each failure.
 
     Args:
-        grid: the volume's blocks.
-        failures: at least one.
-        waiting: stage and block of the tasks that can't run because of them.
+        grid: The volume's blocks.
+        failures: What has failed; at least one.
+        waiting: Stage and block of the tasks that can't run because of them.
     """
     tasks = {(failure.stage, failure.block) for failure in failures} | set(waiting)
     failed = {failure.block for failure in failures}
@@ -108,7 +98,10 @@ def _gap(grid: BlockGrid, tasks: Iterable[tuple[str, Vector]]) -> str:
         percent = "more than 99.9"
     else:
         percent = f"{share:.1f}".removesuffix(".0")
-    return f"{_counted(missing, 'voxel')} of the output ({percent} % of the ROI) {'is' if missing == 1 else 'are'} not complete"
+    return (
+        f"{_counted(missing, 'voxel')} of the output ({percent} % of the ROI) {'is' if missing == 1 else 'are'} "
+        "not complete"
+    )
 
 
 def _counted(number: int, thing: str) -> str:

@@ -1,7 +1,7 @@
 """Runs a plan on this machine, in this process or in several, without Airflow.
 
-A task that fails holds up only those that need what it would have donated. All others are done before the run ends with an
-error that tells of all failures.
+A task that fails holds up only those that need what it would have donated. All others are done
+before the run ends with an error that tells of all failures.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ from typing import Self
 
 from tqdm import tqdm
 
-from chunkflow_core.errors import ChunkflowError, StorageError
+from chunkflow_core.errors import EXIT_CODES, ChunkflowError, StorageError
 from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.machine import CPUS_VARIABLE, available_cpus, share_one_heap
 from chunkflow_core.planning.planner import Plan
+from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.steps.failures import KINDS, BlocksFailedError, Failure, lines, most_telling
-from chunkflow_core.steps.stages import Workspace, inference_and_donate, receive_and_blend
+from chunkflow_core.steps.blend import receive_and_blend
+from chunkflow_core.steps.failures import BlocksFailedError, Failure, lines, most_telling
+from chunkflow_core.steps.infer import inference_and_donate
+from chunkflow_core.steps.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 Task = tuple[Stage, Vector]
 
 
-class Schedule:
+class DueTasks:
     """Which task can start: blends as soon as their donors are done, before further inference."""
 
     def __init__(self, grid: BlockGrid, due: Plan) -> None:
@@ -51,7 +54,7 @@ class Schedule:
         self._missing = {r: count for r, count in donors.items() if count}
         self._ready = [r for r, count in donors.items() if not count]
         self.dropped: set[Task] = set()
-        """What can't be done because something else has failed."""
+        """Tasks that can't be done because something else has failed."""
 
     def next(self) -> Task | None:
         """A task that can start now; None if there is none at the moment."""
@@ -82,33 +85,33 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """How a task ended that failed."""
+    """How a task that failed has ended."""
 
     code: int
     """Exit code that a process with only this task would have ended with."""
     reason: str
     trace: str = ""
-    """Of an unforeseen error."""
+    """Traceback of an unforeseen error."""
 
 
 _Result = Receipt | None | _Failed
 
 _KILLED = _Failed(
     StorageError.exit_code,
-    "killed: its worker process died twice, the second time with no other beside it, probably for want of memory: `plan` "
-    "tells how much a task takes. If there is enough, the model has crashed the process",
+    "killed: its worker process died twice, the second time with no other beside it, probably for want of memory: "
+    "`plan` tells how much a task takes. If there is enough, the model has crashed the process",
 )
 
 
 class _Failures:
-    """What has failed so far."""
+    """Tasks that have failed so far."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule, self._failures, self._codes = schedule, list[Failure](), list[tuple[Stage, int]]()
+    def __init__(self, tasks: DueTasks) -> None:
+        self._due, self._failures, self._codes = tasks, list[Failure](), list[tuple[Stage, int]]()
 
     def add(self, task: Task, how: _Failed) -> None:
         """Note and tell that a task has failed."""
-        self._schedule.failed(task)
+        self._due.failed(task)
         stage, index = task
         self._failures.append(Failure(stage, index, how.reason))
         self._codes.append((stage, how.code))
@@ -116,9 +119,9 @@ class _Failures:
         log.error("%s of block %s failed, others go on: %s%s", stage, index, how.reason, trace)
 
     def tell(self, grid: BlockGrid) -> None:
-        """``BlocksFailedError`` if anything has failed."""
+        """Raise ``BlocksFailedError`` if anything has failed."""
         if self._failures:
-            told = "\n  ".join(lines(grid, self._failures, self._schedule.dropped))
+            told = "\n  ".join(lines(grid, self._failures, self._due.dropped))
             end = "All else is done and kept: once the cause is gone, run again to do only what is missing"
             raise BlocksFailedError(f"{told}\n{end}", most_telling(self._codes))
 
@@ -126,20 +129,26 @@ class _Failures:
 def run_here(
     workspace: Workspace, due: Plan, run: str, patch_done: Callable[[], object]
 ) -> Iterator[tuple[Task, Receipt | None]]:
-    """Do all that is due in this process; yield each task when it is done. ``patch_done`` is called after each patch.
+    """Do all that is due in this process; yield each task when it is done.
+
+    Args:
+        workspace: What the steps of the volume share.
+        due: The plan.
+        run: Name of the run.
+        patch_done: Called after each patch.
 
     Raises:
-        BlocksFailedError: some tasks failed; all that do not depend on them are done.
+        BlocksFailedError: Some tasks failed; all that do not depend on them are done.
     """
     grid = workspace.spec.grid
-    schedule = Schedule(grid, due)
-    failures = _Failures(schedule)
-    while task := schedule.next():
+    tasks = DueTasks(grid, due)
+    failures = _Failures(tasks)
+    while task := tasks.next():
         result = _execute(workspace, task, due.why.get(task[1]), run, patch_done)
         if isinstance(result, _Failed):
             failures.add(task, result)
         else:
-            schedule.done(task)
+            tasks.done(task)
             yield task, result
     failures.tell(grid)
 
@@ -147,18 +156,18 @@ def run_here(
 def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Iterator[tuple[Task, Receipt | None]]:
     """Do all that is due in ``workers`` processes; yield each task when it is done.
 
-    A task whose process is killed is tried once more when all others are done, with no process beside it: memory may have
-    been short because of the others.
+    A task whose process is killed is tried once more when all others are done, with no process
+    beside it: memory may have been short because of the others.
 
     Raises:
-        BlocksFailedError: as ``run_here``.
+        BlocksFailedError: Some tasks failed; all that do not depend on them are done.
     """
-    schedule = Schedule(spec.grid, due)
-    failures = _Failures(schedule)
+    tasks = DueTasks(spec.grid, due)
+    failures = _Failures(tasks)
     killed: list[Task] = []
     with _Workers(spec, due, run, max(1, available_cpus() // workers)) as processes:
         while True:
-            while processes.running < workers and (task := schedule.next()):
+            while processes.running < workers and (task := tasks.next()):
                 processes.start(task)
             alone = not processes.running
             if alone and not killed:
@@ -173,7 +182,7 @@ def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Ite
                 elif isinstance(result, _Failed):
                     failures.add(task, result)
                 else:
-                    schedule.done(task)
+                    tasks.done(task)
                     yield task, result
     failures.tell(spec.grid)
 
@@ -209,7 +218,10 @@ class _Workers:
             return
 
     def wait(self) -> Iterator[tuple[Task, _Result]]:
-        """Wait until a task has ended: those that have, and how; ``_KILLED`` if its process was killed."""
+        """Wait until a task has ended, and yield those that have, with how they ended.
+
+        That is ``_KILLED`` if the process was killed.
+        """
         for future in wait(self._running, return_when=FIRST_COMPLETED).done:
             task, pool = self._running.pop(future)
             try:
@@ -222,7 +234,7 @@ class _Workers:
             yield task, result
 
     def end_idle(self, keep: int = 0) -> None:
-        """End the processes that have nothing to do, but for a few: what memory they hold is free then."""
+        """End the processes that have nothing to do, but for ``keep``, to free their memory."""
         while len(self._idle) > keep:
             self._idle.pop().shutdown()
 
@@ -232,7 +244,10 @@ class _Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the processes: when the user interrupts at once, in the middle of a block, else after their task."""
+        """End the processes.
+
+        When the user interrupts they end at once, in the middle of a block, else after their task.
+        """
         if isinstance(error, KeyboardInterrupt | GeneratorExit):
             for process in multiprocessing.active_children():
                 process.kill()
@@ -246,12 +261,18 @@ class _Workers:
 
 
 def _start_warm_parent(spec: VolumeSpec) -> None:
-    """Start the process that workers are forked from: it has imported what they need, and done nothing else.
+    """Start the process that workers are forked from: it has only imported what they need.
 
-    So a worker starts in milliseconds. No module that is imported here may leave a thread running, open a connection or
-    touch a GPU, which no forked process could use; the threads that OpenBLAS has for numpy end before each fork.
+    So a worker starts in milliseconds. No module that is imported here may leave a thread running,
+    open a connection or touch a GPU, which no forked process could use; the threads that OpenBLAS
+    has for numpy end before each fork.
     """
-    modules = ["chunkflow_core.__main__", "chunkflow_core.steps.stages", f"chunkflow_core.engines.{spec.model.engine}"]
+    modules = [
+        "chunkflow_core.__main__",
+        "chunkflow_core.steps.infer",
+        "chunkflow_core.steps.blend",
+        f"chunkflow_core.engines.{spec.model.engine}",
+    ]
     multiprocessing.set_forkserver_preload(modules)
     resource_tracker.ensure_running()  # which lets interrupts in when it starts
     with _interrupts_held_back():
@@ -267,20 +288,19 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _execute(workspace: Workspace, task: Task, why: str | None, run: str, patch_done: Callable[[], object]) -> _Result:
+def _execute(
+    workspace: Workspace, task: Task, why: Reason | None, run: str, patch_done: Callable[[], object]
+) -> _Result:
     """Do a task that is due for a reason of the planner's."""
     stage, index = task
     try:
         if stage == "blend":
-            return receive_and_blend(workspace, index, run=run, force=why == "forced").receipt
-        again = why == "input"  # then it may turn out not to be needed
-        return inference_and_donate(
-            workspace, index, run=run, force=not again, check_input=again, patch_done=patch_done
-        ).receipt
+            return receive_and_blend(workspace, index, run=run, why=why).receipt
+        return inference_and_donate(workspace, index, run=run, why=why, patch_done=patch_done).receipt
     except ChunkflowError as error:
-        return _Failed(error.exit_code, f"{KINDS[error.exit_code]}: {error}")
+        return _Failed(error.exit_code, f"{EXIT_CODES[error.exit_code]}: {error}")
     except Exception as error:
-        return _Failed(1, f"{KINDS[1]}: {type(error).__name__}: {error}", traceback.format_exc())
+        return _Failed(1, f"{EXIT_CODES[1]}: {type(error).__name__}: {error}", traceback.format_exc())
 
 
 _workspace: Workspace | None = None
@@ -308,6 +328,6 @@ def _end_with_parent() -> None:
     os._exit(143)
 
 
-def _execute_in_worker(task: Task, why: str | None, run: str) -> _Result:
+def _execute_in_worker(task: Task, why: Reason | None, run: str) -> _Result:
     assert _workspace is not None
     return _execute(_workspace, task, why, run, lambda: None)

@@ -8,13 +8,19 @@ from contextlib import suppress
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, layer_path, read_scale
+from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.layers import NewLayer, OutputLayer, layer_files
 
 
 def open_output(spec: VolumeSpec) -> OutputLayer:
-    """The output layer; ``MissingInputError`` if ``prepare`` has not made it, ``SpecError`` if it does not fit the spec."""
+    """The output layer of a spec.
+
+    Raises:
+        MissingInputError: ``prepare`` has not made the layer.
+        SpecError: The layer does not fit the spec.
+    """
     return OutputLayer(spec.output.path, check_output(spec), spec.output.compression)
 
 
@@ -37,9 +43,16 @@ def create_output(spec: VolumeSpec) -> None:
 
 
 def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
-    """The output layer's scale; ``SpecError`` if the layer there has another shape than the spec says.
+    """The output layer's scale.
 
-    With ``may_grow``, one that starts where the ROI does and ends inside it will do: ``extend_output`` makes it fit.
+    Args:
+        spec: The volume.
+        may_grow: Whether a layer will do that starts where the ROI does and ends inside it;
+            :func:`extend_output` makes it fit.
+
+    Raises:
+        MissingInputError: There is no layer.
+        SpecError: The layer there has another shape than the spec says.
     """
     scale = read_scale(spec.output.path, 0)
     wanted: dict[str, tuple[object, object]] = {
@@ -62,8 +75,9 @@ def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
             advice = "The volume has grown: `prepare` extends the layer"
         elif bounds.start == roi.start and roi in bounds:
             advice = (
-                "A layer does not shrink. In Airflow, a later run has extended it: start a new run instead of clearing tasks of "
-                f"an old one. Else set roi: [{start}, {stop}] to go on with it, give another path, or delete that layer"
+                "A layer does not shrink. In Airflow, a later run has extended it: start a new run instead of clearing "
+                f"tasks of an old one. Else set roi: [{start}, {stop}] to go on with it, give another path, or "
+                "delete that layer"
             )
         else:
             advice = (
@@ -84,19 +98,23 @@ def has_voxels(spec: VolumeSpec) -> bool:
 
 
 def extend_output(spec: VolumeSpec, layer: LayerScale) -> None:
-    """Give the output layer the ROI's size, in one step; ``layer`` is what it is now.
+    """Give the output layer the ROI's size, in one step.
 
-    Storage chunks that were cut short at its old ends are left: ``delete_cut_short``.
+    Storage chunks that were cut short at its old ends are left: see :func:`delete_cut_short`.
+
+    Args:
+        spec: The volume.
+        layer: The layer's scale as it is before.
     """
     first, *others = layer.info["scales"]
     info = layer.info | {"scales": [first | {"size": list(reversed(spec.grid.roi.shape))}, *others]}
-    put_file(layer_path(spec.output.path), "info", json.dumps(info, sort_keys=True, indent=2).encode())
+    put_file(plain(spec.output.path), "info", json.dumps(info, sort_keys=True, indent=2).encode())
 
 
 def delete_cut_short(spec: VolumeSpec) -> int:
-    """Delete the storage chunks that ended where the layer once did, and in whose place it has larger ones now.
+    """Delete storage chunks that ended at an earlier end of the layer, and return how many.
 
-    Returns how many there were.
+    The layer has larger ones in their place.
     """
     layer = open_output(spec)
     names = []

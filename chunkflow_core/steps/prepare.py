@@ -1,4 +1,4 @@
-"""Everything that can be known before a GPU is paid for."""
+"""First step of a run: checks everything that can be known before a GPU is paid for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chunkflow_core.machine import peak_memory
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import check_output, create_output, delete_cut_short, extend_output, has_voxels
 from chunkflow_core.steps.provenance import History, Mode
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.layer_info import LayerScale
 from chunkflow_core.storage.layers import layer_exists
 
@@ -23,22 +23,24 @@ Other = Literal["refuse", "overwrite", "mixture"]
 
 
 def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", once: bool = False) -> Trial:
-    """Check input, model, exchange and output; make the output layer, extend it, or claim it for this spec.
+    """Check input, model, exchange and output; make, extend or claim the output layer.
 
-    Nothing is changed before all checks have passed. Ended at any point, the next call does the rest.
+    Nothing is changed before all checks have passed. Ended at any point, the next call does the
+    rest.
 
     Args:
-        workspace: of the spec.
-        run: names the run, for provenance.
-        other: ``overwrite`` and ``mixture`` claim an output of another fingerprint. Either way no block of this one counts
-            as done; they differ in what provenance says is meant to come of it.
-        once: try the model only if this has not been done for this fingerprint.
+        workspace: What the steps of the volume share.
+        run: Name of the run, for provenance.
+        other: ``overwrite`` and ``mixture`` claim an output of another fingerprint. Either way no
+            block of this one counts as done; they differ in what provenance says is meant to come
+            of it.
+        once: Whether to try the model only if this has not been done for this fingerprint.
 
     Returns:
         What one patch took, which is left in the exchange for estimates.
 
     Raises:
-        SpecError, MissingInputError, DataError, StorageError: what a block would fail of later.
+        SpecError, MissingInputError, DataError, StorageError: A block would fail of the same later.
     """
     spec, exchange = workspace.spec, workspace.exchange
     roi, bounds = spec.grid.roi, workspace.input.bounds
@@ -53,21 +55,21 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
         _check_history(spec, history, other)
     trial = (exchange.trial() if once else None) or _try_model(workspace)
     if layer is None:
-        _make(spec, exchange, run)
+        _make_anew(spec, exchange, run)
     else:
-        _take(spec, exchange, layer, history, other, run)
+        _claim(spec, exchange, layer, history, other, run)
     return trial
 
 
 def make_output(spec: VolumeSpec, run: str = "") -> None:
-    """Make the output layer, this spec's own; stages write to no other."""
+    """Make the output layer, as this spec's own; stages write to no other."""
     create_output(spec)
     History(spec).add("new", run)
     log.info("output %s made: %s", spec.output.path, spec.grid.roi)
 
 
 def _try_model(workspace: Workspace) -> Trial:
-    """Run one patch: a wrong shape or range is known now."""
+    """Run one patch, so that a wrong shape or range shows before any block is run."""
     middle = vector(axis.count // 2 for axis in workspace.spec.grid.axes)
     seconds = workspace.inference.try_patch(middle)
     trial = Trial(seconds, peak_memory(), workspace.engine.streams)
@@ -77,41 +79,43 @@ def _try_model(workspace: Workspace) -> Trial:
 
 
 def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
-    """Refuse what would leave two kinds of storage chunks in one layer, unless that is asked for."""
+    """Refuse to leave two kinds of storage chunks in one layer, unless that is asked for."""
     compression = history.last.get("spec", {}).get("output", {}).get("compression", spec.output.compression)
     if compression != spec.output.compression and spec.output.path.startswith("file://"):
         raise SpecError(
             f"output.compression: the layer at {spec.output.path} is stored with {compression}, the spec says "
-            f"{spec.output.compression}. On a disk both would lie side by side, and the older be read. Give another path, "
-            "or delete that layer"
+            f"{spec.output.compression}. On a disk both would lie side by side, and the older be read. Give another "
+            "path, or delete that layer"
         )
     if history.fingerprint not in (None, spec.fingerprint) and other == "refuse" and has_voxels(spec):
         raise SpecError(
             "\n  ".join(
                 [
                     f"output.path: {spec.output.path} is of fingerprint {history.fingerprint} (since "
-                    f"{history.last.get('time', '?')}, by {history.by or '?'}), this spec is of {spec.fingerprint}. What differs:",
+                    f"{history.last.get('time', '?')}, by {history.by or '?'}), this spec is of {spec.fingerprint}. "
+                    "What differs:",
                     *(history.differences() or ["nothing that is on record"]),
-                    "Ways out: another output.path; or --overwrite, to do the whole ROI again (in Airflow: other_model: "
-                    "overwrite in the trigger form); or --accept-mixture, to have blocks of both in one layer, which its "
-                    "provenance then records (in Airflow: other_model: mixture)",
+                    "Ways out: another output.path; or --overwrite, to do the whole ROI again (in Airflow: "
+                    "other_model: overwrite in the trigger form); or --accept-mixture, to have blocks of both in one "
+                    "layer, which its provenance then records (in Airflow: other_model: mixture)",
                 ]
             )
         )
 
 
-def _make(spec: VolumeSpec, exchange: Exchange, run: str) -> None:
-    """Make the output layer. Receipts of an earlier one would be lies."""
+def _make_anew(spec: VolumeSpec, exchange: Exchange, run: str) -> None:
+    """Make the output layer, and discard the receipts of an earlier one, which would be lies."""
     discarded = exchange.delete_receipts()
     if discarded:
         log.info("the output layer is gone: %d receipts of an earlier one are discarded", discarded)
     make_output(spec, run)
 
 
-def _take(spec: VolumeSpec, exchange: Exchange, layer: LayerScale, history: History, other: Other, run: str) -> None:
+def _claim(spec: VolumeSpec, exchange: Exchange, layer: LayerScale, history: History, other: Other, run: str) -> None:
     """Claim the output layer for this spec and extend it, where need be.
 
-    What is done here can be done again; the step in its provenance, which says that there is nothing to do, comes last.
+    What is done here can be done again; the step in its provenance, which says that there is
+    nothing to do, comes last.
     """
     roi, claimed = spec.grid.roi, history.fingerprint != spec.fingerprint
     if not claimed and history.is_of(roi) and layer.bounds == roi:

@@ -1,7 +1,7 @@
 """Who has written to an output layer: this project's steps in CloudVolume's ``provenance`` file.
 
-Each step has ``by`` and ``method``; ours say there which spec has claimed the layer, how, and for which ROI. The last of ours
-is the one that holds.
+Each step has ``by`` and ``method``; those of this project say there which spec has claimed the
+layer, how, and for which ROI. The last of them is the one that holds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.weights import NUMERICS_VERSION
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file, storage_errors
-from chunkflow_core.storage.layer_info import layer_path
 from chunkflow_core.storage.layers import layer_files
 
 Mode = Literal["new", "overwrite", "mixture", "extend", "whole"]
-"""Why there is a step: the layer was made, or did not say whose it is; another spec's blocks are to be replaced, or joined; the
-ROI's end has moved; or every block is of one fingerprint again.
+"""Why there is a step.
+
+``new``: the layer was made, or did not say whose it is. ``overwrite``, ``mixture``: another spec's
+blocks are to be replaced, or joined. ``extend``: the ROI's end has moved. ``whole``: every block is
+of one fingerprint again.
 """
 
 _TASK = "chunkflow-airflow"
@@ -41,35 +44,38 @@ _DECIDES_NOTHING = (
     "model.device",
     "model.streams",
 )
-"""Keys of the spec, or sections, that decide no number of the output; of the ROI only its start does."""
+"""Keys or sections of the spec that decide no number of the output.
+
+Of the ROI, only the start decides.
+"""
 
 
 class History:
-    """An output layer's provenance, as it is when this is made. One that can't be read is an empty one."""
+    """An output layer's provenance, as it is when this is made. One that can't be read is empty."""
 
     def __init__(self, spec: VolumeSpec) -> None:
-        """Read it; ``StorageError`` if the storage does not answer."""
+        """Read the provenance of a spec's output; ``StorageError`` if storage does not answer."""
         self._spec = spec
         with storage_errors(f"reading the provenance of {spec.output.path}"):
             content = layer_files(spec.output.path).get("provenance")
         self._content = _parse(content)
         self.readable = content is None or _is_json(content)
-        """Whether it is what somebody has written, not a part of it."""
+        """Whether the file is whole, or isn't there, rather than a part of what is written."""
         steps = self._content["processing"]
         ours = [step for step in steps if isinstance(step.get("method"), dict) and step["method"].get("task") == _TASK]
         self.by: str = str(ours[-1].get("by", "")) if ours else ""
-        """Who has made the last step."""
+        """User who has made the last step."""
         self.last: dict[str, Any] = ours[-1]["method"] if ours else {}
         """What the last step says; empty if there is none."""
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the spec that has claimed the layer last; None if the layer does not say."""
+        """Fingerprint of the spec that has claimed the layer last; None if unknown."""
         return self.last.get("fingerprint")
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of all specs whose voxels may be in the layer."""
+        """Fingerprints of all specs whose voxels may be in the layer."""
         known = self.last.get("fingerprints")
         return list(known) if isinstance(known, list) else [self.fingerprint] if self.fingerprint else []
 
@@ -78,17 +84,25 @@ class History:
         return self.last.get("roi") == [list(corner) for corner in roi.corners]
 
     def add(self, mode: Mode, run: str) -> None:
-        """Append a step of this spec and store it. ``run`` is the name of the run that does it."""
+        """Append a step of this spec, and store it.
+
+        Args:
+            mode: Why there is a step.
+            run: Name of the run that makes it.
+        """
         self.last = self._step(mode, run)
         self.by = user()
         self._content["processing"].append({"by": self.by, "method": self.last})
         source = self._spec.input.path
         if source not in self._content["sources"]:
             self._content["sources"].append(source)
-        put_file(layer_path(self._spec.output.path), "provenance", json.dumps(self._content, indent=2).encode())
+        put_file(plain(self._spec.output.path), "provenance", json.dumps(self._content, indent=2).encode())
 
     def differences(self) -> list[str]:
-        """What of the spec that has claimed the layer last differs from this one, a line each: key, old value, new value."""
+        """What differs in this spec from the one that has claimed the layer last, line by line.
+
+        Each line has the key, the old value, and the new value.
+        """
         before, after = _facts(self.last), _facts(self._step("new", ""))
         return [
             f"{key}: {_short(before.get(key, 'not set'))}, now {_short(after.get(key, 'not set'))}"
@@ -117,8 +131,8 @@ def check_claim(spec: VolumeSpec) -> None:
     """Make sure that an output layer is a spec's own to write to. Reads one small file.
 
     Raises:
-        SpecError: this spec is not the one that has claimed the output layer last.
-        StorageError: the file is not JSON; other programs write it too, and not all in one step.
+        SpecError: This spec is not the one that has claimed the output layer last.
+        StorageError: The file is not JSON; other programs write it too, and not all in one step.
     """
     history = History(spec)
     if history.fingerprint == spec.fingerprint:
@@ -130,14 +144,18 @@ def check_claim(spec: VolumeSpec) -> None:
             f"output.path: {spec.output.path} does not say whose it is; run `chunkflow-core prepare SPEC` first"
         )
     raise SpecError(
-        f"output.path: {spec.output.path} is claimed for fingerprint {history.fingerprint} (since {history.last.get('time', '?')}, by "
-        f"{history.by or '?'}), this spec is of {spec.fingerprint}: another one has taken it over, or this one was changed since. "
-        "`chunkflow-core prepare SPEC`, or a new run in Airflow, tells what differs and what can be done about it"
+        f"output.path: {spec.output.path} is claimed for fingerprint {history.fingerprint} (since "
+        f"{history.last.get('time', '?')}, by {history.by or '?'}), this spec is of {spec.fingerprint}: another one "
+        "has taken it over, or this one was changed since. `chunkflow-core prepare SPEC`, or a new run in Airflow, "
+        "tells what differs and what can be done about it"
     )
 
 
 def digests(spec: VolumeSpec) -> dict[str, str]:
-    """SHA-256 of each file that makes the model, by name: relative to the spec's folder, if it is there."""
+    """SHA-256 of each file that makes the model, in hexadecimal, by name.
+
+    Names are relative to the spec's folder where the files are there.
+    """
     found: dict[str, str] = {}
     for path in spec.model_files:
         name = str(path.relative_to(spec.folder) if path.is_relative_to(spec.folder) else path.name)
@@ -147,8 +165,9 @@ def digests(spec: VolumeSpec) -> dict[str, str]:
 
 
 def spec_record(spec: VolumeSpec) -> dict[str, Any]:
-    """The whole spec for JSON, but for the values of pods' environment variables and a notifier's arguments: those may be secret, layers
-    are public.
+    """The spec for JSON, without what may be secret, as layers are public.
+
+    Left out are the values of pods' environment variables, and a notifier's arguments.
     """
     return spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}})
 
@@ -162,7 +181,7 @@ def user() -> str:
 
 
 def now() -> str:
-    """The time, ISO 8601, UTC."""
+    """The time in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -201,7 +220,10 @@ def _facts(step: dict[str, Any]) -> dict[str, str]:
 
 
 def _decisive(section: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The keys of a spec that decide numbers, ``key.sub``, and their values; without those that are not set."""
+    """The keys of a spec that decide numbers, ``key.sub``, and their values.
+
+    Keys that are not set are left out.
+    """
     if isinstance(section, dict):
         for name, value in section.items():
             key = f"{prefix}{name}"

@@ -1,1 +1,4 @@
-"""Bytes and layers at addresses: on disks, in object stores, over HTTP. Takes plain values, not a spec."""
+"""Bytes and layers at addresses: on disks, in object stores, over HTTP.
+
+Everything here takes plain values, not a spec.
+"""

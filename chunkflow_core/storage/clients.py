@@ -1,8 +1,8 @@
 """How the clients of object stores are set up, and what their errors mean.
 
-CloudFiles 6.4 and CloudVolume 12.15 are given here what they lack: S3 endpoints in paths of layers, credentials from the
-environment without a session token, an end to retries that can't help, notice of what could not be deleted, and silence on standard
-output.
+CloudFiles 6.4 and CloudVolume 12.15 are given here what they lack: S3 endpoints in paths of layers,
+credentials from the environment without a session token, an end to retries that can't help, notice
+of what could not be deleted, and silence on standard output.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, 
 _Request = TypeVar("_Request", bound=Callable[..., Any])
 
 PATIENCE_VARIABLE = "CHUNKFLOW_STORAGE_PATIENCE"
-"""Environment variable: for how many seconds a request is tried again before a command gives up."""
+"""Environment variable: seconds for which a request is tried again before a command gives up."""
 
 _PATIENCE = 180.0
 
 _LARGEST_UPLOAD: Final = 5 * 10**9
-"""Bytes. S3 takes no more in one request; CloudFiles would cut files of 100 MB up into parts that have names of their own."""
+"""Size in bytes up to which a file is uploaded whole. S3 takes no more in one request.
+
+CloudFiles would cut files of 100 MB up into parts that have names of their own.
+"""
 
 _ENDPOINT = re.compile(r"(?P<format>precomputed://)?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
 
@@ -43,14 +46,14 @@ _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenac
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, DefaultCredentialsError)
 
 _SET_UP_WRONG = {"AccessDenied", "ExpiredToken", "AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidToken"}
-"""S3's codes, beside those of status 401 and 403."""
+"""Error codes of S3 for wrong credentials or settings, beside those of status 401 and 403."""
 
 
 def located(path: str) -> dict[str, Any]:
-    """``cloudpath`` and ``secrets`` by which CloudFiles and CloudVolume find a place in storage.
+    """The arguments by which CloudFiles and CloudVolume find a place: ``cloudpath``, ``secrets``.
 
-    An S3 endpoint in the path becomes an alias: CloudVolume does not take it otherwise, and CloudFiles would use one
-    connection for buckets of the same name at different endpoints.
+    An S3 endpoint in the path becomes an alias: CloudVolume does not take it otherwise, and
+    CloudFiles would use one connection for buckets of the same name at different endpoints.
     """
     _complete_environment()
     match = _ENDPOINT.fullmatch(path)
@@ -70,10 +73,10 @@ def open_files(path: str) -> CloudFiles:
 
 
 def meaning(error: Exception) -> type[ChunkflowError] | None:
-    """What an error of a client of storage is to a user; None if it isn't one.
+    """The kind of error that an error of a client of storage is to a user; None if it isn't one.
 
-    ``SpecError``: no or wrong credentials, no permission. ``MissingInputError``: no such bucket. ``StorageError``: anything
-    else, which may pass.
+    ``SpecError``: no or wrong credentials, no permission. ``MissingInputError``: no such bucket.
+    ``StorageError``: anything else, which may pass.
     """
     if isinstance(error, _NO_CREDENTIALS) or (isinstance(error, RefreshError) and not error.retryable):
         return SpecError
@@ -88,7 +91,7 @@ def meaning(error: Exception) -> type[ChunkflowError] | None:
 
 
 def explained(error: Exception) -> str:
-    """What to know and to do about an error of ``meaning``."""
+    """What to know and to do about an error that has a :func:`meaning`."""
     kind, text = meaning(error), f"{type(error).__name__}: {' '.join(str(error).split())}"
     if type(error).__name__ == UnsupportedProtocolError.__name__:
         return 'the address is not one that CloudVolume takes; expected such as "gs://bucket/em" or "s3://bucket/em"'
@@ -96,19 +99,20 @@ def explained(error: Exception) -> str:
         return (
             f"{text}. The storage refuses these credentials, or finds none. For s3:// they are looked for in "
             f"{secrets.secretpath('aws-secret.json')}, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, and the "
-            f"machine's role; for gs:// in {secrets.secretpath('google-secret.json')}, GOOGLE_APPLICATION_CREDENTIALS, and "
-            "the machine's service account. They have to allow reading, writing, deleting and listing (docs/storage.md)"
+            f"machine's role; for gs:// in {secrets.secretpath('google-secret.json')}, GOOGLE_APPLICATION_CREDENTIALS, "
+            "and the machine's service account. They have to allow reading, writing, deleting and "
+            "listing (docs/storage.md)"
         )
     if kind is MissingInputError:
         return f"{text}. There is no such bucket; buckets have to be made beforehand"
     return (
-        f"{text}. It was tried again for {patience():.0f} s ({PATIENCE_VARIABLE}). See whether the storage is reachable from "
-        "here and not over its limits, then run again: what is done is kept"
+        f"{text}. It was tried again for {patience():.0f} s ({PATIENCE_VARIABLE}). See whether the storage is "
+        "reachable from here and not over its limits, then run again: what is done is kept"
     )
 
 
 def patience() -> float:
-    """For how many seconds a request is tried again."""
+    """Seconds for which a request is tried again; ``SpecError`` if the variable holds no number."""
     text = os.environ.get(PATIENCE_VARIABLE) or str(_PATIENCE)
     try:
         return float(text)
@@ -117,7 +121,7 @@ def patience() -> float:
 
 
 def _status(error: Exception) -> tuple[int | None, str]:
-    """HTTP status, and S3's word for it."""
+    """HTTP status of an error, and S3's code for it."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), response.get("Error", {}).get("Code", "")
@@ -127,14 +131,17 @@ def _status(error: Exception) -> tuple[int | None, str]:
 def _complete_environment() -> None:
     if "AWS_ACCESS_KEY_ID" in os.environ:  # without the third, CloudFiles ends with a KeyError
         os.environ.setdefault("AWS_SESSION_TOKEN", "")
-    # Google's client would ask for the bucket's metadata, which takes a permission of its own, once a thread
+    # Google's client would ask for the bucket's metadata, which takes a permission of its own, once
+    # a thread
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
 
 def _set_retries() -> None:
-    """Try again what may pass, for a bounded time; CloudFiles does so seven times, also for want of a bucket or permission.
+    """Try again what may pass, for a bounded time.
 
-    Below that, the clients of S3 and GCS have retries of their own, for some seconds and for two minutes.
+    CloudFiles by itself tries everything seven times, also for want of a bucket or permission.
+    Below that, the clients of S3 and GCS have retries of their own, for some seconds and for two
+    minutes.
     """
     classes = (
         interfaces.S3Interface,
@@ -154,7 +161,10 @@ def _set_retries() -> None:
 
 
 def _delete_files(self: Any, names: Iterable[str]) -> None:
-    """In place of S3's in CloudFiles, which takes no notice of what the answer says could not be deleted."""
+    """Delete objects in S3, and raise an error for those that could not be deleted.
+
+    It stands in for CloudFiles' own method, which takes no notice of that part of the answer.
+    """
     keys = [{"Key": self.get_path_to_file(name)} for name in names]
     for start in range(0, len(keys), self.delete_batch_size):
         batch: Any = {"Objects": keys[start : start + self.delete_batch_size], "Quiet": True}
@@ -173,11 +183,15 @@ def _out_of_patience(state: tenacity.RetryCallState) -> bool:
 
 
 def _quiet(*_: object) -> None:
-    """In place of ``print``: CloudFiles gives advice about credentials and files on standard output, where results go."""
+    """Print nothing.
+
+    It stands in for ``print``: CloudFiles gives advice about credentials and files on standard
+    output, where results go.
+    """
 
 
 _set_retries()
 patient: Callable[[_Request], _Request] = interfaces.retry
-"""Decorator: try a request again as all others are."""
+"""Decorator that tries a request again as all others are."""
 interfaces.S3Interface.delete_files = patient(_delete_files)
 secrets.print = compression.print = _quiet

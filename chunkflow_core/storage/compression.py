@@ -1,4 +1,7 @@
-"""Files of precomputed layers, compressed as CloudVolume does it; importing CloudFiles for that would take a second."""
+"""Files of precomputed layers, compressed as CloudVolume does it.
+
+Importing CloudFiles for that would take a second.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ EXTENSIONS: Final[dict[str, str | None]] = {
     ".xz": "xz",
     ".bz2": "bzip2",
 }
-"""How names of compressed files end on a disk: by extension, how the file is compressed."""
+"""Extensions of compressed files' names on a disk, and how each file is compressed."""
 
 _GZIP_LEVEL, _BROTLI_QUALITY, _ZSTANDARD_LEVEL = 1, 5, 1
-"""What more effort gains is less than it costs."""
+"""Effort of each compression: what more would gain is less than it would cost."""
 
 
 class CorruptFileError(Exception):
@@ -42,7 +45,12 @@ def compress(content: bytes, method: str | None) -> bytes:
 
 
 def decompress(content: bytes, method: str | None) -> bytes:
-    """The inverse of ``compress``, also for ``xz`` and ``bzip2``; ``CorruptFileError`` if the file is damaged."""
+    """Decompress a file by ``gzip``, ``br``, ``zstd``, ``xz`` or ``bzip2``; None leaves it alone.
+
+    Raises:
+        CorruptFileError: The file is damaged.
+        ValueError: There is no such method.
+    """
     try:
         match method:
             case None | "":

@@ -1,4 +1,4 @@
-"""Files below a folder on a disk of this machine, with the calls of CloudFiles that this project uses.
+"""Files below a folder on a disk of this machine, with those calls of CloudFiles that are used.
 
 CloudFiles brings the clients of all object stores along, which takes a second of CPU to import.
 """
@@ -17,19 +17,22 @@ from typing import Any, Final, TypeVar, overload
 from chunkflow_core.storage.compression import EXTENSIONS, decompress
 
 PARTIAL = ".partial"
-"""How names of files end that are being written."""
+"""Ending of the names of files that are being written."""
 
 _THREADS: Final = 16
-"""Of deleting and measuring many files: a disk may be in the network."""
+"""Threads that delete or measure many files: a disk may be in the network."""
 
 _Result = TypeVar("_Result")
 
 
 class DiskFiles:
-    """The files below a folder. A file may be stored compressed; its extension for that is not part of its name here."""
+    """The files below a folder.
+
+    A file may be stored compressed; its extension for that is not part of its name here.
+    """
 
     def __init__(self, path: str) -> None:
-        """Name the folder, ``file://…``; it need not be there."""
+        """Name the folder by its address, ``file://…``; it need not be there."""
         self._folder = local_path(path)
         self._extensions = list(EXTENSIONS)
 
@@ -38,13 +41,19 @@ class DiskFiles:
     @overload
     def get(self, names: list[str], *, raw: bool = ...) -> list[dict[str, Any]]: ...
     def get(self, names: str | list[str], *, raw: bool = False) -> bytes | list[dict[str, Any]] | None:
-        """Read a file, or several: what is in it, or for each ``path``, ``content`` and ``compress``.
+        """Read a file, or several.
 
-        The content of a file that isn't there is None; ``raw`` leaves the content compressed, as ``compress`` says.
+        Args:
+            names: Name of a file, or a list of names.
+            raw: Whether the content is left compressed, as the answer's ``compress`` says.
+
+        Returns:
+            Content of the file, None if it isn't there; for a list, a dict of ``path``, ``content``
+            and ``compress`` for each name.
 
         Raises:
-            CorruptFileError: it can't be decompressed.
-            OSError: the disk does not answer.
+            CorruptFileError: A file can't be decompressed.
+            OSError: The disk does not answer.
         """
         if isinstance(names, str):
             content: bytes | None = self._read(names, raw=raw)["content"]
@@ -55,9 +64,11 @@ class DiskFiles:
         """Names that begin with ``prefix``, in order.
 
         Args:
-            prefix: see above.
-            flat: not those in folders below the folder ``prefix``, but the folders themselves, which end in ``/``.
-            size: pairs of name and size, as ``size`` has them.
+            prefix: Beginning of the names. With ``flat`` it is a folder: empty, or with a ``/`` at
+                its end.
+            flat: Whether folders in that folder are named themselves, with a ``/`` at the end,
+                instead of the files in them.
+            size: Whether to give pairs of name and size, as the method ``size`` has them.
         """
         folder = self._folder / prefix.rpartition("/")[0]
         if flat:
@@ -107,12 +118,15 @@ class DiskFiles:
 
 
 def local_path(path: str) -> Path:
-    """The folder of an address ``file://…``."""
+    """The folder of an address ``file://…`` on this machine."""
     return Path(path.removeprefix("file://")).expanduser()
 
 
 def replace_file(target: Path, content: bytes, compression: str | None) -> None:
-    """Write a file in one step, and remove those of the same name in other compressions, which a reader might find first."""
+    """Write a file in one step.
+
+    Files of the same name in other compressions, which a reader might find first, are removed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     (extension,) = (end for end, method in EXTENSIONS.items() if method == compression)
@@ -127,7 +141,12 @@ def replace_file(target: Path, content: bytes, compression: str | None) -> None:
 
 
 def delete_partials(path: str, older_than: float) -> None:
-    """Delete what writers that were killed have left behind below a folder; ``older_than`` in seconds."""
+    """Delete what writers that were killed have left behind below a folder.
+
+    Args:
+        path: Address of the folder, ``file://…``.
+        older_than: Least age of what is deleted, in seconds.
+    """
     for file in local_path(path).rglob(f".*{PARTIAL}"):
         with suppress(FileNotFoundError):
             if time() - file.stat().st_mtime > older_than:

@@ -1,4 +1,4 @@
-"""What all files in storage have in common: where they are, that they are replaced in one step, and how trouble is told.
+"""What all files in storage have in common: addresses, writes in one step, and errors.
 
 The clients of object stores take a second to import: what is on a disk does without.
 """
@@ -14,30 +14,33 @@ from chunkflow_core.storage.compression import CorruptFileError
 from chunkflow_core.storage.disk import DiskFiles, local_path, replace_file
 
 _JSON = (".json", "info", "provenance")
-"""How names of such files end."""
+"""Endings of the names of files that hold JSON."""
 
 _CORRUPT = {"CompressionError", "DecompressionError", "DecodingError", "DeflateError", "ZstdError"}
-"""Errors of CloudFiles, CloudVolume and what they use, by name, as importing them takes a second."""
+"""Names of the errors that CloudFiles, CloudVolume and what they use raise for damaged files.
+
+Importing the classes would take a second.
+"""
 
 
 class Files(Protocol):
-    """The files below an address: ``CloudFiles``, or ``DiskFiles`` where what the methods do is told."""
+    """The files below an address: ``CloudFiles``, or ``DiskFiles``, which documents the methods."""
 
     def get(self, names: Any, *, raw: bool = False) -> Any:
-        """Read a file, or several."""
+        """Read a file, or several; see ``DiskFiles.get``."""
 
     def list(self, prefix: str = "", flat: bool = False, size: bool = False) -> Iterator[Any]:
-        """Names that begin with ``prefix``."""
+        """Names that begin with ``prefix``; see ``DiskFiles.list``."""
 
     def delete(self, names: str | Iterable[str]) -> Any:
-        """Delete files."""
+        """Delete files; those that aren't there are passed over."""
 
     def size(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Sizes of files."""
+        """Sizes of files as they are stored, in bytes; None for those that aren't there."""
 
 
 class MissingChunkError(Exception):
-    """There is no file of a storage chunk."""
+    """A storage chunk has no file."""
 
 
 def open_files(path: str) -> Files:
@@ -57,9 +60,17 @@ def is_on_disk(path: str) -> bool:
 
 @contextmanager
 def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
-    """Turn a storage client's exceptions into ours; ``doing`` says what was tried and where.
+    """Turn a storage client's exceptions into those of this project.
 
-    ``missing`` is the advice for a storage chunk that isn't there.
+    Args:
+        doing: What is tried and where, for the message.
+        missing: Advice for a storage chunk that isn't there.
+
+    Raises:
+        MissingInputError: A storage chunk or a bucket isn't there.
+        DataError: A stored file is corrupt.
+        SpecError: The storage refuses the credentials, or finds none.
+        StorageError: The storage does not answer, or is full.
     """
     try:
         yield
@@ -82,17 +93,21 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
 
 
 def put_file(path: str, name: str, content: bytes, *, compression: str | None = None, cache: str = "no-cache") -> None:
-    """Store a file below ``path``. A reader never sees half of it: on a local disk it is renamed into place.
+    """Store a file below ``path``. A reader never sees half of it.
+
+    On a local disk it is renamed into place.
 
     Args:
-        path: address of a folder.
-        name: of the file below it.
-        content: compressed already, if it is.
-        compression: ``gzip``, ``br`` or ``zstd`` if it is.
-        cache: for HTTP caches.
+        path: Address of a folder.
+        name: Name of the file below the folder.
+        content: What to store, compressed already if it is to be.
+        compression: ``gzip``, ``br`` or ``zstd`` if the content is compressed, else None.
+        cache: What HTTP caches may do with the file, a ``Cache-Control`` header.
 
     Raises:
-        StorageError: the storage does not answer, or is full.
+        MissingInputError: There is no such bucket.
+        SpecError: The storage refuses the credentials, or finds none.
+        StorageError: The storage does not answer, or is full.
     """
     with storage_errors(f"writing {path}/{name}"):
         if is_on_disk(path):

@@ -24,17 +24,29 @@ _T = TypeVar("_T")
 IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32")
-"""What a precomputed layer can hold."""
+"""Dtypes that a precomputed layer can hold."""
 
 HELD_BYTES = 1 << 28
-"""Memory of the sections that are held at a time, unless one storage chunk's depth of them is more."""
+"""Memory in bytes of the sections that are held at a time.
+
+It is more where a single storage chunk's depth of sections is.
+"""
 
 
 class Stack(ABC):
-    """A source of sections."""
+    """A source of sections, as an array ``(z, y, x)``."""
 
     def __init__(self, name: str, shape: Vector, dtype: np.dtype[Any]) -> None:
-        """Of a size, zyx, and dtype; ``DataError`` if no layer can hold it."""
+        """Describe the stack.
+
+        Args:
+            name: Name for messages.
+            shape: Size in voxels, zyx.
+            dtype: Dtype of the voxels, in any byte order.
+
+        Raises:
+            DataError: No layer can hold such voxels, or there are none.
+        """
         self.name, self.shape, self.dtype = name, shape, dtype.newbyteorder("=")
         if self.dtype.name not in DTYPES:
             raise DataError(
@@ -45,7 +57,7 @@ class Stack(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Sections ``[start, stop)``, ``(z, y, x)``."""
+        """Sections ``[start, stop)``, ``(z, y, x)``; ``DataError`` if they can't be read."""
 
 
 class _ArrayStack(Stack):
@@ -64,7 +76,7 @@ class _ArrayStack(Stack):
 
 
 class _SectionStack(Stack):
-    """One image a section, read by a function of its number."""
+    """One image a section, read by a function of the section's number."""
 
     def __init__(self, count: int, section: Callable[[int], NDArray[Any]], name: str) -> None:
         first = _readable(lambda: section(0), f"{name}: section 0")
@@ -90,9 +102,9 @@ def open_stack(source: str) -> Stack:
     """Open a stack by its name's ending; for HDF5, ``file.h5:dataset`` (or the only dataset).
 
     Raises:
-        MissingInputError: there is no such file or dataset.
-        DataError: it is not a three-dimensional stack, or can't be read.
-        UsageError: the format is unknown, or what reads it is not installed.
+        MissingInputError: There is no such file or dataset.
+        DataError: It is not a three-dimensional stack, or can't be read.
+        UsageError: The format is unknown, or what reads it is not installed.
     """
     file, dataset = Path(source), ""
     if not file.exists() and ":" in source:
@@ -125,16 +137,18 @@ def ingest(
     """Store a stack as a new layer, a few sections at a time.
 
     Args:
-        source: the stack.
-        path: of the layer.
-        resolution: voxel size in nm, zyx.
-        chunk: storage chunk size, zyx.
-        offset: voxel position of the first voxel, zyx.
-        overwrite: replace a layer that is there.
-        planes_done: called with the number of sections written since the last call.
+        source: The stack.
+        path: Address of the layer.
+        resolution: Voxel size in nm, zyx.
+        chunk: Storage chunk size in voxels, zyx.
+        offset: Position of the first voxel, zyx.
+        overwrite: Whether to replace a layer that is there.
+        planes_done: Called with the number of sections written since the last call.
 
     Raises:
-        UsageError: there is a layer and ``overwrite`` is off.
+        UsageError: There is a layer, and ``overwrite`` is off.
+        DataError: The stack can't be read.
+        StorageError: The storage does not answer.
     """
     if layer_exists(path):
         if not overwrite:
@@ -151,7 +165,10 @@ def ingest(
 
 
 def _delete_voxels(path: str) -> None:
-    """Delete the storage chunks of a layer: what a new one does not overwrite would be left among its own."""
+    """Delete a layer's storage chunks.
+
+    What a new layer does not overwrite would be left among its own.
+    """
     keys = [scale["key"] for scale in read_info(path)["scales"]]
     with storage_errors(f"deleting the layer {path}"):
         files = layer_files(path)
@@ -160,7 +177,7 @@ def _delete_voxels(path: str) -> None:
 
 
 def _readable(read: Callable[[], _T], name: str) -> _T:
-    """What ``read`` gives; ``DataError`` for whatever libraries raise of files that are damaged or of another kind."""
+    """What ``read`` gives; ``DataError`` for whatever libraries raise of damaged or other files."""
     try:
         return read()
     except (ChunkflowError, MemoryError):
@@ -171,7 +188,7 @@ def _readable(read: Callable[[], _T], name: str) -> _T:
 
 
 def _reader(package: str) -> Any:
-    """A package that only this command needs."""
+    """A package that only ingestion needs; ``UsageError`` if it is not installed."""
     try:
         return import_module(package)
     except ImportError as error:
@@ -179,7 +196,7 @@ def _reader(package: str) -> Any:
 
 
 class _BrokenChain(logging.Filter):
-    """Catches what tifffile logs of a truncated file, of which it gives the sections that are left."""
+    """Catches what tifffile logs of a truncated file, whose remaining sections it gives."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,23 +11,24 @@ from typing import Any
 
 from chunkflow_core.errors import MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.storage.addresses import PRECOMPUTED
 
 
 @dataclass(frozen=True, slots=True)
 class LayerScale:
-    """One scale of a layer. Order z, y, x."""
+    """One scale of a layer; vectors are in the order z, y, x."""
 
     bounds: Box
     resolution: tuple[float, ...]
     """Voxel size in nm, as the layer gives it."""
     chunk: Vector
-    """Storage chunk size."""
+    """Storage chunk size in voxels."""
     dtype: str
     channels: int
     encoding: str
-    """``raw``, or how else storage chunks are encoded; ``sharded`` if they are not files of their own."""
+    """Encoding of storage chunks, such as ``raw``; ``sharded`` if they share files."""
     info: dict[str, Any] = field(compare=False, repr=False)
-    """The whole layer's, so that whoever opens it need not read it again."""
+    """The whole layer's ``info``, so that whoever opens the layer need not read it again."""
 
     def storage_chunks(self, box: Box) -> Iterator[Box]:
         """The storage chunks that touch a box inside the layer, whole."""
@@ -42,20 +43,15 @@ class LayerScale:
             yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
 
 
-def layer_path(path: str) -> str:
-    """Where the files of a layer are."""
-    return path.removeprefix("precomputed://").rstrip("/")
-
-
 def read_info(path: str) -> dict[str, Any]:
-    """The layer's ``info``.
+    """The ``info`` of the layer at ``path``.
 
     Raises:
-        MissingInputError: there is no layer at ``path``, or its ``info`` is not that of a layer.
-        SpecError: the storage refuses the credentials, or finds none.
-        StorageError: the storage did not answer.
+        MissingInputError: There is no layer at ``path``, or its ``info`` is not that of a layer.
+        SpecError: The storage refuses the credentials, or finds none.
+        StorageError: The storage did not answer.
     """
-    path = path.removeprefix("precomputed://")
+    path = path.removeprefix(PRECOMPUTED)
     try:
         if path.startswith("file://"):
             text: bytes | None = (Path(path.removeprefix("file://")).expanduser() / "info").read_bytes()
@@ -83,7 +79,14 @@ def read_info(path: str) -> dict[str, Any]:
 
 
 def read_scale(path: str, mip: int) -> LayerScale:
-    """One scale of the layer at ``path``; errors as ``read_info``, also for a mip that the layer does not have."""
+    """One scale of the layer at ``path``.
+
+    Raises:
+        MissingInputError: There is no layer at ``path``, its ``info`` is not that of a layer, or
+            the layer does not have this mip.
+        SpecError: The storage refuses the credentials, or finds none.
+        StorageError: The storage did not answer.
+    """
     info = read_info(path)
     scales = info["scales"]
     if mip >= len(scales):

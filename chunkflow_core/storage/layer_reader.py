@@ -1,7 +1,7 @@
 """Reads voxels of precomputed layers, ``(channels, z, y, x)``.
 
-Layers on a disk whose storage chunks are plain voxels are read here, all others by CloudVolume, which takes a second of CPU to
-import.
+Layers on a disk whose storage chunks are plain voxels are read here, all others by CloudVolume,
+which takes a second of CPU to import.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.compression import CorruptFileError
 from chunkflow_core.storage.disk import DiskFiles
 from chunkflow_core.storage.files import MissingChunkError, is_on_disk
-from chunkflow_core.storage.layer_info import LayerScale, layer_path
+from chunkflow_core.storage.layer_info import LayerScale
 
 if TYPE_CHECKING:
     from cloudvolume import CloudVolume
 
 
 class LayerReader(Protocol):
-    """One scale of a layer."""
+    """One scale of a layer, to be read."""
 
     def read(self, box: Box) -> NDArray[Any]:
-        """Voxels of a box inside the layer's bounds, ``(channels, z, y, x)``, in the layer's dtype."""
+        """Voxels of a box inside the layer, ``(channels, z, y, x)``, in the layer's dtype."""
 
 
 def open_layer(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> LayerReader:
-    """The reader of a scale; makes no request. With ``fill_missing``, storage chunks that aren't there are zeros."""
-    if is_on_disk(layer_path(path)) and scale.encoding == "raw":
-        return _DiskReader(layer_path(path), scale, mip, fill_missing=fill_missing)
+    """The reader of a scale; makes no request.
+
+    With ``fill_missing``, storage chunks that aren't there are zeros.
+    """
+    if is_on_disk(plain(path)) and scale.encoding == "raw":
+        return _DiskReader(plain(path), scale, mip, fill_missing=fill_missing)
     return _VolumeReader(path, scale, mip, fill_missing=fill_missing)
 
 
@@ -64,16 +68,19 @@ class _VolumeReader:
         self._volume, self._bounds = open_volume(path, scale, mip, fill_missing=fill_missing), scale.bounds
 
     def read(self, box: Box) -> NDArray[Any]:
-        # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of the storage chunk.
+        # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of
+        # the storage chunk.
         larger = (box.grown((1, 1, 1), (1, 1, 1)) & self._bounds) if box.voxels == 1 else box
         data: NDArray[Any] = np.asarray(self._volume[cloudvolume_slices(larger)]).T
         return data[(slice(None), *box.slices(larger.start))]
 
 
 def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> CloudVolume:
-    """The layer, without a request: ``info`` has been read for its scale, and nobody asks for its provenance here.
+    """The layer as CloudVolume opens it, without a request.
 
-    CloudVolume's arrays are ``(x, y, z, channels)`` in Fortran order, so that a transposition is enough and nothing is copied.
+    Its ``info`` has been read for the scale, and its provenance is not asked for. CloudVolume's
+    arrays are ``(x, y, z, channels)`` in Fortran order, so that a transposition is enough and
+    nothing is copied.
     """
     from cloudvolume import CloudVolume
 
@@ -92,6 +99,6 @@ def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: boo
 
 
 def cloudvolume_slices(box: Box) -> tuple[slice, slice, slice]:
-    """A box as CloudVolume is asked for it, in x, y, z."""
+    """Index of a box in CloudVolume, in the order x, y, z."""
     z, y, x = box.slices((0, 0, 0))
     return x, y, z

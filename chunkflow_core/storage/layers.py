@@ -1,4 +1,7 @@
-"""Precomputed layers behind z, y, x: open, create, read with padding, write aligned. Arrays are ``(channels, z, y, x)``."""
+"""Precomputed layers in the order z, y, x: open, create, read with padding, write aligned.
+
+Arrays are ``(channels, z, y, x)``.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,19 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.compression import CorruptFileError, compress, decompress
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.disk import PARTIAL
 from chunkflow_core.storage.files import Files, open_files, put_file, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, layer_path, read_scale
-from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer, open_volume
+from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer
 
 _CACHE = "public, max-age=3600"
-"""What HTTP caches may do with storage chunks: those of a layer that is made anew are seen an hour later at the latest."""
+"""What HTTP caches may do with storage chunks.
+
+Those of a layer that is made anew are seen an hour later at the latest.
+"""
 
 
 class InputLayer:
@@ -32,15 +39,15 @@ class InputLayer:
         """Open the layer; no request is made.
 
         Args:
-            path: address of the layer.
-            mip: number of the scale.
-            scale: what the layer's ``info`` says of it.
-            bounds: part of the scale that is read.
-            padding: what stands outside ``bounds``: ``constant`` for zeros, ``edge``, ``reflect``.
-            fill_missing: whether storage chunks that aren't there are zeros.
+            path: Address of the layer.
+            mip: Number of the scale.
+            scale: What the layer's ``info`` says of the scale.
+            bounds: Part of the scale that is read.
+            padding: What stands outside ``bounds``: ``constant`` for zeros, ``edge``, ``reflect``.
+            fill_missing: Whether storage chunks that aren't there are zeros.
 
         Raises:
-            DataError: the voxels are no numbers.
+            DataError: The voxels are no numbers.
         """
         self.path, self.padding, self._mip = path, padding, mip
         self.scale, self.bounds = scale, bounds
@@ -51,11 +58,14 @@ class InputLayer:
             raise DataError(f"{self.path}: dtype {self.scale.dtype} is not a number type")
 
     def read(self, box: Box) -> NDArray[Any]:
-        """Voxels of ``box``, ``(channels, z, y, x)``, in the layer's dtype; padded outside ``bounds``.
+        """Voxels of a box, ``(channels, z, y, x)``, in the layer's dtype.
+
+        Voxels outside ``bounds`` are padded.
 
         Raises:
-            MissingInputError: a storage chunk isn't there and ``fill_missing`` is off.
-            StorageError: the storage does not answer, or the layer has grown since it was opened.
+            MissingInputError: A storage chunk isn't there, and ``fill_missing`` is off.
+            DataError: A storage chunk is corrupt.
+            StorageError: The storage does not answer, or the layer has grown since it was opened.
         """
         maps = self._sources(box)
         source = _hull(maps)
@@ -77,23 +87,26 @@ class InputLayer:
         return data
 
     def check_unchanged(self) -> None:
-        """``StorageError`` if the layer's bounds are not those at opening: storage chunks at its end may have other names."""
+        """Check that the layer's scale is the one that was opened; ``StorageError`` if not.
+
+        Storage chunks at the end of a layer that has grown may have other names.
+        """
         now = read_scale(self.path, self._mip)
         if now != self.scale:
             raise StorageError(
-                f"{self.path} has changed since it was opened: it had {self.scale.bounds}, now {now.bounds}. A retry reads it "
-                "as it is now"
+                f"{self.path} has changed since it was opened: it had {self.scale.bounds}, now {now.bounds}. A retry "
+                "reads it as it is now"
             )
 
     def source(self, box: Box) -> Box:
-        """The voxels inside ``bounds`` from which ``box`` is filled."""
+        """The voxels inside ``bounds`` from which a box is filled."""
         return _hull(self._sources(box))
 
     def _sources(self, box: Box) -> list[NDArray[np.int64]]:
         return [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
 
     def _source(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
-        """For each position of a range, the position inside ``bounds`` whose voxel it gets."""
+        """Positions inside ``bounds`` whose voxels the positions of a range get, along one axis."""
         low, high = self.bounds.start[axis], self.bounds.stop[axis]
         positions = np.arange(start, stop) - low
         if self.padding == "reflect":
@@ -104,15 +117,19 @@ class InputLayer:
 
 
 class OutputLayer:
-    """The layer to write: whole storage chunks only."""
+    """The layer to write: whole storage chunks only.
+
+    What reads or writes raises ``StorageError`` if the storage does not answer, and ``SpecError``
+    if it refuses the credentials.
+    """
 
     def __init__(self, path: str, scale: LayerScale, compression: str) -> None:
         """Open the layer; no request is made.
 
         Args:
-            path: address of the layer.
-            scale: what the layer's ``info`` says of its only scale.
-            compression: of storage chunks: ``gzip``, ``br``, ``zstd`` or ``none``.
+            path: Address of the layer.
+            scale: What the layer's ``info`` says of its only scale.
+            compression: Compression of storage chunks: ``gzip``, ``br``, ``zstd`` or ``none``.
         """
         self.path, self.scale = path, scale
         self._compression = None if compression == "none" else compression
@@ -124,30 +141,40 @@ class OutputLayer:
             return open_layer(self.path, self.scale)
 
     def write(self, box: Box, data: NDArray[Any]) -> dict[str, str]:
-        """Write ``data``, ``(channels, z, y, x)`` in the layer's dtype, to a box of whole storage chunks.
+        """Write voxels to a box of whole storage chunks.
 
-        Returns the storage chunks' names, and digests of their voxels. CloudVolume 12.15 would write gzip at level 9 always, at a
-        sixth of the speed for 3 % less (``bench/io.py``), and files on a disk in place, where a process that is killed leaves half
+        CloudVolume 12.15 would write gzip at level 9 always, at a sixth of the speed for 3 % less
+        (``bench/io.py``), and files on a disk in place, where a process that is killed leaves half
         of one.
 
+        Args:
+            box: A box of whole storage chunks.
+            data: ``(channels, z, y, x)``, in the layer's dtype.
+
+        Returns:
+            Names of the storage chunks, with digests of their voxels.
+
         Raises:
-            StorageError: the storage does not answer.
+            StorageError: The storage does not answer.
         """
         digests: dict[str, str] = {}
         for chunk in self.expected_chunks(box):
             image = data[(slice(None), *chunk.slices(box.start))]
             voxels = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
             digests[chunk.key] = short_digest(voxels)
-            if layer_path(self.path).startswith("mem://"):  # where CloudVolume keeps arrays, not files
-                open_volume(self.path, self.scale)[cloudvolume_slices(chunk)] = np.ascontiguousarray(image).T
-                continue
             content = compress(voxels, self._compression)
             name = f"{self._key}/{chunk.key}"
-            put_file(layer_path(self.path), name, content, compression=self._compression, cache=_CACHE)
+            put_file(plain(self.path), name, content, compression=self._compression, cache=_CACHE)
         return digests
 
     def read(self, box: Box) -> NDArray[Any]:
-        """What is stored in ``box``, ``(channels, z, y, x)``; ``MissingInputError`` if a storage chunk isn't there."""
+        """What is stored in a box, ``(channels, z, y, x)``.
+
+        Raises:
+            MissingInputError: A storage chunk isn't there.
+            DataError: A storage chunk is corrupt.
+            StorageError: The storage does not answer.
+        """
         advice = "Its block is not done: `plan` shows what is due, `run` does it"
         with storage_errors(f"reading {self.path} at {box}", missing=advice):
             return self._reader.read(box)
@@ -159,7 +186,7 @@ class OutputLayer:
         return {name.rpartition("/")[2] for name in names if not name.endswith(PARTIAL)}
 
     def chunk_named(self, name: str) -> Box | None:
-        """The storage chunk of the layer with a name; None if it has no such one."""
+        """The storage chunk of the layer with a name; None if the layer has none of this name."""
         with suppress(ValueError):
             box = Box.from_key(name)
             if box.key == name and box == self.chunk_at(box.start):
@@ -172,13 +199,11 @@ class OutputLayer:
         return next(self.expected_chunks(inside)) if inside else None
 
     def digest(self, name: str) -> str | None:
-        """Digest of the voxels of a storage chunk as it is stored, as ``write`` gives it; None if it isn't there.
+        """Digest of a stored storage chunk's voxels, as ``write`` gives it; None if it isn't there.
 
         Raises:
-            DataError: it can't be decompressed.
+            DataError: The file can't be decompressed.
         """
-        if layer_path(self.path).startswith("mem://"):
-            return short_digest(self.read(Box.from_key(name)).tobytes())
         with storage_errors(f"reading {name} of {self.path}"):
             (answer,) = layer_files(self.path).get([f"{self._key}/{name}"], raw=True)
         if answer["content"] is None:
@@ -194,7 +219,10 @@ class OutputLayer:
             layer_files(self.path).delete([f"{self._key}/{name}" for name in names])
 
     def rows(self, box: Box) -> Iterator[Box]:
-        """A box of whole storage chunks, cut into rows of them along x, so that they can be written at the same time."""
+        """A box of whole storage chunks, cut into rows of storage chunks along x.
+
+        The rows can be written at the same time.
+        """
         if box:
             height, (z, y, x), stop = self.scale.chunk[1], box.start, box.stop
             for row in range(y, stop[1], height):
@@ -211,7 +239,7 @@ def _hull(maps: list[NDArray[np.int64]]) -> Box:
 
 
 def layer_exists(path: str) -> bool:
-    """Whether there is a layer at a path."""
+    """Whether there is a layer at an address."""
     with storage_errors(f"looking for {path}"):
         return layer_files(path).get("info") is not None
 
@@ -231,7 +259,21 @@ class NewLayer:
         channels: int = 1,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """Write ``info`` and ``provenance``. Sizes in voxels, ``resolution`` in nm, all zyx."""
+        """Write ``info`` and ``provenance`` of the layer.
+
+        Args:
+            path: Address of the layer.
+            shape: Size in voxels, zyx.
+            dtype: Dtype of the voxels.
+            resolution: Voxel size in nm, zyx.
+            chunk: Storage chunk size in voxels, zyx.
+            offset: Position of the first voxel, zyx.
+            channels: Number of channels.
+            provenance: Fields of CloudVolume's provenance to set.
+
+        Raises:
+            StorageError: The storage does not answer.
+        """
         from cloudvolume import CloudVolume
 
         from chunkflow_core.storage.clients import located
@@ -262,4 +304,4 @@ class NewLayer:
 
 def layer_files(path: str) -> Files:
     """The files of a layer, for what CloudVolume has no call for."""
-    return open_files(layer_path(path))
+    return open_files(plain(path))

@@ -1,10 +1,10 @@
-"""Model files: what one can't do without, and those at storage addresses, fetched into the cache of this machine.
+"""Model files and their companions: local ones, and those fetched into the cache of this machine.
 
 Layout of the cache::
 
-    models/files/<hash of address, ETag and size>/content    one object, fetched once for all processes
-    models/<hash of names and objects>/net.py …              a model with its companions, under their own names
-    <engine>/<key>                                           a model in the form that an engine has made of it
+    models/files/<hash of address, ETag and size>/content    one object, fetched once for all
+    models/<hash of names and objects>/net.py …              a model with its companions, by name
+    <engine>/<key>                                           a model in an engine's own form
 """
 
 from __future__ import annotations
@@ -29,13 +29,19 @@ CACHE_VARIABLE = "CHUNKFLOW_CACHE"
 """Environment variable with the folder of the cache; default: ``~/.cache/chunkflow``."""
 
 MADE_BY_LOADING = ("lib", "__pycache__")
-"""What arises in the folder of a net of pznet when it is loaded; ``lib`` holds its layers, compiled for the machine."""
+"""What arises in the folder of a net of pznet when the net is loaded.
+
+``lib`` holds its layers, compiled for the machine.
+"""
 
 _CONTENT: Final = "content"
 
 
 def with_companions(path: Path) -> list[Path]:
-    """A model file and the files that it can't do without; of a net of pznet, all that did not arise from loading it."""
+    """A model file and the files that it can't do without.
+
+    For the folder of a net of pznet, they are all files that did not arise from loading it.
+    """
     if path.is_dir():
         return sorted(f for f in path.rglob("*") if f.is_file() and f.relative_to(path).parts[0] not in MADE_BY_LOADING)
     if path.suffix == ".py":
@@ -48,7 +54,7 @@ def with_companions(path: Path) -> list[Path]:
 
 
 def imported_names(file: Path) -> set[str]:
-    """Names of the top-level modules and packages that a Python file imports; none if it can't be parsed."""
+    """Names of the top-level modules that a Python file imports; none if it can't be parsed."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):
@@ -82,12 +88,18 @@ def _with_imported_siblings(path: Path) -> list[Path]:
 
 @cache
 def fetch(address: str, *, folder: bool = False) -> Path:
-    """A model file, or a folder with all that is in it, on this machine; once a process.
+    """A model file, or a folder with all that is in it, on this machine.
+
+    An address is looked up once a process.
+
+    Args:
+        address: Storage address of the file or folder.
+        folder: Whether it is a folder.
 
     Raises:
-        MissingInputError: there is none.
-        SpecError: the storage refuses the credentials, or the cache can't be written.
-        StorageError: the storage does not answer.
+        MissingInputError: There is no such file, or nothing in the folder.
+        SpecError: The storage refuses the credentials, or the cache can't be written.
+        StorageError: The storage does not answer.
     """
     # imports that local models need not pay, a second of them
     from chunkflow_core.storage.clients import open_files
@@ -146,7 +158,7 @@ def _beside(main: str, there: set[str]) -> list[str]:
 
 
 def _object(files: CloudFiles, place: str, name: str) -> Path:
-    """One object in the cache; it is asked for its version, and fetched if that isn't there yet."""
+    """The path of an object in the cache, fetched if its present version isn't there yet."""
     version = _version(files, name)
     folder = cache_folder("models") / "files" / _hash(place, name, version)
     if not folder.is_dir():
@@ -185,11 +197,11 @@ def cache_folder(engine: str) -> Path:
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder, filled by ``make`` if it isn't there yet.
 
-    It appears whole or not at all, also if several processes make it at once or one is killed while it does: ``make``
-    gets a folder beside it, which is renamed when it is complete.
+    It appears whole or not at all, also if several processes make it at once or one is killed while
+    it does: ``make`` gets a folder beside it, which is renamed when it is complete.
 
     Raises:
-        SpecError: the cache can't be written.
+        SpecError: The cache can't be written.
     """
     if folder.is_dir():
         return folder

@@ -1,4 +1,7 @@
-"""Whether the input of a block may have changed: by what the storage says of its storage chunks, without reading voxels."""
+"""Whether the input of a block may have changed, without reading voxels.
+
+What the storage says of its storage chunks is enough to tell.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from collections.abc import Iterable
 from itertools import product
 
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.storage.chunk_stores import CannotTell, Chunks, Column, Wanted, open_store
+from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.digests import short_digest
-from chunkflow_core.storage.files import storage_errors
+from chunkflow_core.storage.disk import local_path
+from chunkflow_core.storage.files import is_on_disk, storage_errors
 from chunkflow_core.storage.layer_info import LayerScale
+from chunkflow_core.storage.listing.disk import Disk
+from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Column, Store, Wanted
 
 _UNKNOWN, _ABSENT = 0, 1
 
@@ -21,24 +27,24 @@ class LayerSignatures:
     """What the storage says of a layer's storage chunks, without reading them."""
 
     def __init__(self, path: str, mip: int, scale: LayerScale) -> None:
-        """Of one scale; nothing is asked yet."""
-        self.path = path.removeprefix("precomputed://").rstrip("/")
+        """Name the storage chunks of one scale of the layer at ``path``; nothing is asked yet."""
+        self.path = plain(path)
         self._chunks = Chunks(scale)
         self._columns: dict[Column, array[int]] = {}
         with storage_errors(f"opening {self.path}"):
             self._store = (
-                None if scale.encoding == "sharded" else open_store(self.path, scale.info["scales"][mip]["key"])
+                None if scale.encoding == "sharded" else _open_store(self.path, scale.info["scales"][mip]["key"])
             )
 
     def load(self, boxes: Iterable[Box]) -> None:
-        """Ask the storage for all storage chunks that touch some boxes, at the same time, and remember the answers.
+        """Ask the storage for all storage chunks that touch some boxes, and remember the answers.
 
-        Boxes may overlap and reach past the layer. For many blocks this is by far faster than a ``digest`` of each: whole
-        rows and columns are listed.
+        Boxes may overlap and extend past the layer. For many blocks this is by far faster than a
+        ``digest`` of each: whole rows and columns are listed, at the same time.
 
         Raises:
-            SpecError: the storage refuses the credentials, or finds none.
-            StorageError: the storage does not answer.
+            SpecError: The storage refuses the credentials, or finds none.
+            StorageError: The storage does not answer.
         """
         if self._store is None:
             return
@@ -58,10 +64,11 @@ class LayerSignatures:
                 numbers[z] = numbers[z] or _ABSENT
 
     def digest(self, box: Box) -> str:
-        """Hash of names and signatures of the storage chunks that touch a box; what is not loaded yet is.
+        """Hash of names and signatures of the storage chunks that touch a box; "" if unknown.
 
-        A storage chunk that isn't there counts as such. The same whichever way the storage was asked, and when other parts
-        of the layer change or are added. "" if the storage can't tell.
+        What is not loaded yet is loaded. A storage chunk that isn't there counts as such. The hash
+        is the same whichever way the storage was asked, and when other parts of the layer change or
+        are added. It is unknown if the storage can't tell.
         """
         zs, ys, xs = self._chunks.touching(box)
         if self._store is not None and not self._is_known(zs, product(ys, xs)):
@@ -80,7 +87,10 @@ class LayerSignatures:
         return all(numbers is not None and _UNKNOWN not in numbers[zs.start : zs.stop] for numbers in known)
 
     def _unknown(self, boxes: Iterable[Box]) -> Wanted:
-        """The storage chunks that touch boxes and have not been asked for; makes room for their answers."""
+        """The storage chunks that touch boxes and have not been asked for.
+
+        Room is made for their answers.
+        """
         length = len(self._chunks.names[0])
         marks: dict[Column, bytearray] = defaultdict(lambda: bytearray(length))
         for box in boxes:
@@ -94,6 +104,15 @@ class LayerSignatures:
             if zs_of_column := [z for z, marked_z in enumerate(mark) if marked_z and numbers[z] == _UNKNOWN]:
                 wanted[column] = zs_of_column
         return wanted
+
+
+def _open_store(path: str, key: str) -> Store | None:
+    """The storage to ask for the files ``key/…`` of a layer; None if it can't be asked for them."""
+    if is_on_disk(path):
+        return Disk(str(local_path(path) / key))
+    from chunkflow_core.storage.listing.servers import open_server
+
+    return open_server(path, key)
 
 
 def _number(signature: str) -> int:

@@ -1,6 +1,7 @@
 """Training samples: augmented crops of an annotated stack, and a few synthetic ones.
 
-Throughout, ``image`` and ``membrane`` are float32 (z, y, x) in [0, 1]; a membrane voxel is 1, anything else 0.
+Throughout, ``image`` and ``membrane`` are float32 (z, y, x) in [0, 1]; a membrane voxel is 1,
+anything else 0.
 """
 
 import math
@@ -41,7 +42,10 @@ class Random:
         return torch.randn(shape, generator=self.generator)
 
     def smooth(self, n_planes: int, size: int, wavelength: float) -> Tensor:
-        """Noise of about unit amplitude varying over ``wavelength`` pixels: (n_planes, size, size)."""
+        """Noise of about unit amplitude varying over ``wavelength`` pixels.
+
+        It is float32 (n_planes, size, size).
+        """
         n_knots = max(2, round(size / wavelength) + 1)
         knots = self.normal(1, n_planes, n_knots, n_knots)
         return F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True)[0]
@@ -50,8 +54,9 @@ class Random:
 def crop(image: Tensor, membrane: Tensor, depth: int, size: int, random: Random) -> tuple[Tensor, Tensor]:
     """A random block (depth, size, size) of the stack, flipped, turned and zoomed.
 
-    Half of the blocks keep the pixel grid (flips and quarter turns only), because interpolation removes the noise that
-    real sections have. The others turn by any angle and zoom 0.7 to 1.4 times; their labels are interpolated too.
+    Half of the blocks keep the pixel grid (flips and quarter turns only), because interpolation
+    removes the noise that real sections have. The others turn by any angle and zoom 0.7 to 1.4
+    times; their labels are interpolated too.
     """
     z = random.integer(0, image.shape[0] - depth + 1)
     block = torch.stack((image[z : z + depth], membrane[z : z + depth]))
@@ -78,9 +83,10 @@ def crop(image: Tensor, membrane: Tensor, depth: int, size: int, random: Random)
 
 
 def synthetic(depth: int, size: int, random: Random) -> tuple[Tensor, Tensor]:
-    """Bright textured cells between dark membranes: a Voronoi diagram whose seeds drift from section to section.
+    """Bright textured cells between dark membranes.
 
-    They teach what a membrane is in images of other contrast and texture than one tissue's.
+    They are a Voronoi diagram whose seeds drift from section to section, and teach what a membrane
+    is in images of other contrast and texture than one tissue's.
     """
     spacing, thickness = random.uniform(35, 85), random.uniform(3, 7)
     n_across = math.ceil(size / spacing) + 2
@@ -116,7 +122,10 @@ def blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def shade(image: Tensor, random: Random) -> Tensor:
-    """The image with other blur, noise, contrast, brightness and gamma, some of them drawn per section."""
+    """The image with other blur, noise, contrast, brightness and gamma.
+
+    Some of them are drawn per section.
+    """
     depth, size = image.shape[0], image.shape[-1]
     if random.chance(0.3):
         image = blur(image, random.uniform(0.4, 1.5))
@@ -135,7 +144,10 @@ def shade(image: Tensor, random: Random) -> Tensor:
 
 
 def blank(image: Tensor, membrane: Tensor, random: Random) -> None:
-    """Set a rectangle, whole sections, or all of the sample to 0 in place, as where a stack has no data."""
+    """Set a part of the sample to 0 in place, as where a stack has no data.
+
+    The part is a rectangle, whole sections, or all of it.
+    """
     depth, size = image.shape[0], image.shape[-1]
     if random.chance(0.2):
         top, left = random.integer(-size // 2, size), random.integer(-size // 2, size)
@@ -153,7 +165,10 @@ def blank(image: Tensor, membrane: Tensor, random: Random) -> None:
 def batches(
     image: Tensor, membrane: Tensor, shape: tuple[int, int, int, int], generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end of images and membranes, each (batch, 1, z, y, x); ``shape`` is (batch, z, y, x), y = x."""
+    """Batches without end of images and membranes, each (batch, 1, z, y, x).
+
+    ``shape`` is (batch, z, y, x), y = x.
+    """
     random = Random(generator)
     n_samples, depth, size, _ = shape
     while True:

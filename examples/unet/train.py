@@ -1,8 +1,8 @@
 """Train the membrane U-Net of model.py on an annotated stack, and write its weights.
 
-DATA_FOLDER holds isbi2012_image.tif, uint8 (z, y, x), and isbi2012_membrane.tif of the same shape, 0 where an expert
-saw a membrane and 255 in cell interiors. The last --validate sections are kept out of the training and scored at
-the end.
+DATA_FOLDER holds isbi2012_image.tif, uint8 (z, y, x), and isbi2012_membrane.tif of the same shape,
+0 where an expert saw a membrane and 255 in cell interiors. The last --validate sections are kept
+out of the training and scored at the end.
 """
 
 import argparse
@@ -22,9 +22,12 @@ BATCH = (4, 6, 128, 128)
 """Samples of one step: (batch, z, y, x)."""
 LEARNING_RATE = 4e-3
 WARM_UP = 0.05
+"""Part of the training during which the learning rate rises."""
 FREEZE_STATISTICS = 0.75
-"""Parts of the training: until the first the learning rate rises, from the second on the batch statistics stand still,
-so that the weights settle on the statistics that the network will run with."""
+"""Part of the training after which the batch statistics stand still.
+
+The weights then settle on the statistics that the network will run with.
+"""
 
 
 def read(folder: Path) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,8 @@ def train(
 def score(network: UNet, image: Tensor, membrane: Tensor) -> dict[str, float]:
     """Figures of the network on sections that it has not seen, over all their voxels.
 
-    Pixel error is the share of voxels wrong at threshold 0.5, mean error the mean of |probability - label|.
+    Pixel error is the share of voxels wrong at threshold 0.5, mean error the mean of
+    |probability - label|.
     """
     with torch.inference_mode():
         probability = network(image[None, None])[0, 0]

@@ -1,11 +1,13 @@
 """Volumes in a real Airflow, as a test sees them: through the REST API.
 
-Only what is waited for is asked of the database. The API takes twenty times as long for an answer, from all that runs beside the test.
+Only what is waited for is asked of the database. The API takes twenty times as long for an answer,
+from all that runs beside the test.
 """
 
 from __future__ import annotations
 
 import configparser
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +27,8 @@ RUN_LIMIT = 300.0
 
 
 ENVIRONMENT = {
-    # What tests write they have read at once (:meth:`Volumes.parsed`); again and again, it would only take time from them.
+    # What tests write they have read at once (:meth:`Volumes.parsed`); again and again, it would
+    # only take time from them.
     "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "300",
     # What has changed a second time within half a minute need not wait for the rest of it.
     "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "1",
@@ -135,7 +138,10 @@ def until(condition: Callable[[], Any], seconds: float, poll: float = 0.4) -> An
 
 
 def change_database(home: Path, statement: str, *values: Any) -> None:
-    """Change something behind Airflow's back: a statement of SQL on the database of the service in this home."""
+    """Change something behind Airflow's back.
+
+    A statement of SQL on the database of the service in this home.
+    """
     with closing(connect_to_database(home)) as connection, connection, connection.cursor() as cursor:
         cursor.execute(statement, values)
 
@@ -152,6 +158,16 @@ def copy_dags(folder: Path) -> Path:
     copy = folder / "dags"
     shutil.copytree(Path(dags.__file__).parent, copy, ignore=shutil.ignore_patterns("volumes", "__pycache__"))
     return copy
+
+
+def write_own_dag(folder: Path) -> None:
+    """Write the DAG of ``docs/your-own-dag.md`` into a folder of DAG files.
+
+    Its spec is ``membrane.yaml`` there.
+    """
+    page = Path(__file__).parents[2] / "docs" / "your-own-dag.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    (folder / "own_dag.py").write_text(example)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,10 @@
-"""The last lines of a run of the tests: what failed, why, and where the Airflow concerned has its logs.
+"""The last lines of a run of the tests.
 
-A fixture that starts an Airflow calls ``remember_logs(request, folder)``. The folder is then named for each test that fails
-while it could use the fixture, whatever process it ran in. ``conftest.py`` gives the hooks to pytest.
+What failed, why, and where the Airflow concerned has its logs.
+
+A fixture that starts an Airflow calls ``remember_logs(request, folder)``. The folder is then named
+for each test that fails while it could use the fixture, whatever process it ran in. ``conftest.py``
+gives the hooks to pytest.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ _LINES = 3
 _WIDTH = 200
 """Of each of them, in characters."""
 _FAILURES = 8
-"""How many are told with their reasons; a run that breaks everything would only push the first ones away."""
+"""How many are told with their reasons; a run that breaks everything would only push the first ones
+away.
+"""
 
 
 def remember_logs(request: pytest.FixtureRequest, folder: Path) -> None:
@@ -60,7 +65,10 @@ def _moment(report: Any) -> str:
 
 
 def _reason(report: Any) -> list[str]:
-    """Where it failed, and the beginning of the message; the end of the text if there is no more than a text."""
+    """Where it failed, and the beginning of the message.
+
+    The end of the text if there is no more than a text.
+    """
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         return [line for line in report.longreprtext.splitlines() if line.strip()][-_LINES:]

@@ -16,15 +16,15 @@ from airflow_volumes import ENVIRONMENT, Volumes, copy_dags, until
 from clusters import TestCluster, the_double, the_real_one
 from double import Node
 from numpy.typing import NDArray
-from volume import SHAPE
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import load_spec
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.files import put_file
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import Client, start
+from tests.support.volume import SHAPE
 
 ONE_BLOCK: Vector = (12, 24, 24)
 """A part of the input that is one block."""
@@ -78,7 +78,10 @@ class World:
         put_file(self._moods(name), f"go-{task}", b"")
 
     def remove_all(self) -> None:
-        """Remove the volumes that were added: Airflow would read each of them again whenever one is added."""
+        """Remove the volumes that were added.
+
+        Airflow would read each of them again whenever one is added.
+        """
         for spec in self.volumes.folder.glob("*.yaml"):
             if spec.stem != FIRST:
                 spec.unlink()
@@ -134,7 +137,8 @@ def start_world(folder: Path, kind: str) -> Iterator[World]:
         local = write_spec(folder, cluster.storage, "local", {"kind": "local"})
         assert main(["run", str(local)]) == 0
         right = Workspace(load_spec(local)).output.read(load_spec(local).grid.roi)
-        # The scheduler imports Kubernetes' client at its start only if there is a volume for it; else each task does.
+        # The scheduler imports Kubernetes' client at its start only if there is a volume for it;
+        # else each task does.
         write_spec(specs, cluster.storage, FIRST, cluster.runner_section({}, f"{cluster.storage}/{FIRST}/moods"))
         metrics = Metrics()
         metrics.start()

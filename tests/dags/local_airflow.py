@@ -1,4 +1,7 @@
-"""The Airflow without a cluster that the tests of several files share; and how it ends, as that with a cluster does."""
+"""The Airflow without a cluster that the tests of several files share.
+
+It ends as the one with a cluster does.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from failure_summary import remember_logs
 from operators.service import Client, start
 
 SERVICES = ExitStack()
-"""Those that run. They end after the last test of their group (``tests/conftest.py``): one that waits for all other tests to end takes a
-tenth of a core from them.
+"""Those that run. They end after the last test of their group (``tests/conftest.py``): one that
+waits for all other tests to end takes a tenth of a core from them.
 """
 
 _STRANGE = {
@@ -29,7 +32,9 @@ _STRANGE = {
 
 @pytest.fixture(scope="session")
 def local_volumes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Volumes]:
-    """An Airflow for all tests without pods; for a name, a folder of its own, whose ``volumes`` it looks at.
+    """An Airflow for all tests without pods.
+
+    For a name, a folder of its own, whose ``volumes`` it looks at.
 
     Modules in a folder's ``modules`` can be imported by it.
     """

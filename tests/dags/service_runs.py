@@ -1,4 +1,4 @@
-"""What the tests of the service share: two DAGs, runs of one of them, its processes, its command."""
+"""What the tests of the service share: DAGs, runs of one, its processes, its command."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from operators import processes
-from operators.processes import is_alive, wait_until
-from operators.service import Client, main
-from operators.service_settings import SUPERVISED, Home
-from operators.service_state import State
+from operators.service import Client, processes
+from operators.service.__main__ import main
+from operators.service.processes import is_alive, wait_until
+from operators.service.settings import SUPERVISED, Home
+from operators.service.state import State
 
 Answer = TypeVar("Answer")
 
@@ -111,7 +111,10 @@ def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float =
 
 
 def logs_below(home: Path) -> Callable[[psutil.Process], bool]:
-    """Whether a process has a log of this service open: forked components have nothing of it in their first environment."""
+    """Whether a process has a log of this service open.
+
+    Forked components have nothing of it in their first environment.
+    """
 
     def opened(process: psutil.Process) -> bool:
         with suppress(OSError):
@@ -125,7 +128,10 @@ def logs_below(home: Path) -> Callable[[psutil.Process], bool]:
 
 
 def as_user(user: str) -> list[str]:
-    """A prefix for commands. An ordinary user here still reaches folders that are root's alone, as those of tests are."""
+    """A prefix for commands.
+
+    An ordinary user here still reaches folders that are root's alone, as those of tests are.
+    """
     if os.geteuid() != 0 or user == "root":
         return []
     rights = ["--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override"]

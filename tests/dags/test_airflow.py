@@ -1,4 +1,7 @@
-"""Volumes through a real Airflow: scheduler, API server, LocalExecutor, and the stage commands as processes."""
+"""Volumes through a real Airflow.
+
+Scheduler, API server, LocalExecutor, and the stage commands as processes.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ import psutil
 import pytest
 import tifffile
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, files, until
+from airflow_volumes import RUN_LIMIT, Volumes, files, until, write_own_dag
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
-from chunkflow_core.steps.stages import Workspace
+from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import ApiError
+from tests.support.volume import spec_content, write_layer
 
 pytestmark = pytest.mark.airflow
 
@@ -114,7 +118,10 @@ class TestRealStack:
     """One stack, one network, every way of running it."""
 
     def test_one_answer(self, volumes: Volumes) -> None:
-        """The DAG, with a process killed on the way, and the command, however it cuts and however many processes."""
+        """The DAG, with a process killed, and the command give the same bytes.
+
+        However the command cuts, and however many processes it has.
+        """
         spec = volumes.folder / "volumes" / "em.yaml"
         run = volumes.trigger("em")
         victim = until(lambda: stage_processes(spec), RUN_LIMIT)[0]
@@ -170,7 +177,10 @@ class TestRealStack:
         assert files(volumes.folder / "em" / "output") == before
 
     def test_an_edit_of_one_storage_chunk(self, volumes: Volumes) -> None:
-        """z 0–8, y and x 128–160: patches of the low blocks end at 112 in y and x, those of the high ones begin at 96."""
+        """The edit is of z 0–8, y and x 128–160.
+
+        Patches of the low blocks end at 112 in y and x, those of the high ones begin at 96.
+        """
         spec = volumes.folder / "volumes" / "em.yaml"
         layer = CloudVolume(f"file://{volumes.folder}/em", progress=False)
         layer[128:160, 128:160, 0:8] = 255 - np.asarray(layer[128:160, 128:160, 0:8])
@@ -210,6 +220,35 @@ def test_marking_a_task_ends_its_process(volumes: Volumes) -> None:
     volumes.client.patch(f"dags/endless/dagRuns/{run}", {"state": "failed"})
 
     until(lambda: not stage_processes(spec), 60)
+
+
+def test_a_dag_of_ones_own(volumes: Volumes) -> None:
+    """The DAG of the docs does two blocks as one machine would; and nothing, once they are done."""
+    write_layer(volumes.folder / "wide", (20, 48, 40))
+    spec = volumes.dags / "membrane.yaml"
+    content = spec_content(volumes.folder / "wide", volumes.folder / "own")
+    spec.write_text(yaml.safe_dump(content | {"roi": [[0, 0, 0], [12, 24, 40]]}))
+    assert load_spec(spec).grid.shape == (1, 1, 2)
+    write_own_dag(volumes.dags)
+    volumes.known("two_blocks")
+    run = volumes.trigger("two_blocks")
+
+    assert volumes.wait("two_blocks", run) == "success"
+
+    tasks = volumes.tasks("two_blocks", run)
+    assert {name: task["operator_name"] for name, task in tasks.items()} == {
+        "prepare": "prepare",
+        "infer_0": "infer",
+        "infer_1": "infer",
+        "blend_1": "blend",
+    }
+    assert tasks["infer_1"]["rendered_fields"] == {"spec": str(spec), "block": [0, 0, 1]}
+    done = files(volumes.folder / "own" / "output")
+    assert main(["run", str(spec), "--set", f"output.path=file://{volumes.folder}/alone/output"]) == 0
+    assert done == files(volumes.folder / "alone" / "output")
+    again = volumes.trigger("two_blocks")
+    assert volumes.wait("two_blocks", again) == "success"
+    assert "is up to date" in volumes.log("two_blocks", again, "infer_1", 1)
 
 
 def seconds(volumes: Volumes, run: str) -> float:

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 from airflow.sdk import DAG, Asset, AssetAny, AssetOrTimeSchedule, BaseNotifier, CronTriggerTimetable
 from airflow.sdk.definitions.timetables.assets import AssetTriggeredTimetable
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.serialization.serialized_objects import DagSerialization
 
 import dags
-from chunkflow_core.errors import ChunkflowError, SpecError
+import operators
+from chunkflow_core.errors import ChunkflowError, SpecError, UsageError
 from chunkflow_core.spec import load_spec
-from operators.base import blend_task_id, infer_task_id
+from operators.commands import blend_task_id, infer_task_id
 from operators.dag import volume_dag
-from operators.ending import figures_line, notifier_of, what_failed
-from operators.form import BOX_PARAMS, RUNNER_PARAMS, check_request, requested_box
-from operators.local import InferenceAndDonateOperator
-from operators.specs import volume_dags
+from operators.local import ProcessOperator
+from operators.request import BOX_PARAMS, RUNNER_PARAMS, check_request, requested_box
+from operators.summary import figures_line, notifier_of, what_failed
+from operators.volume_dags import volume_dags
 
 DAGS = Path(dags.__file__).parent
 OPTIONS = ("force", "check_input", "only_repair", "other_model")
@@ -63,7 +64,7 @@ def test_tasks_that_may_run_at_once_share_the_cpus(
     path = make_spec(runner={"kind": "local", "parallel": parallel})
     monkeypatch.setenv("CHUNKFLOW_CPUS", "12")
     task = volume_dag(load_spec(path), path).get_task("infer.0_0_0")
-    assert isinstance(task, InferenceAndDonateOperator)
+    assert isinstance(task, ProcessOperator)
     assert task.environment == {"CHUNKFLOW_CPUS": share}
 
 
@@ -110,7 +111,7 @@ def test_what_can_not_be_meant_is_refused(
     grid = load_spec(make_spec()).grid
     params = dict(dag.params.dump())
     check_request(params, grid)
-    with pytest.raises(AirflowFailException, match=said):
+    with pytest.raises(UsageError, match=said):
         check_request(params | wrong, grid)
 
 
@@ -127,7 +128,7 @@ def test_the_form_of_a_volume_on_a_cluster_has_what_pods_are_like(make_spec: Cal
     dag = volume_dag(load_spec(path), path)
     assert {*BOX_PARAMS, *OPTIONS, *RUNNER_PARAMS} == set(dag.params)
     assert dag.params.get_param("spot").schema["enum"] == [None, "never", "allowed", "required"]
-    assert "3Gi" in dag.params.get_param("infer_memory").description
+    assert "3Gi" in str(dag.params.get_param("infer_memory").description)
 
 
 @pytest.mark.parametrize("runner", [{"kind": "local"}, {"kind": "kubernetes", "image": "lab/worker:1"}])
@@ -139,6 +140,41 @@ def test_a_task_process_builds_its_own_task_only(make_spec: Callable[..., Path],
         assert lean.task_ids == [task_id]
         assert type(lean.get_task(task_id)) is type(full.get_task(task_id))
         assert lean.get_task(task_id).priority_weight == full.get_task(task_id).priority_weight
+
+
+@pytest.mark.parametrize("runner", [{"kind": "local"}, {"kind": "kubernetes", "image": "lab/worker:1"}])
+def test_airflow_shows_what_tasks_run(make_spec: Callable[..., Path], runner: dict[str, str]) -> None:
+    path = make_spec(runner=runner)
+    stored = DagSerialization.to_dict(volume_dag(load_spec(path), path))["dag"]["tasks"]
+    tasks = {task["__var"]["task_id"]: task["__var"] for task in stored}
+    shown = {name: task.get("_operator_name") for name, task in tasks.items() if not name.endswith("1")}
+    assert shown == {
+        "prepare": "prepare",
+        "select_blocks": "plan",
+        "verify": "verify",
+        "publish": "report",
+        "cleanup": "cleanup",
+        "summary": None,
+        **dict.fromkeys(("infer.0_0_0", "infer.0_1_0", "infer.1_0_0", "infer.1_1_0"), "infer"),
+        **dict.fromkeys(("blend.0_1_0", "blend.1_0_0", "blend.1_1_0"), "blend"),
+    }
+    memory = ["memory"] if runner["kind"] == "kubernetes" else []
+    assert tasks["infer.0_0_0"]["template_fields"] == ["spec", "block", *memory]
+    assert tasks["prepare"]["template_fields"] == ["spec", *memory]
+    assert tasks["infer.0_0_0"]["ui_color"] != tasks["blend.0_1_0"]["ui_color"]
+
+
+def test_a_dag_of_ones_own_names_the_spec_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nix\.yaml"):
+        operators.InferenceAndDonateOperator(task_id="infer", spec=tmp_path / "nix.yaml", block=(0, 0, 0))
+
+
+def test_operators_are_imported_on_demand() -> None:
+    code = "import sys, operators; print('airflow' in sys.modules); operators.ReceiveAndBlendOperator"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    with pytest.raises(AttributeError, match="no attribute 'NixOperator'"):
+        operators.NixOperator  # noqa: B018
 
 
 def test_parsing_imports_nothing_that_takes_long(make_spec: Callable[..., Path]) -> None:
@@ -197,7 +233,10 @@ WRONG_PODS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.fixture
 def specs_on_a_cluster(make_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes a spec with such a runner section, beside a good local one, where the DAG files look for specs."""
+    """Writes a spec with such a runner section where the DAG files look for specs.
+
+    A good local one lies beside it.
+    """
 
     def make(name: str, **runner: Any) -> Path:
         path = make_spec(name=name, runner={"kind": "kubernetes", "image": "lab/worker:1", **runner})
@@ -310,7 +349,6 @@ def test_a_wrong_schedule_names_file_and_key(make_spec: Callable[..., Path], sch
         ("precomputed://gs://bucket/em/membrane/", "gs://bucket/em/membrane"),
         ("gs://bucket", "gs://bucket/"),
         ("s3://https://minio.example.org/bucket/em", "s3://https://minio.example.org/bucket/em"),
-        ("mem://x", "mem://x/"),
         ("file:///data/größe 1", "file:///data/größe 1"),
         ("file:///data/a#1", "file:///data/a%231"),
         ("file:///data/a?b=1", "file:///data/a%3Fb=1"),
@@ -330,7 +368,8 @@ def test_no_run_can_overlap_another(make_spec: Callable[..., Path]) -> None:
     path = make_spec(schedule="@hourly")
     dag = volume_dag(load_spec(path), path)
     assert (dag.catchup, dag.max_active_runs) == (False, 1)
-    assert "backfill" not in {kind.value for kind in dag.allowed_run_types}
+    kinds: Any = dag.allowed_run_types
+    assert "backfill" not in {kind.value for kind in kinds}
     assert dag.get_task("prepare").max_active_tis_per_dag == 1
 
 

@@ -53,7 +53,18 @@ def test_the_last_lines(tmp_path: Path) -> None:
     # No more than it takes to start a second process: what is told there has to arrive here.
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     plugins = ["-p", "xdist", "-p", "no:cacheprovider", "-n", "1"]
-    command = [sys.executable, "-m", "pytest", "-c", settings, "--rootdir", tmp_path, "-q", *plugins, str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(settings),
+        "--rootdir",
+        str(tmp_path),
+        "-q",
+        *plugins,
+        str(tmp_path),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     last = "\n".join(done.stdout.splitlines()[-20:])

@@ -6,11 +6,18 @@ On the double by default; with ``-m cluster`` on a real cluster (``tests/README.
 from __future__ import annotations
 
 from itertools import cycle
+from pathlib import Path
 
 import clusters
+import numpy as np
 import pytest
+from airflow_volumes import write_own_dag
 from clusters import End, ends_from_outside
-from kubernetes_world import World
+from kubernetes_world import World, write_spec
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.spec import load_spec
+from chunkflow_core.steps.workspace import Workspace
 
 pytestmark = pytest.mark.airflow
 
@@ -42,7 +49,10 @@ SOFT = {clusters.delete, clusters.drain, clusters.preempt, clusters.shut_down}
     ],
 )
 def test_every_end_that_a_retry_cures(world: World, deferrable: bool, groups: list[str]) -> None:
-    """Each end once in each group of stages; the volume comes out right all the same, and only what is the block's fault counts."""
+    """Each end once in each group of stages.
+
+    The volume comes out right all the same, and only what is the block's fault counts.
+    """
     name = f"cured-{len(groups)}-{'deferrable' if deferrable else 'sync'}"
     by_itself = ["exit 75", "exit 1", "kill 9", "memory 1300"]
     if not world.cluster.double:
@@ -86,11 +96,37 @@ def test_every_end_that_a_retry_cures(world: World, deferrable: bool, groups: li
     world.check_output(name)
 
 
+def test_a_dag_of_ones_own(world: World, tmp_path: Path) -> None:
+    """The DAG of the docs does two blocks in pods, as one machine would do them."""
+    shape = (12, 24, 40)
+    alone = write_spec(tmp_path, world.cluster.storage, "alone", {"kind": "local"}, shape)
+    assert main(["run", str(alone)]) == 0
+    section = world.cluster.runner_section({}, f"{world.cluster.storage}/membrane/moods")
+    spec = write_spec(world.volumes.dags, world.cluster.storage, "membrane", section, shape)
+    write_own_dag(world.volumes.dags)
+    world.volumes.known("two_blocks")
+    run = world.volumes.trigger("two_blocks")
+
+    assert world.volumes.wait("two_blocks", run, world.cluster.limit) == "success"
+
+    tasks = world.volumes.tasks("two_blocks", run)
+    assert {task["operator_name"] for task in tasks.values()} == {"prepare", "infer", "blend"}
+    fields = tasks["blend_1"]["rendered_fields"]
+    assert (fields["spec"], fields["block"]) == (str(spec), [0, 0, 1])
+    assert fields["memory"].endswith("Mi")
+    done, right = (Workspace(load_spec(path)).output.read(load_spec(path).grid.roi) for path in (spec, alone))
+    np.testing.assert_array_equal(done, right)
+    world.check_no_pod_left("membrane")
+
+
 @pytest.mark.parametrize(
     "deferrable", [pytest.param(True, id="deferrable", marks=pytest.mark.long), pytest.param(False, id="sync")]
 )
 def test_ends_that_no_retry_cures_wait_for_the_user(world: World, deferrable: bool) -> None:
-    """Wrong data, a wrong spec, wrong usage, a missing layer: failed at once, said why, everything else done; cleared, all is well."""
+    """Wrong data, a wrong spec, wrong usage, a missing layer.
+
+    Failed at once, said why, everything else done; cleared, all is well.
+    """
     name = f"final-{'deferrable' if deferrable else 'sync'}"
     failing = {"infer.0_0_0": 65, "infer.1_1_0": 78, "infer.1_1_1": 66, "blend.0_1_1": 64}
     late = {"infer.0_0_1": "hang"}

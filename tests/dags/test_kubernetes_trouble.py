@@ -1,4 +1,6 @@
-"""A real Airflow, a cluster, and what goes wrong between them: watchers that die, pods that can't start, an API that fails.
+"""A real Airflow, a cluster, and what goes wrong between them.
+
+Watchers that die, pods that can't start, an API that fails.
 
 On the double by default; with ``-m cluster`` on a real cluster (``tests/README.md``).
 """
@@ -22,11 +24,11 @@ from airflow_volumes import until
 from clusters import why_no_real_cluster
 from kubernetes_world import ONE_BLOCK, World
 from service_runs import asked
-from volume import SHAPE
 
-from operators.processes import tree
-from operators.service_settings import Home
-from operators.service_state import State
+from operators.service.processes import tree
+from operators.service.settings import Home
+from operators.service.state import State
+from tests.support.volume import SHAPE
 
 pytestmark = pytest.mark.airflow
 
@@ -57,7 +59,10 @@ class Begun:
         return self.world.volumes.log(self.name, self.run, task, attempt)
 
     def watched(self, attempt: int, mood: str) -> list[str]:
-        """Pods in a mood that this try of the block has seen at work; only the log of a try that has begun can be read."""
+        """Pods in a mood that this try of the block has seen at work.
+
+        Only the log of a try that has begun can be read.
+        """
         if self.now()[1] != attempt:
             return []
         pods = [pod for pod in running(self.world, self.name) if f"mood: {mood}" in self.world.cluster.log(pod)]
@@ -71,7 +76,10 @@ class Begun:
         return until(condition, self.world.cluster.limit)
 
     def check_that_a_pod_outlives(self, component: str, attempt: int, *, same_try: bool) -> None:
-        """Kill what watches the pod of this try of the block; the next process goes on with the same pod, and its log is complete."""
+        """Kill what watches the pod of this try of the block.
+
+        The next process goes on with the same pod, and its log is complete.
+        """
         (pod,) = self.until(lambda: counts(self.world, self.name) and self.watched(attempt, "count"))
         for process in processes(self.world, component, self.task()["id"]):
             process.kill()
@@ -116,7 +124,10 @@ class TestOneRun:
         check_counting(begun.log(1, "prepare"), more_than=3)
 
     def test_orphans_are_found(self, begun: Begun) -> None:
-        """A pod whose task is over is deleted by the maintenance, one whose task goes on is not, nor by hand if that is not asked for."""
+        """A pod whose task is over is deleted by the maintenance; one whose task goes on is not.
+
+        Nor is it by hand, if that is not asked for.
+        """
         world, name = begun.world, begun.name
         (at_work,) = begun.until(lambda: begun.watched(1, "hang"))
         (pod,) = [pod for pod in world.cluster.pods(name) if pod["metadata"]["name"] == at_work]
@@ -132,10 +143,14 @@ class TestOneRun:
         assert running(world, name) == [at_work]
 
     def test_clearing_deletes_the_pod(self, begun: Begun) -> None:
-        """While a task is just leaving its worker, nobody watches its pod: the next try goes on with it, or the maintenance finds it."""
+        """While a task is just leaving its worker, nobody watches its pod.
+
+        The next try goes on with it, or the maintenance finds it.
+        """
         (first,) = begun.watched(1, "hang")
         begun.world.volumes.clear(begun.name, begun.run, [BLOCK])
-        # Before the first pod is deleted, the next try may have begun to watch it; it then sees that it is gone, and launches another one.
+        # Before the first pod is deleted, the next try may have begun to watch it; it then sees
+        # that it is gone, and launches another one.
         second = begun.until(lambda: begun.watched(2, "count"))
         assert first not in second
         assert running(begun.world, begun.name) == second
@@ -191,7 +206,7 @@ def running(world: World, volume: str) -> list[str]:
 
 
 def processes(world: World, component: str, task: str) -> list[psutil.Process]:
-    """The processes of a component of Airflow; of ``task``, the one that runs the task of this id."""
+    """The processes of a component of Airflow; with ``task``, the one that runs this task."""
     state = State.read(Home(world.volumes.folder.parent / "home"))
     assert state is not None
     process = state.components["scheduler" if component == "task" else component].process()
@@ -218,11 +233,13 @@ UNSTARTABLE: dict[str, tuple[dict[str, Any], str]] = {
             "infer": {"cpu": 0.1, "memory": "64Mi", "gpu": 0, "node_selector": {"kind": "unobtainable"}},
             "pending_timeout": PATIENCE,
         },
-        r"no node for the pod \(worth a retry\): no node for \d+ s: 0/\d+ nodes are available: .*check what runner.infer",
+        r"no node for the pod \(worth a retry\): no node for \d+ s: 0/\d+ nodes are available: .*"
+        r"check what runner.infer",
     ),
     "no-such-secret": (
         {"secret_env": {"KEY": {"secret": "nowhere", "key": "k"}}, "start_timeout": PATIENCE},
-        r"pod can't be set up \(a retry can't help\): CreateContainerConfigError: secret \\?.nowhere\\?. not found; check the Secrets",
+        r"pod can't be set up \(a retry can't help\): CreateContainerConfigError: secret \\?.nowhere\\?. not found; "
+        r"check the Secrets",
     ),
     "no-such-volume": (
         {"volumes": [{"mount": "BESIDE_MOODS", "secret": "nowhere"}], "start_timeout": PATIENCE},
@@ -250,7 +267,10 @@ def test_pods_that_can_not_start_say_what_to_do(world: World) -> None:
 
 
 def says(world: World, name: str, run: str, words: str) -> bool:
-    """Whether the log of the preparation says something; a task's state can be known before the last lines of its log are."""
+    """Whether the log of the preparation says something.
+
+    A task's state can be known before the last lines of its log are.
+    """
     return bool(re.search(words, world.volumes.log(name, run, "prepare", 1)))
 
 
@@ -294,7 +314,10 @@ def orphan_of(pod: dict[str, Any], volume: str) -> dict[str, Any]:
     "deferrable", [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
 )
 def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) -> None:
-    """The API away for a while, answers lost, logs out of reach, too little quota: all is done once, and the logs are there."""
+    """The API away for a while, answers lost, logs out of reach, too little quota.
+
+    All is done once, and the logs are there.
+    """
     cluster = world.cluster.double
     if cluster is None:
         pytest.skip("only the double's API can be made to fail")

@@ -1,4 +1,7 @@
-"""Volumes that are processed again and again by a real Airflow: edits of the input, clocks, Assets, blocks that fail, notifications."""
+"""Volumes that are processed again and again by a real Airflow.
+
+Edits of the input, clocks, Assets, blocks that fail, notifications.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ from operators.service import ApiError
 pytestmark = pytest.mark.airflow
 
 SHAPE = (12, 60, 20)
-"""Five patches of 20 voxels along y, each its own block of 10 (the last one of 20): patch k reads y 10·k to 10·k + 20."""
+"""Five patches of 20 voxels along y, each its own block of 10 (the last one of 20): patch k reads y
+10·k to 10·k + 20.
+"""
 
 FRAIL = """
 import time
@@ -156,7 +161,11 @@ def one_machine(volumes: Volumes, place: str, *settings: str, name: str = "frail
 
 
 class TestOneVolume:
-    """In this order: a second run at once, a block that fails, the cure, an edit of the input, nothing to do, a lost chunk."""
+    """The life of one volume, in this order.
+
+    A second run at once, a block that fails, the cure, an edit of the input, nothing to do, a lost
+    chunk.
+    """
 
     def test_a_second_run_at_once_gives_way(self, volumes: Volumes) -> None:
         """As when two schedulers start two runs at the same moment."""
@@ -191,7 +200,8 @@ class TestOneVolume:
         assert "the model failed with a batch of shape (1, 1, 12, 20, 20)" in log
         assert "this patch is beyond me" in log
         told = volumes.log("frail", run, "summary", 1)
-        # blend.0_4_0 owns the frame, which is the overlap of its only lower neighbour: 12 × 10 × 20; infer the rest
+        # blend.0_4_0 owns the frame, which is the overlap of its only lower neighbour: 12 × 10 ×
+        # 20; infer the rest
         assert "1 block failed: 4,800 voxels of the output (33.3 % of the ROI) are not complete" in told
         assert "inference of block (0, 4, 0), z 0–12 y 40–60 x 0–20: data that can't be right (exit code 65" in told
         _, notice = lines(volumes.folder / "notified")
@@ -274,7 +284,9 @@ class TestOneVolume:
 
 
 def test_a_volume_grows_while_a_run_is_at_work(volumes: Volumes) -> None:
-    """The run ends as it began, on the volume as it was; the next one does what has come and what borders on it.
+    """The run ends as it began, on the volume as it was.
+
+    The next one does what has come and what borders on it.
 
     Blocks of two patches: three along y, and a fourth when the volume has grown.
     """
@@ -307,7 +319,10 @@ def test_a_volume_grows_while_a_run_is_at_work(volumes: Volumes) -> None:
 
 
 def test_clock_and_asset_start_runs_and_never_two_at_once(volumes: Volumes) -> None:
-    """A tick and an update of the input fall due while a run is at work; a notifier that fails changes nothing."""
+    """A tick and an update of the input fall due while a run is at work.
+
+    A notifier that fails changes nothing.
+    """
     layer = f"file://{volumes.folder}/clocked-input"
     write_spec(
         volumes.folder,

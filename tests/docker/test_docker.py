@@ -166,7 +166,7 @@ def test_requirements_of_the_airflow_image_are_those_of_the_package() -> None:
 def test_installed_packages_keep_their_versions(tmp_path: Path) -> None:
     file = tmp_path / "constraints.txt"
     file.write_text("# pins\nPyYAML==0.1\ntyping.extensions==0.2\nnowhere-to-be_found==3.0\n")
-    command = [sys.executable, DOCKER / "airflow_constraints.py", file]
+    command = [sys.executable, str(DOCKER / "airflow_constraints.py"), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, *others = done.stdout.splitlines()
     assert re.fullmatch(r"apache-airflow==[\d.]+", first)
@@ -213,7 +213,10 @@ sys.meta_path.insert(0, Refuse())
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name="__main__")
 """
-"""Runs a script where only Airflow and the listed requirements can be imported, with what they require."""
+"""Runs a script where only Airflow and the listed requirements can be imported.
+
+What these require can be imported, too.
+"""
 
 
 def test_dags_of_pods_need_no_more_than_the_airflow_image_has(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_dags_of_pods_need_no_more_than_the_airflow_image_has(tmp_path: Path) ->
 
 @pytest.mark.long
 def test_the_trial_of_the_worker(tmp_path: Path) -> None:
-    command = [sys.executable, DOCKER / "smoke.py", "--root", "pytorch"]
+    command = [sys.executable, str(DOCKER / "smoke.py"), "--root", "pytorch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "output as expected of pytorch" in done.stdout
@@ -251,7 +254,7 @@ def build(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         for name, script in engines.items():
             (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
             (tools / name).chmod(0o755)
-        command = [DOCKER / "build.sh", *arguments]
+        command = [str(DOCKER / "build.sh"), *map(str, arguments)]
         variables: dict[str, Any] = {"PATH": str(tools), "LOG": str(tmp_path / "log"), "HOME": os.environ["HOME"]}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=tmp_path)
 

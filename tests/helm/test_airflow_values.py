@@ -1,7 +1,7 @@
 """Our values for Airflow's official chart.
 
-The chart itself is not here. With AIRFLOW_CHART naming it (a folder or an archive, version 1.22 or later), its own schema and
-templates judge the values.
+The chart itself is not here. With AIRFLOW_CHART naming it (a folder or an archive, version 1.22 or
+later), its own schema and templates judge the values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from operators.service_settings import API_PATIENCE
+from operators.service.settings import API_PATIENCE
 
 from .conftest import AIRFLOW_VALUES, ROOT, Render
 from .test_security import pod_specs, pod_weaknesses
@@ -39,7 +39,10 @@ def test_tasks_wait_for_an_api_server_as_long_as_on_one_machine(values: dict[str
 
 
 def airflow_settings() -> set[tuple[str, str]]:
-    """Sections and keys of Airflow's configuration and of its Kubernetes provider's, read without importing Airflow."""
+    """Sections and keys of the configuration of Airflow and of its Kubernetes provider.
+
+    They are read without importing Airflow.
+    """
     spec = importlib.util.find_spec("airflow")
     assert spec
     assert spec.submodule_search_locations

@@ -1,4 +1,4 @@
-"""The chart renders to what the cluster takes and Airflow needs, and refuses values that can't be right."""
+"""The chart renders to what cluster and Airflow need, and refuses values that can't be right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cloudfiles.paths import extract
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.spec.runner import KubernetesRunner
-from operators.pods import own_labels
+from operators.kubernetes.manifest import own_labels
 
 from .conftest import CHART, ROOT, Helm, Render, find_helm
 
@@ -179,6 +179,7 @@ def test_runner_section_of_the_notes_fits_what_is_installed(
     notes = shown_notes(helm, *values(name))
     section = notes[notes.index("runner:\n") :].split("\n\n")[0]
     runner = parsed(SPEC + section, tmp_path).runner
+    assert isinstance(runner, KubernetesRunner)
     assert_fits(runner, render(*values(name)), given=yaml.safe_load(values(name)[1].read_text()))
     (container,) = of_kind(render(*values(name)), "Pod")[0]["spec"]["containers"]
     assert runner.image == container["image"]
@@ -189,12 +190,15 @@ def test_runner_sections_of_the_values_fit_too(render: Render, name: str, tmp_pa
     documents = render(*values(name))
     for text in of_kind(documents, "ConfigMap")[0]["data"].values():
         runner = parsed(text, tmp_path).runner
-        if runner.service_account:
+        if isinstance(runner, KubernetesRunner) and runner.service_account:
             assert_fits(runner, documents, given=yaml.safe_load(values(name)[1].read_text()))
 
 
 def assert_fits(runner: Any, documents: list[dict[str, Any]], given: dict[str, Any]) -> None:
-    """Everything that the section names is there: rendered, or said in the values to be there already."""
+    """Check that everything that the section names is there.
+
+    It is rendered, or said in the values to be there already.
+    """
     assert isinstance(runner, KubernetesRunner)
     assert runner.namespace == "chunkflow"
     assert runner.service_account in names(documents, "ServiceAccount") | {"default"}

@@ -1,4 +1,4 @@
-"""What docs/kubernetes.md shows works: specs parse, values render, commands have flags that exist."""
+"""What docs/kubernetes.md shows works: specs parse, values render, commands have their flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 from chunkflow_core.spec import load_spec
 from chunkflow_core.spec.runner import KubernetesRunner, PodResources, PodVolume
-from operators.pods import check_runner, own_labels, pod_manifest
+from operators.kubernetes.manifest import check_runner, own_labels, pod_manifest
 
 from .conftest import AIRFLOW_VALUES, CHART, OFFICIAL, ROOT, Helm, Render
 from .test_chart import SPEC, of_kind
@@ -91,7 +91,7 @@ def test_values_render(render: Render, folder: Path, name: str) -> None:
     ("values", "spec"), [("values.yaml", "em.yaml"), ("onprem.yaml", "runner.yaml"), ("kind.yaml", "kind-em.yaml")]
 )
 def test_specs_fit_the_values_they_stand_beside(helm: Helm, folder: Path, values: str, spec: str) -> None:
-    """What the notes advise after an installation with the page's values is what the page's spec says."""
+    """What the notes advise with the page's values is what the page's spec says."""
     done = helm("install", "chunkflow", CHART, "-n", "chunkflow", "-f", folder / values, "--dry-run=client")
     notes = done.stdout.partition("\nNOTES:\n")[2]
     advised = yaml.safe_load(notes[notes.index("runner:\n") :].split("\n\n")[0])["runner"]

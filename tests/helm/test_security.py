@@ -1,6 +1,7 @@
-"""Nothing that a chart renders may give a pod or an account more power than it needs; the check itself is tested, too.
+"""Nothing that a chart renders may give a pod or an account more power than it needs.
 
-The rules for pods are those of the Pod Security Standard "restricted", and no token of a service account.
+The check itself is tested, too. The rules for pods are those of the Pod Security Standard
+"restricted", and no token of a service account.
 Source: https://kubernetes.io/docs/concepts/security/pod-security-standards/
 """
 
@@ -48,7 +49,10 @@ def weaknesses(documents: list[Manifest]) -> list[str]:
 
 
 def pod_weaknesses(pod: Manifest, *, token: bool = False) -> Iterator[str]:
-    """Of one pod's spec. ``token``: whether it may have a token of its service account."""
+    """What in one pod's spec is against the rules.
+
+    ``token`` says whether the pod may have a token of its service account.
+    """
     for field in ("hostNetwork", "hostPID", "hostIPC"):
         if pod.get(field):
             yield f"{field} is set"
@@ -118,7 +122,7 @@ def _of_rule(rule: Manifest) -> Iterator[str]:
 
 
 def pod_specs(node: Any) -> Iterator[Manifest]:
-    """Pods' specs wherever they stand: in a Pod, a Deployment, a CronJob …"""
+    """Pods' specs wherever they stand: in a Pod, a Deployment, a CronJob and so on."""
     if isinstance(node, dict):
         if isinstance(node.get("containers"), list):
             yield node

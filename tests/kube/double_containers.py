@@ -19,7 +19,7 @@ import psutil
 from nursery import Child, Nursery, module_of
 
 from operators import launch
-from operators.processes import is_alive
+from operators.service.processes import is_alive
 
 _LAUNCH_SECONDS = 0.005
 _KILL_SECONDS = 10.0

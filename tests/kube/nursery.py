@@ -1,10 +1,10 @@
 """Processes that run this project's commands, forked from one that has imported what they import.
 
 A process of this project, such as a container's first one and its stage, imports for seconds to work for milliseconds. A
-nursery is a process that has done so once. For a command such as ``python -m chunkflow_core.logged …`` it forks a child,
+nursery is a process that has done so once. For a command such as ``python -m chunkflow_core.commands.first_process …`` it forks a child,
 which takes over environment, folder and outputs, a session of its own, and then runs the module as ``python -m`` does. So
 it does with ``python FILE`` and ``python -c PROGRAM``. What a child starts by ``os.posix_spawn``, as
-:mod:`chunkflow_core.logged` does, it forks too if it is a module of this project's.
+:mod:`chunkflow_core.commands.first_process` does, it forks too if it is a module of this project's.
 
 A child differs from a process that was executed in what its kernel's entries say of its start: ``/proc/PID/cmdline`` and
 ``/proc/PID/environ`` are the nursery's. What modules read from the environment while they are imported they have read in
@@ -45,7 +45,16 @@ PACKAGE = "chunkflow_core"
 PRELOADED = (
     *(
         f"{PACKAGE}.{name}"
-        for name in ("audit.audit", "commands", "logged", "steps.local", "steps.stages", "storage.clients")
+        for name in (
+            "__main__",
+            "audit.audit",
+            "commands.first_process",
+            "commands.stages",
+            "steps.blend",
+            "steps.infer",
+            "steps.local",
+            "storage.clients",
+        )
     ),
     *(f"{PACKAGE}.{name}" for name in ("inference_and_donate", "receive_and_blend", "engines.identity")),
 )

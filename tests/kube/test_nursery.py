@@ -17,13 +17,13 @@ import pytest
 from double import Cluster
 from nursery import Nursery, module_of
 
-from operators.processes import is_alive, wait_until
+from operators.service.processes import is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process file descriptors are Linux's")
 
 COMMAND = ["python", "-m", "chunkflow_core.odd", "word"]
 """A module that the test writes; ``sitecustomize`` makes it one of the package's."""
-LOGGED = ["python", "-m", "chunkflow_core.logged", "--", "chunkflow_core.odd", "word"]
+LOGGED = ["python", "-m", "chunkflow_core.commands.first_process", "--", "chunkflow_core.odd", "word"]
 LIMIT = 20.0
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from operators import launch
-from operators.processes import is_alive, wait_until
+from operators.service.processes import is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
 

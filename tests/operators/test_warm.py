@@ -1,4 +1,7 @@
-"""Commands that a warm parent forks are what commands are that start from nothing, and end with whoever asked for them."""
+"""Commands that a warm parent forks are what commands are that start from nothing.
+
+They end with whoever asked for them.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ from nursery import Nursery
 import operators
 from operators import launch, warm
 from operators.local import LocalRunner
-from operators.processes import is_alive, wait_until
+from operators.service.processes import is_alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a warm parent needs Linux")
 
 LIMIT = 120.0
-WARM_UP = "chunkflow_core.warm_up"
+WARM_UP = "chunkflow_core.steps.warm_up"
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 Module = Callable[[str], str]
@@ -97,15 +100,19 @@ def children(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
 FACTS = """
 import json, os, resource, signal, sys, threading
 print(json.dumps({
-    "arguments": sys.argv, "title": open("/proc/self/cmdline").read().replace(chr(0), " ").strip(), "name": __name__, "path": sys.path, "environment": dict(os.environ), "folder": os.getcwd(),
+    "arguments": sys.argv, "title": open("/proc/self/cmdline").read().replace(chr(0), " ").strip(),
+    "name": __name__, "path": sys.path, "environment": dict(os.environ), "folder": os.getcwd(),
     "umask": [line for line in open("/proc/self/status") if line.startswith("Umask")],
-    "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
+    "limits": {
+        name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")
+    },
     "cpus": sorted(os.sched_getaffinity(0)), "nice": os.nice(0),
     "own session and group": [os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()],
     "handlers": {str(number): str(signal.getsignal(number)) for number in (2, 3, 10, 13, 15, 17)},
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "descriptors": sorted(os.listdir("/proc/self/fd"))[:3], "how many": len(os.listdir("/proc/self/fd")),
-    "input": sys.stdin.read(), "encodings": [sys.stdout.encoding, sys.stderr.encoding, sys.stdout.errors, sys.stderr.errors],
+    "input": sys.stdin.read(),
+    "encodings": [sys.stdout.encoding, sys.stderr.encoding, sys.stdout.errors, sys.stderr.errors],
     "terminal": [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)],
     "write through": [sys.stdout.write_through, sys.stderr.write_through], "threads": threading.active_count(),
     "standard": sys.stdout is sys.__stdout__, "python": [sys.executable, sys.prefix, sys.flags.dev_mode],
@@ -188,7 +195,8 @@ def test_random_numbers_are_not_the_parents(parent: subprocess.Popen[bytes], mod
 
 def test_output_comes_at_once(parent: subprocess.Popen[bytes], module: Module, tmp_path: Path) -> None:
     name = module(
-        "import os, sys, time\nprint('begun')\nprint('also here', file=sys.stderr)\nwhile not os.path.exists('go'): time.sleep(0.05)"
+        "import os, sys, time\nprint('begun')\nprint('also here', file=sys.stderr)\n"
+        "while not os.path.exists('go'): time.sleep(0.05)"
     )
 
     class Go(logging.Handler):
@@ -364,7 +372,7 @@ def test_warming_up_leaves_no_thread_and_nothing_open(parent: subprocess.Popen[b
     process = psutil.Process(parent.pid)
     before = process.num_fds()
     imports = [WARM_UP, "chunkflow_core.engines.pytorch"]
-    name = module("import sys; print('torch' in sys.modules, 'chunkflow_core.steps.stages' in sys.modules)")
+    name = module("import sys; print('torch' in sys.modules, 'chunkflow_core.steps.workspace' in sys.modules)")
     assert LocalRunner(logging.getLogger(), imports=imports).run([name])[2] == "True True"
     assert process.num_threads() == 1
     assert wait_until(lambda: process.num_fds() == before, LIMIT), "the connection goes last"

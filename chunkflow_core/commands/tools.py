@@ -1,0 +1,122 @@
+"""Subcommands of ``chunkflow-core`` that help to make a spec.
+
+They find an engine for the model, and make input from image stacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from tqdm import tqdm
+
+from chunkflow_core.commands.arguments import Add, add_spec_arguments, positive, spec_of, tolerance
+from chunkflow_core.storage.addresses import check_address
+
+
+def add_commands(add: Add) -> None:
+    """Add the subcommands of this module to the command line."""
+    _add_compile(add)
+    _add_ingest(add)
+
+
+def _add_compile(add: Add) -> None:
+    parser = add("compile", compile, "Convert the model for its engine, and time every engine that can run it here.")
+    add_spec_arguments(parser)
+    parser.add_argument(
+        "--tolerance",
+        type=tolerance,
+        default=1e-5,
+        metavar="D",
+        help="largest difference to the reference, PyTorch in float32, that an output value may have (default: 1e-5)",
+    )
+    parser.add_argument(
+        "--patches", type=positive, default=4, metavar="N", help="patches of the input layer to run (default: 4)"
+    )
+    parser.add_argument(
+        "--engines",
+        type=_engines,
+        default="pytorch,openvino,onnx",
+        metavar="NAMES",
+        help="engines to try, of pytorch,openvino,onnx (default: all that take the model)",
+    )
+
+
+def compile(options: argparse.Namespace) -> None:
+    """Convert the model, and time every engine that can run it."""
+    spec = spec_of(options)
+    from chunkflow_core.steps import compile
+
+    candidates = compile.settings(spec, options.engines)
+    patches = compile.sample(spec, options.patches)
+    with tqdm(total=compile.steps(candidates), unit="step", desc="compile", disable=None) as bar:
+        measurements = compile.measure(spec, candidates, patches, bar.update)
+    best, reference = compile.fastest(measurements, options.tolerance), candidates[0]
+    print("\n".join(compile.table(measurements, best)))
+    print(f"\n► the fastest within {options.tolerance:g} of {reference.engine} {reference.precision}; in the spec:\n")
+    print(compile.spec_lines(best.setting))
+
+
+def _add_ingest(add: Add) -> None:
+    parser = add("ingest", ingest, "Store a TIFF stack, folder of images, HDF5 dataset or npy as a precomputed layer.")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="stack.tif, folder of images, file.h5:dataset, or stack.npy; zyx"
+    )
+    parser.add_argument("layer", type=_layer, metavar="LAYER", help='layer to make, such as "file:///data/em"')
+    parser.add_argument(
+        "--voxel-size", type=_voxel_size, nargs=3, required=True, metavar=("Z", "Y", "X"), help="in nm, such as 40 4 4"
+    )
+    parser.add_argument(
+        "--chunk-size",
+        type=positive,
+        nargs=3,
+        default=[16, 128, 128],
+        metavar=("Z", "Y", "X"),
+        help="default: 16 128 128",
+    )
+    parser.add_argument(
+        "--offset", type=int, nargs=3, default=[0, 0, 0], metavar=("Z", "Y", "X"), help="of the first voxel"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a layer that is there")
+
+
+def ingest(options: argparse.Namespace) -> None:
+    """Store an image stack as a precomputed layer."""
+    from chunkflow_core.lattice.boxes import vector
+    from chunkflow_core.storage.ingest import ingest, open_stack
+
+    stack = open_stack(options.source)
+    with tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:
+        ingest(
+            stack,
+            options.layer,
+            resolution=tuple(options.voxel_size),
+            chunk=vector(options.chunk_size),
+            offset=vector(options.offset),
+            overwrite=options.overwrite,
+            planes_done=bar.update,
+        )
+    print(f"{options.layer}: {' × '.join(map(str, stack.shape))} voxels (zyx), {stack.dtype}")
+
+
+def _engines(text: str) -> list[str]:
+    names, known = text.split(","), ("pytorch", "openvino", "onnx")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{text}: expected some of {','.join(known)}")
+    return names
+
+
+def _voxel_size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected nanometres, more than 0")
+    return int(value) if value.is_integer() else value
+
+
+def _layer(text: str) -> str:
+    try:
+        check_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return text

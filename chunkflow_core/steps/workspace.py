@@ -1,0 +1,110 @@
+"""What the steps of one spec share within a process."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from numpy.typing import NDArray
+
+from chunkflow_core.engines import load_engine
+from chunkflow_core.engines.base import Engine
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.inference.block import Inference
+from chunkflow_core.inference.mask import Mask, MaskWindow
+from chunkflow_core.lattice.blocks import Block
+from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.planning.inputs import Inputs
+from chunkflow_core.planning.state import ExchangeState
+from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.steps.output import open_output
+from chunkflow_core.steps.provenance import check_claim
+from chunkflow_core.storage.digests import short_digest
+from chunkflow_core.storage.layers import InputLayer, OutputLayer
+
+
+class Workspace:
+    """What the steps of one spec share within a process, each opened when first needed."""
+
+    def __init__(self, spec: VolumeSpec, engine: Engine | None = None) -> None:
+        """Open nothing yet.
+
+        Args:
+            spec: The volume.
+            engine: What runs patches; default: what the spec names, loaded when the first patch is
+                run.
+        """
+        self.spec, self._engine = spec, engine
+
+    @cached_property
+    def input(self) -> InputLayer:
+        """The input layer; ``MissingInputError`` if there is none."""
+        spec = self.spec.input
+        return InputLayer(
+            spec.path,
+            spec.mip,
+            self.spec.input_scale,
+            self.spec.input_bounds,
+            padding=spec.padding,
+            fill_missing=spec.fill_missing,
+        )
+
+    @cached_property
+    def output(self) -> OutputLayer:
+        """The output layer; ``MissingInputError`` if ``prepare`` has not made it."""
+        return open_output(self.spec)
+
+    def check_claim(self) -> None:
+        """Check that the output layer is this spec's to write to; ``SpecError`` if not.
+
+        It is not if another model has claimed it during a run.
+        """
+        _ = self.output  # a layer that is missing altogether is told as such
+        check_claim(self.spec)
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """Where donations and receipts are."""
+        return Exchange(self.spec)
+
+    @cached_property
+    def mask(self) -> Mask | None:
+        """The mask of the spec, which says where there is something to do; None without one."""
+        return Mask(self.spec) if self.spec.skip.mask else None
+
+    def masked(self, box: Box, data: NDArray[Any], window: MaskWindow | None = None) -> NDArray[Any]:
+        """Output of a box, set to 0 outside the mask, in place.
+
+        Args:
+            box: The box.
+            data: Its voxels, ``(channels, z, y, x)``.
+            window: The mask over the box, if it has been read already.
+        """
+        if self.mask is not None:
+            data[:, ~(window or self.mask.window(box)).voxels(box)] = 0
+        return data
+
+    def frame_mask(self, block: Block) -> str:
+        """Digest of the mask over a block's frame; empty if there is no mask, or no frame."""
+        if self.mask is None or not self.spec.grid.has_frame(block.index):
+            return ""
+        return short_digest(b"".join(self.mask.window(box).present.tobytes() for box in block.frame))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that runs patches."""
+        return self._engine or load_engine(self.spec)
+
+    def state(self) -> ExchangeState:
+        """What there is at present, for the planner."""
+        return ExchangeState(self.exchange, lambda: self.inputs)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What can tell whether what blocks read has changed."""
+        return Inputs(self.exchange, self.input, self.mask, self.inference)
+
+    @cached_property
+    def inference(self) -> Inference:
+        """What runs and sums patches."""
+        return Inference(self.spec, lambda: self.engine, self.input, self.input.scale.chunk[0], self.mask)

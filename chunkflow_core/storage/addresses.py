@@ -1,0 +1,84 @@
+"""Addresses of places in storage, their parts, and names of files that every storage takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+PRECOMPUTED = "precomputed://"
+"""Prefix of an address that says which format the layer has; here all layers have it."""
+
+_STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]+/[^/]"
+_PROTOCOL = re.compile(rf"({PRECOMPUTED})?(file://[/~]|{_STORES}|(\w+\+)?https?://[^/]).*")
+_ALIAS = re.compile(rf"(?:{PRECOMPUTED})?(\w+)://[^/]")
+_UNSAFE = re.compile(r"^\.|[^A-Za-z0-9._-]")
+_READABLE = 100
+
+
+def plain(address: str) -> str:
+    """The address without the format and without a slash at its end: where the files are."""
+    return address.removeprefix(PRECOMPUTED).rstrip("/")
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two addresses differ at most by what makes no difference."""
+    return _normalised(one) == _normalised(other)
+
+
+def safe_name(text: str) -> str:
+    """A name for a file that every storage takes: the text itself, if it is one.
+
+    Else it is what can be kept of the text, and a hash that keeps the name distinct.
+    """
+    safe = _UNSAFE.sub("-", text)[:_READABLE]
+    return safe if safe == text else f"{safe}.{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def check_address(value: Any) -> Any:
+    """The value, if it is the address of a place in storage; ``ValueError`` if not.
+
+    The path of a local one has to be absolute.
+    """
+    if isinstance(value, str) and (_PROTOCOL.fullmatch(value) or _has_alias(value)):
+        return value
+    if isinstance(value, str) and re.match(rf"({PRECOMPUTED})?s3://https?:", value):
+        raise ValueError('expected endpoint, bucket and path, such as "s3://https://minio.example.org/bucket/em"')
+    raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
+
+
+def check_writable(value: Any) -> Any:
+    """The value, if it is the address of a place that can be written; ``ValueError`` if not."""
+    check_address(value)
+    if re.match(rf"({PRECOMPUTED})?(\w+\+)?https?://", value):
+        raise ValueError(
+            'expected a place that can be written, such as "file:///data/em" or "gs://bucket/em", not http'
+        )
+    return value
+
+
+def is_fetchable(address: str) -> bool:
+    """Whether a single file can be fetched from an address."""
+    return re.match(rf"file://[/~]|{_STORES}", address) is not None or _has_alias(address)
+
+
+def _has_alias(address: str) -> bool:
+    """Whether an address begins with an alias for an endpoint from CloudFiles' ``aliases.json``."""
+    match = _ALIAS.match(address)
+    file = Path(os.environ.get("CLOUD_FILES_DIR") or "~/.cloudfiles").expanduser() / "aliases.json"
+    if match is None or not file.is_file():
+        return False
+    try:
+        aliases = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the aliases in {file} can't be read, they are not JSON: {error}") from error
+    return isinstance(aliases, dict) and match[1] in aliases
+
+
+def _normalised(address: str) -> str:
+    protocol, _, place = plain(address).partition("://")
+    return f"{protocol}://{posixpath.normpath(place).lstrip('/')}"

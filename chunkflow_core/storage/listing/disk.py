@@ -1,0 +1,64 @@
+"""What a disk says of a layer's storage chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from chunkflow_core.storage.compression import EXTENSIONS
+from chunkflow_core.storage.listing.grid import Chunks, Found, Wanted, batches, in_parallel
+
+_DISK_THREADS: Final = 4
+"""Threads that ask a disk. They help where it is in the network.
+
+On a local disk, more would get into each other's way.
+"""
+
+_EXTENSIONS: Final = tuple(EXTENSIONS)
+
+
+class Disk:
+    """A folder on a disk: time of the last change, size and compression of each file."""
+
+    def __init__(self, folder: str) -> None:
+        """Name the folder; nothing is looked at yet."""
+        self._folder = folder
+
+    def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
+        """Names and signatures of those storage chunks that are wanted and there."""
+        names = chunks.all_names(wanted)
+        z, y, x = map(len, chunks.names)
+        if len(names) * len(_EXTENSIONS) < z * y * x:
+            extensions = dict.fromkeys(names, _EXTENSIONS)
+        else:
+            extensions = dict.fromkeys(names, ())
+            self._scan(extensions)
+        return in_parallel(self._signatures, batches(list(extensions.items()), 1000), _DISK_THREADS)
+
+    def _scan(self, extensions: dict[str, tuple[str, ...]]) -> None:
+        """Note the extensions under which files are there."""
+        try:
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    name, dot, extension = entry.name.partition(".")
+                    if name in extensions and dot + extension in _EXTENSIONS:
+                        extensions[name] += (dot + extension,)
+        except FileNotFoundError:  # no storage chunk has been written yet
+            return
+
+    def _signatures(self, batch: list[tuple[str, tuple[str, ...]]]) -> Found:
+        found = []
+        for name, extensions in batch:
+            # which of several a reader takes is up to the reader
+            states = [self._state(f"{self._folder}/{name}{e}", e) for e in sorted(extensions)]
+            if signature := " ".join(filter(None, states)):
+                found.append((name, signature))
+        return found
+
+    def _state(self, path: str, extension: str) -> str:
+        try:
+            status = os.stat(path)  # noqa: PTH116 (a million of them)
+        except FileNotFoundError:
+            return ""
+        return f"{extension} {status.st_mtime_ns} {status.st_size}"

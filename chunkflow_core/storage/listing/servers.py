@@ -1,0 +1,196 @@
+"""What S3, GCS and web servers say of a layer's storage chunks, by as few requests as can be."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+from cloudfiles import CloudFiles, paths
+from cloudfiles.exceptions import UnsupportedProtocolError
+from requests.adapters import HTTPAdapter
+
+from chunkflow_core.errors import SpecError
+from chunkflow_core.storage.clients import located, meaning, open_files, patient
+from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Found, Store, Wanted, batches, in_parallel
+
+_REQUESTS: Final = 16
+"""Number of requests made at the same time."""
+
+_PAGE = 1000
+"""Objects in one answer to a listing: what S3 and GCS give at most."""
+
+_TIMEOUT: Final = 60
+"""Seconds after which a request to a web server is given up."""
+
+
+class _Server(ABC):
+    """Files below an address, each of which can be asked for by itself."""
+
+    def __init__(self, files: CloudFiles, key: str) -> None:
+        self._files, self._key = files, key
+
+    def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
+        """Names and signatures of storage chunks that are there, among them all that are wanted."""
+        return self._each(chunks.all_names(wanted))
+
+    def _each(self, names: list[str]) -> Iterator[tuple[str, str]]:
+        return in_parallel(self._heads, batches(names, min(100, 1 + len(names) // (4 * _REQUESTS))), _REQUESTS)
+
+    def _heads(self, names: list[str]) -> Found:
+        with self._connect() as connection:
+            signatures = [(name, self._head(connection, f"{self._key}/{name}")) for name in names]
+        return [(name, signature) for name, signature in signatures if signature is not None]
+
+    def _connect(self) -> Any:
+        return self._files._get_connection()
+
+    @abstractmethod
+    def _head(self, connection: Any, name: str) -> str | None:
+        """Signature of a file; None if it isn't there."""
+
+
+class _Bucket(_Server):
+    """Objects, which can also be listed by the beginning of their names."""
+
+    _may_list = True
+
+    def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
+        """Names and signatures of storage chunks that are there, by as few requests as possible."""
+        prefixes, names = _fewest(chunks, wanted) if self._may_list else ([], chunks.all_names(wanted))
+        try:
+            yield from in_parallel(self._list, prefixes, _REQUESTS)
+        except Exception as error:
+            if meaning(error) is not SpecError:
+                raise
+            # who may read another's bucket often may not list it
+            self._may_list, names = False, chunks.all_names(wanted)
+        yield from self._each(names)
+
+    def _list(self, prefix: str) -> Found:
+        with self._connect() as connection:
+            folder: str = connection.get_path_to_file(f"{self._key}/")
+            page, token = self._page(connection, folder + prefix, None)
+            found = page
+            while token:
+                page, token = self._page(connection, folder + prefix, token)
+                found += page
+        return [(name.removeprefix(folder), signature) for name, signature in found]
+
+    @abstractmethod
+    def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
+        """One answer to a listing, and the token of the next one."""
+
+
+class _S3(_Bucket):
+    @patient
+    def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
+        place = {"Bucket": connection._path.bucket, "Prefix": prefix, "MaxKeys": _PAGE}
+        answer = connection._conn.list_objects_v2(**place, **({"ContinuationToken": token} if token else {}))
+        objects = answer.get("Contents", [])
+        found = [(o["Key"], s3_signature(o.get("ETag"), o["Size"], o["LastModified"])) for o in objects]
+        return found, answer.get("NextContinuationToken")
+
+    def _head(self, connection: Any, name: str) -> str | None:
+        head = connection.head(name)  # has retries
+        return head and s3_signature(head["ETag"], head["Content-Length"], head["Last-Modified"])
+
+
+class _GCS(_Bucket):
+    @patient
+    def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
+        fields = "items(name,md5Hash,crc32c,generation,size),nextPageToken"
+        blobs = connection._bucket.list_blobs(prefix=prefix, page_size=_PAGE, page_token=token, fields=fields)
+        found = [(blob.name, self._signature(blob)) for blob in next(blobs.pages, ())]
+        return found, blobs.next_page_token
+
+    @patient
+    def _head(self, connection: Any, name: str) -> str | None:
+        blob = connection._bucket.get_blob(connection.get_path_to_file(name))
+        return None if blob is None else self._signature(blob)
+
+    @staticmethod
+    def _signature(blob: Any) -> str:
+        return f"{blob.md5_hash or blob.crc32c or blob.generation} {blob.size}"
+
+
+class _Http(_Server):
+    def __init__(self, files: CloudFiles, key: str) -> None:
+        super().__init__(files, key)
+        self._connection = files._get_connection()
+        for protocol in ("http://", "https://"):
+            self._connection.session.mount(protocol, HTTPAdapter(pool_maxsize=_REQUESTS))
+
+    def _connect(self) -> Any:
+        return self._connection
+
+    @patient
+    def _head(self, connection: Any, name: str) -> str | None:
+        # always the same encoding, since answers in another one may have another ETag
+        headers = {**connection.default_headers(), "Accept-Encoding": "gzip"}
+        url = connection.get_path_to_file(name)
+        with connection.session.head(url, headers=headers, allow_redirects=True, timeout=_TIMEOUT) as response:
+            if response.status_code in (403, 404):  # to CloudFiles, neither is there
+                return None
+            if response.status_code in (405, 501):
+                raise CannotTell
+            response.raise_for_status()
+            return http_signature(response.headers)
+
+
+def s3_signature(etag: str | None, size: int, modified: datetime) -> str:
+    """What S3 says of an object: ETag and size.
+
+    Stores that look after files for others may have an ETag that is always "1-"; then the time of
+    the last change, in Unix seconds, is added.
+    """
+    etag = (etag or "-").strip('"')
+    return f"{etag} {size}" + (f" {modified.timestamp():.0f}" if etag.endswith("-") else "")
+
+
+def http_signature(headers: Mapping[str, str]) -> str:
+    """What a web server says of a file; ``CannotTell`` if it says neither ETag nor last change."""
+    if etag := headers.get("ETag"):
+        return etag.removeprefix("W/")
+    if modified := headers.get("Last-Modified"):
+        return f"{modified} {headers.get('Content-Length')}"
+    raise CannotTell
+
+
+def open_server(path: str, key: str) -> Store | None:
+    """The server that has the files ``key/…`` of a layer; None if it can't be asked for them."""
+    try:
+        place = paths.extract(located(path)["cloudpath"])
+    except UnsupportedProtocolError:
+        return None
+    if place.format != "precomputed":
+        return None
+    stores: dict[str, type[_Server]] = {"s3": _S3, "gs": _GCS, "http": _Http, "https": _Http}
+    kind = stores.get(place.protocol)
+    return kind(open_files(path), key) if kind else None
+
+
+def _fewest(chunks: Chunks, wanted: Wanted) -> tuple[list[str], list[str]]:
+    """Prefixes to list and names to look at, so that the fewest requests are made.
+
+    That is so if all storage chunks are there. Names begin with the range in x, then that in y.
+    Where numbers are equal, the smaller answers win, which also come at the same time.
+    """
+    of_column, of_row = (
+        -(-objects // _PAGE) for objects in (len(chunks.names[0]), math.prod(map(len, chunks.names[:2])))
+    )
+    rows: dict[int, Wanted] = defaultdict(dict)
+    for column, zs in wanted.items():
+        rows[column[1]][column] = zs
+    prefixes, names = [], []
+    for x, columns in rows.items():
+        if of_row < sum(min(of_column, len(zs)) for zs in columns.values()):
+            prefixes.append(f"{chunks.names[2][x]}_")
+            continue
+        listed = {y for (y, _), zs in columns.items() if of_column < len(zs)}
+        prefixes += [f"{chunks.names[2][x]}_{chunks.names[1][y]}_" for y in listed]
+        names += chunks.all_names({column: zs for column, zs in columns.items() if column[0] not in listed})
+    return prefixes, names

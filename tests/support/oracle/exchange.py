@@ -1,0 +1,49 @@
+"""Oracle for the exchange: what has been left there, by which files are there.
+
+It reads names, and of receipts by which run they were written; all else of the formats is the
+library's own affair. It shares no code with ``chunkflow_core``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.support.oracle.geometry import Geometry, Index
+
+
+def donations(folder: Path) -> set[str]:
+    """Names of all donations below a model's folder of the exchange."""
+    return {file.name for file in (folder / "donations").rglob("*") if file.is_file() and "%" in file.name}
+
+
+def receipts(folder: Path, geometry: Geometry) -> dict[tuple[str, Index], set[tuple[str, str]]]:
+    """Stages of blocks that are said to be done: the box for which, and the run that did it."""
+    found: dict[tuple[str, Index], set[tuple[str, str]]] = {}
+    for stage in ("infer", "blend"):
+        for file in (folder / "receipts" / stage).rglob("*%*.json"):
+            box, run = file.name.partition("%")[0], json.loads(file.read_bytes())["receipt"]["run"]
+            found.setdefault((stage, geometry.owner(corners(box)[0])), set()).add((box, run))
+    return found
+
+
+def receiver_of(donation: str, geometry: Geometry) -> Index:
+    """The block that owns a donation's voxels."""
+    return geometry.owner(corners(donation.partition("%")[2])[0])
+
+
+def corners(name: str) -> tuple[Index, Index]:
+    """Start and stop, zyx, of a range that a file is named after."""
+    ranges = [axis.split("-") for axis in name.partition("%")[0].split("_")]
+    return tuple(int(a) for a, _ in reversed(ranges)), tuple(int(b) for _, b in reversed(ranges))
+
+
+def some(items: Iterable[Any], seed: int) -> list[Any]:
+    """A random part of some items, at least one if there are any."""
+    rng, ordered = np.random.default_rng(seed), sorted(items)
+    part = [item for item in ordered if rng.random() < 0.3]
+    return part or [ordered[int(rng.integers(len(ordered)))]] if ordered else []
