@@ -1,16 +1,17 @@
-"""The one-machine Airflow under users who click while tasks start and end: how long an answer takes, on PostgreSQL and on SQLite.
+"""How long the one-machine Airflow takes to answer users while tasks start and end.
 
-    python bench/clicks.py                                       # both databases, some minutes
-    python bench/clicks.py --requests 40 --databases postgresql  # a look
+    python -m bench.clicks --requests 40 --databases postgresql     # a look
+    python -m bench.clicks                                          # and SQLite, some minutes
 
-A real service; a DAG of six tasks that do nothing, runs of which follow each other; four clients that trigger runs, clear tasks and
-write notes as fast as they get answers; and a process for each core that only burns it. Then, without clients and burners, a DAG of
-128 tasks goes through the scheduler. SQLite is used as ``AIRFLOW__DATABASE__SQL_ALCHEMY_CONN`` gives it to the service.
+A real service; a DAG of six tasks that do nothing, runs of which follow each other; four clients
+that trigger runs, clear tasks and write notes as fast as they get answers; and a process for each
+core that only burns it. Before that, without clients and burners, a DAG of 128 tasks goes through
+the scheduler. SQLite is used as ``AIRFLOW__DATABASE__SQL_ALCHEMY_CONN`` gives it to the service.
+Needs the extra ``airflow``.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -22,9 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from tqdm import tqdm
 
+from bench.common import command_line, table, trigger, wait_for_dag
 from operators.service import ApiError, Client, Service, ServiceError, start
 
 DAGS = """
@@ -45,27 +48,38 @@ SLOW = 10.0
 
 @dataclass
 class Answers:
-    """What clients got."""
+    """What the service answered."""
 
     seconds: list[float] = field(default_factory=list)
+    """How long each answer took, errors included."""
     errors: list[str] = field(default_factory=list)
 
     @property
     def slow(self) -> int:
-        """Answers that took too long."""
+        """Number of answers that took longer than ``SLOW``."""
         return sum(one > SLOW for one in self.seconds)
 
 
 class User(threading.Thread):
-    """Triggers, clears and annotates until so many requests are made in all, or the time is over."""
+    """Triggers runs, writes notes, clears tasks, until enough requests are made or time is up."""
 
-    def __init__(self, service: Service, answers: Answers, bar: tqdm[None], end: float) -> None:
+    def __init__(self, service: Service, answers: Answers, bar: tqdm[Any], requests: int, end: float) -> None:
+        """Prepare to click.
+
+        Args:
+            service: The service.
+            answers: Where what all users get is kept.
+            bar: Moved on with each answer.
+            requests: How many answers all users want together.
+            end: When to stop, as :func:`time.monotonic` tells.
+        """
         super().__init__(daemon=True)
-        self._service, self._answers, self._bar, self._end = service, answers, bar, end
+        self._service, self._answers, self._bar, self._requests, self._end = service, answers, bar, requests, end
 
     def run(self) -> None:
+        """Click until enough answers have come or time is up."""
         with Client(self._service, timeout=90) as client:
-            while self._bar.n < self._bar.total and time.monotonic() < self._end:
+            while len(self._answers.seconds) < self._requests and time.monotonic() < self._end:
                 run = self._ask(client, "POST", "dags/clicked/dagRuns", {"logical_date": None, "conf": {}})
                 if run is None:
                     continue
@@ -94,7 +108,7 @@ def burn() -> None:
 
 @contextmanager
 def burners(count: int) -> Iterator[None]:
-    """So many processes that only burn."""
+    """Keep ``count`` cores busy."""
     processes = [multiprocessing.get_context("spawn").Process(target=burn, daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
@@ -106,19 +120,10 @@ def burners(count: int) -> Iterator[None]:
             process.join()
 
 
-def wait_for(client: Client, dag: str, limit: float) -> None:
-    """Wait until Airflow has a DAG."""
-    end = time.monotonic() + limit
-    while dag not in {row["dag_id"] for row in client.pages("dags", "dags")}:
-        if time.monotonic() > end:
-            raise TimeoutError(f"Airflow does not find the DAG {dag}")
-        time.sleep(0.5)
-
-
 def through_the_scheduler(client: Client, limit: float) -> float | None:
-    """Seconds of a run of the wide DAG; ``None`` if it does not end in time."""
+    """Run the wide DAG; give its seconds, or None if it does not end within ``limit`` seconds."""
     began = time.monotonic()
-    run = client.post("dags/wide/dagRuns", {"logical_date": None, "conf": {}})["dag_run_id"]
+    run = trigger(client, "wide")
     while client.get(f"dags/wide/dagRuns/{run}")["state"] not in ("success", "failed"):
         if time.monotonic() > began + limit:
             return None
@@ -126,26 +131,35 @@ def through_the_scheduler(client: Client, limit: float) -> float | None:
     return time.monotonic() - began
 
 
-def measure(database: str, options: argparse.Namespace) -> str:
-    """A row of the table."""
+@dataclass(frozen=True)
+class Load:
+    """What a service has to stand."""
+
+    requests: int
+    """How many answers all clients want together."""
+    clients: int
+    burners: int
+    """Processes that burn a core each."""
+    tasks: int
+    """Tasks of the wide DAG."""
+    limit: float
+    """Seconds after which clients stop."""
+
+
+def measure(database: str, load: Load) -> list[str]:
+    """Start a service on ``postgresql`` or ``sqlite`` and load it; give a line of the table."""
     with tempfile.TemporaryDirectory(prefix="clicks-") as folder:
         dags = Path(folder) / "dags"
         dags.mkdir()
-        (dags / "many.py").write_text(DAGS % options.tasks)
+        (dags / "many.py").write_text(DAGS % load.tasks)
         conn = {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{folder}/airflow.db"} if database == "sqlite" else {}
         with start(Path(folder) / "home", dags=dags, environment=conn) as service, Client(service) as client:
-            wait_for(client, "wide", 120)
-            wide = through_the_scheduler(client, options.limit)
-            answers = Answers()
-            with burners(options.burn), tqdm(total=options.requests, desc=database, unit="request") as bar:
-                users = [User(service, answers, bar, time.monotonic() + options.limit) for _ in range(options.clients)]
-                began = time.monotonic()
-                for user in users:
-                    user.start()
-                for user in users:
-                    user.join()
-                took = time.monotonic() - began
-    cells = [
+            wait_for_dag(client, "wide")
+            wide = through_the_scheduler(client, load.limit)
+            answers, took = click(service, load, database)
+    for error in sorted(set(answers.errors))[:3]:
+        print(f"{database}: {error[:300]}", file=sys.stderr)
+    return [
         database,
         str(len(answers.seconds)),
         f"{took:.0f} s",
@@ -155,14 +169,28 @@ def measure(database: str, options: argparse.Namespace) -> str:
         f"{max(answers.seconds):.1f} s",
         "–" if wide is None else f"{wide:.1f} s",
     ]
-    for error in sorted(set(answers.errors))[:3]:
-        print(f"{database}: {error[:300]}", file=sys.stderr)
-    return f"| {' | '.join(cells)} |"
+
+
+def click(service: Service, load: Load, title: str) -> tuple[Answers, float]:
+    """Let all clients click, while processes burn the cores.
+
+    Returns:
+        What the clients got, and the seconds until the last one ended.
+    """
+    answers = Answers()
+    with burners(load.burners), tqdm(total=load.requests, desc=title, unit="request") as bar:
+        began = time.monotonic()
+        users = [User(service, answers, bar, load.requests, began + load.limit) for _ in range(load.clients)]
+        for user in users:
+            user.start()
+        for user in users:
+            user.join()
+        return answers, time.monotonic() - began
 
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("clicks", __doc__)
     parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES, help="default: both")
     parser.add_argument("--requests", type=int, default=500, help="of all clients together (default: 500)")
     parser.add_argument("--clients", type=int, default=4, help="default: 4")
@@ -174,9 +202,9 @@ def main() -> int:
     )
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which clients stop (default: 300)")
     options = parser.parse_args()
-    rows = [measure(database, options) for database in options.databases]
-    print(f"\n| database | requests | in | errors | over {SLOW:.0f} s | median | slowest | {options.tasks} tasks |")
-    print("\n".join(["| --- | --- | --- | --- | --- | --- | --- | --- |", *rows]))
+    load = Load(options.requests, options.clients, options.burn, options.tasks, options.limit)
+    header = ["database", "requests", "in", "errors", f"over {SLOW:.0f} s", "median", "slowest", f"{load.tasks} tasks"]
+    print("\n" + table(header, [measure(database, load) for database in options.databases]))
     return 0
 
 

@@ -1,33 +1,43 @@
-"""Memory of a block's process beside what ``plan`` says, and what settings of glibc's malloc gain (``chunkflow_core/machine.py``).
+"""Memory of a block's process beside what ``plan`` says, and what settings of glibc's malloc gain.
 
-    python bench/memory.py [--rounds 3] [--rows openvino pytorch ...] [--block Z Y X] [--output memory.json]
+    python -m bench.memory --rounds 1 --rows identity --block 16 128 128      # a look
+    python -m bench.memory                                                    # 13 minutes
 
-Inference of a block that has neighbours on all sides, as a process of its own, in turn as it is and with glibc as it is by
-default; who begins changes each round. Figures are medians, ratios are taken within a round. Wall time is without imports,
-CPU time with them.
+Inference of a block that has neighbours on all sides, as a process of its own, in turn as it is and
+with glibc as it is by default (``chunkflow_core/machine.py`` has the settings); who begins changes
+each round. Figures are medians, ratios are taken within a round. Wall time is without imports, CPU
+time with them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 from tqdm import tqdm
-from volumes import UNET_FILES, spec_content, write_random
 
+from bench.common import (
+    SIZE,
+    UNET,
+    ask,
+    command_line,
+    size_text,
+    spec_content,
+    table,
+    table_line,
+    write_json,
+    write_random,
+)
 from chunkflow_core.lattice.boxes import Vector, vector
 
-UNET_MODEL: dict[str, object] = {**UNET_FILES, "streams": 2}
+UNET_MODEL: dict[str, object] = {**UNET, "streams": 2}
 SMALL: tuple[Vector, Vector] = (16, 128, 128), (4, 32, 32)
 LARGE: tuple[Vector, Vector] = (16, 192, 192), (4, 64, 64)
 RUN = """
@@ -45,13 +55,15 @@ sys.exit(code)
 
 @dataclass(frozen=True)
 class Row:
-    """A model, its patches, and the size of a block."""
+    """A network and sizes in voxels, zyx."""
 
     model: dict[str, object]
+    """Section ``model`` of the spec."""
     patch: Vector
     overlap: Vector
     block: Vector
     channels: int = 1
+    """Channels of the output."""
 
 
 ROWS = {
@@ -65,34 +77,45 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A process: peak resident memory in bytes, seconds of wall clock and of CPU."""
+    """What a process has taken."""
 
     peak: int
+    """Largest resident memory in bytes."""
     wall: float
+    """Seconds of wall clock, without imports."""
     cpu: float
+    """CPU seconds, with imports."""
+
+
+HEADER = [
+    *("", "patch", "block", "interpreter, libraries, network", "data, by `plan`", "peak", "peak / plan", "wall"),
+    *("by default: peak", "wall", "CPU"),
+]
+"""Titles of the table's columns."""
 
 
 def write_spec(folder: Path, row: Row) -> Path:
-    """Random input around the block (1, 1, 1), and the spec's path."""
+    """Write random input around the block (1, 1, 1), and a spec; give the spec's path."""
     write_random(folder, vector(2 * b + 2 * o for b, o in zip(row.block, row.overlap, strict=True)))
-    sizes = {"patch": row.patch, "overlap": row.overlap, "block": row.block}
-    spec = spec_content(folder, **sizes, model=row.model, channels=row.channels)
+    output: dict[str, object] = {"channels": row.channels}
+    content = spec_content(
+        folder, patch=row.patch, overlap=row.overlap, block=row.block, model=row.model, output=output
+    )
     path = folder / "spec.yaml"
-    path.write_text(yaml.safe_dump(spec))
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
-def ask(*arguments: str) -> dict[str, Any]:
-    """What a command says in JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "chunkflow_core", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
 def run(how: str, spec: Path) -> Run:
-    """Inference of the block, with memory ``kept`` or glibc's ``default``."""
+    """Run inference of the block of a spec.
+
+    Args:
+        how: ``kept`` for memory as it is kept here, ``default`` for glibc as it is by default.
+        spec: The spec's file.
+
+    Raises:
+        RuntimeError: The process fails.
+    """
     arguments = [sys.executable, "-c", RUN, how, str(spec), "--block", "1", "1", "1", "--force"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -102,60 +125,57 @@ def run(how: str, spec: Path) -> Run:
 
 
 def measure(row: Row, rounds: int, progress: tqdm[Any]) -> dict[str, float]:
-    """Medians of a row; ratios within rounds."""
+    """Run a row in rounds; give medians of bytes and seconds, and of ratios within rounds."""
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         spec = write_spec(Path(folder), row)
         ask("prepare", str(spec))  # converts the model, where an engine does
-        trial = ask("prepare", str(spec))
-        planned = ask("plan", str(spec))["memory_bytes"]
+        process_bytes = ask("prepare", str(spec)).content["process_bytes"]
+        planned = ask("plan", str(spec)).content["memory_bytes"]
         pairs = []
         for number in range(rounds):
             order = ("default", "kept") if number % 2 else ("kept", "default")
             runs = {how: run(how, spec) for how in order}
             pairs.append((runs["kept"], runs["default"]))
             progress.update()
-    peak = statistics.median(kept.peak for kept, _ in pairs)
+    peak = median(kept.peak for kept, _ in pairs)
     return {
-        "process_bytes": trial["process_bytes"],
-        "data_bytes": planned - trial["process_bytes"],
+        "process_bytes": process_bytes,
+        "data_bytes": planned - process_bytes,
         "peak_bytes": peak,
         "peak_of_plan": peak / planned,
-        "wall_seconds": statistics.median(kept.wall for kept, _ in pairs),
-        "default_peak": statistics.median(default.peak / kept.peak for kept, default in pairs),
-        "default_wall": statistics.median(default.wall / kept.wall for kept, default in pairs),
-        "default_cpu": statistics.median(default.cpu / kept.cpu for kept, default in pairs),
+        "wall_seconds": median(kept.wall for kept, _ in pairs),
+        "default_peak": median(default.peak / kept.peak for kept, default in pairs),
+        "default_wall": median(default.wall / kept.wall for kept, default in pairs),
+        "default_cpu": median(default.cpu / kept.cpu for kept, default in pairs),
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def line(name: str, row: Row, figures: dict[str, float]) -> list[str]:
+    """Write a line of the table."""
+    megabytes = [f"{figures[key] / 1e6:.0f} MB" for key in ("process_bytes", "data_bytes", "peak_bytes")]
+    by_default = [f"× {figures[key]:.2f}" for key in ("default_peak", "default_wall", "default_cpu")]
+    took = [f"{figures['peak_of_plan']:.2f}", f"{figures['wall_seconds']:.1f} s"]
+    return [name, size_text(row.patch), size_text(row.block), *megabytes, *took, *by_default]
+
+
+def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("memory", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
-    block: dict[str, Any] = {"type": int, "nargs": 3, "metavar": ("Z", "Y", "X")}
-    parser.add_argument("--block", help="of all rows, a multiple of their strides (default: each has its own)", **block)
+    parser.add_argument("--block", help="of all rows, a multiple of their strides (default: each has its own)", **SIZE)
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     rows = {name: replace(ROWS[name], block=vector(options.block or ROWS[name].block)) for name in options.rows}
     figures: dict[str, dict[str, float]] = {}
-    print(
-        "| | patch | block | interpreter, libraries, network | data, by `plan` | peak | peak / plan | wall | by default: peak | wall | CPU |"
-    )
-    print("|" + " --- |" * 11)
+    print(table(HEADER, []))
     with tqdm(total=options.rounds * len(options.rows), unit="round") as progress:
         for name, row in rows.items():
             progress.set_description(name)
-            f = figures[name] = measure(row, options.rounds, progress)
-            sizes = [" × ".join(map(str, size)) for size in (row.patch, row.block)]
-            tqdm.write(
-                f"| {name} | {sizes[0]} | {sizes[1]} | {f['process_bytes'] / 1e6:.0f} MB | {f['data_bytes'] / 1e6:.0f} MB | "
-                f"{f['peak_bytes'] / 1e6:.0f} MB | {f['peak_of_plan']:.2f} | {f['wall_seconds']:.1f} s | × {f['default_peak']:.2f} | "
-                f"× {f['default_wall']:.2f} | × {f['default_cpu']:.2f} |"
-            )
-    if options.output:
-        options.output.write_text(
-            json.dumps({"cpus": os.cpu_count(), "rows": {n: asdict(rows[n]) | f for n, f in figures.items()}}, indent=1)
-        )
+            figures[name] = measure(row, options.rounds, progress)
+            tqdm.write(table_line(line(name, row, figures[name])))
+    report = {"cpus": os.cpu_count(), "rows": {name: asdict(rows[name]) | found for name, found in figures.items()}}
+    write_json(options.output, report)
     return 0
 
 

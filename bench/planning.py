@@ -1,21 +1,18 @@
 """How long it takes to plan a volume of many blocks, and how much memory.
 
-    python bench/planning.py [--blocks 40 50 50] [--folder DIR]
+    python -m bench.planning --blocks 10 20 25      # a look
+    python -m bench.planning                        # 100,000 blocks; writes 200,000 small files
 
-Writes an exchange as a run of the whole volume leaves it (receipts of all blocks; donations cleaned up; no voxels), and times
-``chunkflow-core plan`` as a process of its own: for nothing done yet, for all done, and for some blocks lost.
+Writes an exchange as a run of the whole volume leaves it (receipts of all blocks; donations cleaned
+up; no voxels), and times ``chunkflow-core plan`` as a process of its own: for nothing done yet, for
+all done, and for some blocks lost.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -23,37 +20,45 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from bench.common import SIZE, Answer, ask, command_line, make_layer, spec_content, table
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.steps.stages import Workspace
-from chunkflow_core.storage.layers import NewLayer
+from chunkflow_core.steps.workspace import Workspace
 
-BLOCK = (112, 1152, 1152)
+BLOCK: Vector = (112, 1152, 1152)
+"""Block size in voxels, zyx."""
 
 
 def write_spec(folder: Path, blocks: Vector) -> Path:
-    """A spec of so many blocks, and an input layer without voxels."""
+    """Write an input layer without voxels, and a spec.
+
+    Args:
+        folder: Where both are put.
+        blocks: Number of blocks along z, y and x.
+
+    Returns:
+        The spec's file.
+    """
     shape = vector(n * size for n, size in zip(blocks, BLOCK, strict=True))
-    NewLayer(f"file://{folder}/input", shape, dtype="uint8", resolution=(40, 4, 4), chunk=(64, 512, 512))
-    spec = {
-        "name": "planning",
-        "input": {"path": f"file://{folder}/input", "fill_missing": True},
-        "output": {"path": f"file://{folder}/output", "channels": 3, "chunk_size": [16, 128, 128]},
-        "exchange": {"path": f"file://{folder}/exchange"},
-        "patch_size": [32, 256, 256],
-        "patch_overlap": [4, 64, 64],
-        "block_size": list(BLOCK),
-        "model": {"engine": "identity"},
-    }
+    make_layer(f"file://{folder}/input", shape, chunk=(64, 512, 512))
+    content = spec_content(
+        folder,
+        patch=(32, 256, 256),
+        overlap=(4, 64, 64),
+        block=BLOCK,
+        model={"engine": "identity"},
+        output={"channels": 3, "chunk_size": [16, 128, 128]},
+        fill_missing=True,
+    )
     path = folder / "planning.yaml"
-    path.write_text(yaml.safe_dump(spec))
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
 def write_receipts(spec: VolumeSpec) -> None:
-    """The receipts of a finished run, with made-up checksums."""
+    """Write the receipts of a finished run, with made-up checksums."""
     workspace = Workspace(spec)
     exchange, inputs, grid = workspace.exchange, workspace.inputs, spec.grid
     given: dict[Vector, Receipt] = {}
@@ -85,48 +90,35 @@ def write_receipts(spec: VolumeSpec) -> None:
 
 
 def lose(spec: VolumeSpec, share: float) -> None:
-    """Retract the receipts of inference of some blocks."""
+    """Retract the receipts of inference of a share of the blocks, chosen from a fixed seed."""
     blocks = list(spec.grid.indices())
     for index in random.Random(0).sample(blocks, round(len(blocks) * share)):
         Exchange(spec).retract("infer", index)
 
 
-def measure(path: Path) -> tuple[float, int, dict[str, object]]:
-    """Seconds and peak memory in bytes of planning, and the plan."""
-    start = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "chunkflow_core", "plan", str(path), "--json"], stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return time.perf_counter() - start, usage.ru_maxrss * 1024, json.loads(output)
+def cells(name: str, answer: Answer) -> list[str]:
+    """Write a line of the table."""
+    due = [str(len(answer.content[key])) for key in ("infer", "blend")]
+    return [name, *due, f"{answer.seconds:.1f}", f"{answer.peak_memory / 1e6:.0f} MB"]
 
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs=3, default=[40, 50, 50], metavar=("Z", "Y", "X"))
+def main() -> int:
+    """Measure and print."""
+    parser = command_line("planning", __doc__)
+    parser.add_argument("--blocks", default=(40, 50, 50), help="along each axis (default: 40 50 50)", **SIZE)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="planning-", dir=options.folder) as folder:
         path = write_spec(Path(folder), vector(options.blocks))
         spec = load_spec(path)
-        rows = [("nothing done", measure(path))]
+        rows = [cells("nothing done", ask("plan", str(path)))]
         write_receipts(spec)
-        rows.append(("all done", measure(path)))
+        rows.append(cells("all done", ask("plan", str(path))))
         lose(spec, 0.01)
-        rows.append(("1 % of the blocks lost", measure(path)))
-    print(
-        f"\n{prod(spec.grid.shape)} blocks\n\n| | to infer | to blend | seconds | peak memory |\n|---|---|---|---|---|"
-    )
-    for name, (seconds, memory, plan) in rows:
-        due = [len(plan[key]) for key in ("infer", "blend")]  # type: ignore[arg-type]
-        print(f"| {name} | {due[0]} | {due[1]} | {seconds:.1f} | {memory / 1e6:.0f} MB |")
+        rows.append(cells("1 % of the blocks lost", ask("plan", str(path))))
+    print(f"\n{prod(spec.grid.shape)} blocks\n\n{table(['', 'to infer', 'to blend', 'seconds', 'peak memory'], rows)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

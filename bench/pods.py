@@ -1,14 +1,15 @@
 """Many pods at once through one triggerer: memory, CPU, and whether every end is noticed.
 
-    python bench/pods.py [--pods 500] [--seconds 420]
+    python -m bench.pods --pods 20 --seconds 60      # a look
+    python -m bench.pods                             # 500 pods
 
-starts a private Airflow and the tests' stand-in for a cluster (pods are simulated, the API is real HTTP), has one DAG with a task
-per pod, and measures the processes of Airflow from the first pod to the last.
+Starts a private Airflow and the tests' stand-in for a cluster (pods are simulated, the API is real
+HTTP), has one DAG with a task per pod, and measures the processes of Airflow from the first pod to
+the last. Needs the extra ``test``. Prints JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,20 +18,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("kube", "chunkflow_core")]
+from bench.common import ROOT, command_line, make_layer, spec_content, trigger, wait_for_dag
+from chunkflow_core.lattice.boxes import Box, Vector
+from operators.service import Client, start
+from operators.service.processes import tree
+from operators.service.settings import Home
+from operators.service.state import State
 
-from double import Cluster, Node  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests" / "kube"))
 
-from chunkflow_core.lattice.boxes import Box  # noqa: E402
-from chunkflow_core.storage.layers import NewLayer  # noqa: E402
-from operators.processes import tree  # noqa: E402
-from operators.service import Client, start  # noqa: E402
-from operators.service_settings import Home  # noqa: E402
-from operators.service_state import State  # noqa: E402
+from double import Cluster, Node
 
 _IMAGE = "chunkflow:bench"
 _COMPONENTS = ("triggerer", "scheduler")
@@ -38,10 +39,12 @@ _COMPONENTS = ("triggerer", "scheduler")
 
 @dataclass
 class Usage:
-    """CPU seconds and memory of a component, with all its processes."""
+    """What a component of Airflow has taken, with all its processes."""
 
     cpu: dict[int, float] = field(default_factory=dict)
+    """CPU seconds so far, by process id."""
     peak: int = 0
+    """Largest memory at a time in bytes; what several share counts once."""
 
     def look(self, processes: list[psutil.Process]) -> None:
         """Take a sample."""
@@ -60,25 +63,36 @@ class Usage:
         return sum(self.cpu.values())
 
 
-def main() -> None:
-    """Run the measurement and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pods", type=int, default=500, help="pods at once (default: %(default)s)")
+def main() -> int:
+    """Measure and print."""
+    parser = command_line("pods", __doc__)
+    parser.add_argument("--pods", type=int, default=500, help="pods at once (default: 500)")
     parser.add_argument(
         "--seconds",
         type=float,
-        default=420,
-        help="life of each pod; all have to be launched before the first one ends (default: %(default)s)",
+        default=420.0,
+        help="life of each pod; all have to be launched before the first one ends (default: 420)",
     )
-    parser.add_argument("--poll", type=float, default=15, help="runner.poll_interval (default: %(default)s)")
+    parser.add_argument("--poll", type=float, default=15.0, help="runner.poll_interval (default: 15)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        print(json.dumps(measure(Path(name), options.pods, options.seconds, options.poll), indent=2))
+    with tempfile.TemporaryDirectory(prefix="pods-") as folder:
+        print(json.dumps(measure(Path(folder), options.pods, options.seconds, options.poll), indent=2))
+    return 0
 
 
 def measure(folder: Path, pods: int, seconds: float, poll: float) -> dict[str, object]:
-    """The figures of one run."""
-    nodes = [Node(f"node-{n}", cpu=10_000, memory=2**50) for n in range(4)]
+    """Start Airflow and the cluster, and let pods live until all have ended.
+
+    Args:
+        folder: Where everything is put.
+        pods: How many there are at once.
+        seconds: How long each lives.
+        poll: Seconds between two looks at a pod.
+
+    Returns:
+        The figures that are printed.
+    """
+    nodes = [Node(f"node-{n}", cpu="10000", memory=str(2**50)) for n in range(4)]
     with Cluster(folder / "kubeconfig", images={_IMAGE}, folder=folder / "pods", nodes=nodes) as cluster:
         write_volume(folder, pods, seconds, poll)
         connection = {
@@ -98,50 +112,49 @@ def measure(folder: Path, pods: int, seconds: float, poll: float) -> dict[str, o
 
 
 def write_volume(folder: Path, pods: int, seconds: float, poll: float) -> None:
-    """A volume of as many blocks in a row, none of which overlap: its tasks are all inference, and all start at once."""
-    layer = NewLayer(f"file://{folder}/input", (1, 1, pods), dtype="uint8", resolution=(1, 1, 1), chunk=(1, 1, pods))
-    import numpy as np
+    """Write a volume of ``pods`` blocks in a row, none of which overlap.
 
-    layer.write(Box((0, 0, 0), (1, 1, pods)), np.ones((1, 1, 1, pods), np.uint8))
-    spec = {
-        "name": "many",
-        "input": {"path": f"file://{folder}/input"},
-        "output": {"path": f"file://{folder}/output", "chunk_size": [1, 1, 1]},
-        "exchange": {"path": f"file://{folder}/exchange"},
-        "patch_size": [1, 1, 1],
-        "patch_overlap": [0, 0, 0],
-        "block_size": [1, 1, 1],
-        "model": {"engine": "identity"},
-        "runner": {
-            "kind": "kubernetes",
-            "image": _IMAGE,
-            "poll_interval": poll,
-            "infer": {"cpu": 1, "gpu": 0},
-            "volumes": [{"mount": str(folder), "host_path": str(folder)}],
-            "annotations": {"double/sleep": str(seconds)},
-        },
+    All of its tasks are inference and start at once.
+    """
+    shape: Vector = (1, 1, pods)
+    make_layer(f"file://{folder}/input", shape, chunk=shape).write(
+        Box((0, 0, 0), shape), np.ones((1, *shape), np.uint8)
+    )
+    content = spec_content(
+        folder,
+        patch=(1, 1, 1),
+        overlap=(0, 0, 0),
+        block=(1, 1, 1),
+        model={"engine": "identity"},
+        output={"chunk_size": [1, 1, 1]},
+    )
+    runner = {
+        "kind": "kubernetes",
+        "image": _IMAGE,
+        "poll_interval": poll,
+        "infer": {"cpu": 1, "gpu": 0},
+        "volumes": [{"mount": str(folder), "host_path": str(folder)}],
+        "annotations": {"double/sleep": str(seconds)},
     }
     (folder / "specs").mkdir()
-    (folder / "specs" / "many.yaml").write_text(yaml.safe_dump(spec))
+    (folder / "specs" / "many.yaml").write_text(yaml.safe_dump(content | {"name": "many", "runner": runner}))
 
 
 def watch(cluster: Cluster, client: Client, home: Path, pods: int, poll: float) -> dict[str, object]:
-    """Trigger the blocks' tasks and watch Airflow until all have ended."""
-    while not any(dag["dag_id"] == "many" for dag in client.pages("dags", "dags")):
-        time.sleep(1)
+    """Trigger the blocks' tasks and watch Airflow until all have ended; give the figures."""
+    wait_for_dag(client, "many")
     usage = {name: Usage() for name in _COMPONENTS}
     began = time.monotonic()
-    run = str(client.post("dags/many/dagRuns", {"logical_date": None, "conf": {}})["dag_run_id"])
+    run = trigger(client, "many")
     skip_steps(client, run)
-    most, all_running, idle = 0, 0.0, (0.0, 0.0)
+    most = 0
+    watched: list[tuple[float, float]] = []  # while all pods run: when, and the triggerer's CPU seconds
     while True:
         sample(home, usage)
         alive = sum(pod["status"].get("phase") == "Running" for pod in cluster.pods())
         most = max(most, alive)
-        if alive == pods and not all_running:
-            all_running, idle = time.monotonic() - began, (time.monotonic(), usage["triggerer"].seconds)
-        if idle[0] and alive == pods:
-            watched = (time.monotonic() - idle[0], usage["triggerer"].seconds - idle[1])
+        if alive == pods:
+            watched.append((time.monotonic(), usage["triggerer"].seconds))
         counts = states(client, run)
         if counts.get("success", 0) + counts.get("failed", 0) >= pods:
             break
@@ -150,27 +163,42 @@ def watch(cluster: Cluster, client: Client, home: Path, pods: int, poll: float) 
     return {
         "pods": pods,
         "most at once": most,
-        "launched": len(cluster.created),
-        "seconds until all run": round(all_running),
+        "launched": sum("chunkflow/block" in pod.labels for pod in cluster.created),  # other steps may have pods too
+        "seconds until all run": round(watched[0][0] - began) if watched else None,
         "seconds in all": round(time.monotonic() - began),
         "tasks": counts,
         "poll interval": poll,
         "GETs of pods": requests,
-        "triggerer's CPU while all run": f"{100 * watched[1] / watched[0]:.0f} % of a core",
+        "triggerer's CPU while all run": share_of_a_core(watched),
         "CPU seconds": {name: round(used.seconds) for name, used in usage.items()},
         "peak memory, MB (proportional)": {name: used.peak // 10**6 for name, used in usage.items()},
         "CPUs of the machine": os.cpu_count(),
     }
 
 
+def share_of_a_core(samples: list[tuple[float, float]]) -> str | None:
+    """Write the CPU seconds between the first and the last sample as a share of the wall seconds.
+
+    Args:
+        samples: Wall seconds and CPU seconds so far, in order.
+
+    Returns:
+        None if there are less than two samples.
+    """
+    if len(samples) < 2:
+        return None
+    (first, before), (last, after) = samples[0], samples[-1]
+    return f"{100 * (after - before) / (last - first):.0f} % of a core"
+
+
 def skip_steps(client: Client, run: str) -> None:
-    """The simulated cluster runs no command: take the steps before the blocks as done."""
+    """Take the steps before the blocks as done, since the simulated cluster runs no command."""
     for task in ("prepare", "select_blocks"):
         client.patch(f"dags/many/dagRuns/{run}/taskInstances/{task}", {"new_state": "success"})
 
 
 def sample(home: Path, usage: dict[str, Usage]) -> None:
-    """Look at the processes of Airflow."""
+    """Take a sample of each component of the Airflow in a folder."""
     state = State.read(Home(home))
     for name, used in usage.items():
         component = state and state.components.get(name)
@@ -179,7 +207,7 @@ def sample(home: Path, usage: dict[str, Usage]) -> None:
 
 
 def states(client: Client, run: str) -> dict[str, int]:
-    """How many blocks' tasks are in which state."""
+    """Count the blocks' tasks by state."""
     counts: dict[str, int] = {}
     for task in client.pages(f"dags/many/dagRuns/{run}/taskInstances", "task_instances"):
         if task["task_id"].startswith("infer."):
@@ -188,4 +216,4 @@ def states(client: Client, run: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

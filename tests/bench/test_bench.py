@@ -1,4 +1,7 @@
-"""The benchmarks that need nothing but this project run, at their smallest; not those whose Airflow takes a minute to start."""
+"""The benchmarks that need nothing but this project run, at their smallest.
+
+Those whose Airflow takes a minute to start are not run.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,28 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[str, tuple[str, list[str]]] = {
-    # script: (options, how lines with figures begin)
-    "compare.py": ("--volume 28 224 224 --rounds 1 --rows identity", ["| this, identity |"]),
-    "device.py": (
+    # benchmark: (options, how lines with figures begin)
+    "compare": (
+        "--volume 28 224 224 --rounds 1 --rows pytorch-float32 identity",
+        ["| this, PyTorch, float32 |", "| this, identity |", "- float32 output of a small volume: at most"],
+    ),
+    "device": (
         "--device cpu --volume 6 24 24 --patch 4 16 16 --overlap 1 4 4 --precision float32 --batch 2 --rounds 1",
         ["| U-Net, float32, batch 2 |", "| identity, batch 2 |"],
     ),
-    "io.py": (
+    "io": (
         "--volume 4 32 32 --chunk 4 32 32 --parallel 1",
         [f"| {codec} |" for codec in ("none", "gzip", "gzip 1", "zstd 3", "br 5") for _ in ("probabilities", "EM")],
     ),
-    "memory.py": ("--rounds 1 --rows identity --block 16 128 128", ["| identity |"]),
-    "planning.py": (
+    "memory": ("--rounds 1 --rows identity --block 16 128 128", ["| identity |"]),
+    "planning": (
         "--blocks 2 3 4",
         ["| nothing done | 24 | 23 |", "| all done | 0 | 0 |", "| 1 % of the blocks lost | 0 | 0 |"],
     ),
-    "starts.py": ("--no-demo --rounds 1 --rows blend", ["| blend, cold |", "| blend, warm |"]),
-    "stitching.py": (
+    "starts": ("--no-demo --rounds 1 --rows blend", ["| blend, cold |", "| blend, warm |"]),
+    "stitching": (
         "--volume 28 224 224 --rounds 1",
         ["unet      1 patches: whole block", "identity  1 patches: whole"],
     ),
@@ -34,10 +40,11 @@ CASES: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script", CASES)
-def test_a_benchmark(python: Callable[..., Any], script: str) -> None:
-    options, rows = CASES[script]
-    outcome = python(BENCH / script, *options.split())
+@pytest.mark.parametrize("name", CASES)
+def test_a_benchmark(python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # since it runs in an empty folder
+    options, rows = CASES[name]
+    outcome = python("-m", f"bench.{name}", *options.split())
     assert outcome.returncode == 0, outcome.stderr
     figures = [line for line in outcome.stdout.splitlines() if line.startswith(tuple(rows))]
     assert len(figures) == len(rows), outcome.stdout
@@ -45,5 +52,6 @@ def test_a_benchmark(python: Callable[..., Any], script: str) -> None:
 
 
 def test_every_benchmark_is_run() -> None:
-    scripts = {path.name for path in BENCH.glob("*.py") if "__main__" in path.read_text()}
-    assert scripts == {*CASES, "clicks.py", "pods.py"}
+    files = [*(ROOT / "bench").glob("*.py"), *(ROOT / "bench").glob("*/__main__.py")]
+    started = [file.parent if file.stem == "__main__" else file for file in files if '"__main__"' in file.read_text()]
+    assert {path.stem for path in started} == {*CASES, "clicks", "pods"}

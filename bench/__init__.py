@@ -1,0 +1,1 @@
+"""Benchmarks, each started by ``python -m bench.NAME`` from the root of the checkout."""

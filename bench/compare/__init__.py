@@ -1,0 +1,1 @@
+"""This pipeline beside MONAI's sliding window and chunkflow's inferencer."""
