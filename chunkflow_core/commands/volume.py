@@ -86,7 +86,9 @@ def run(options: argparse.Namespace) -> None:
         request = Request(blocks=repair(workspace, box=box, seams=options.seams))
     else:
         request = Request(box, force=options.force, check_input=options.check_input)
-    due = plan(spec, request, workspace.state())
+    state = workspace.state()
+    due = plan(spec, request, state)
+    state.note_confirmed()
     print(f"{spec.name}: {len(due.infer)} blocks to infer, {len(due.blend)} to blend, {len(due.up_to_date)} up to date")
     if due.infer or due.blend:
         asked = _asked(options.bbox, force=options.force, check_input=options.check_input, repair=options.repair)
@@ -151,7 +153,10 @@ def plan(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     workspace = Workspace(spec)
-    due = plan(spec, Request(box, force=options.force, check_input=options.check_input), workspace.state())
+    state = workspace.state()
+    due = plan(spec, Request(box, force=options.force, check_input=options.check_input), state)
+    if options.run:
+        state.note_confirmed()
     asked = _asked(options.bbox, force=options.force, check_input=options.check_input)
     _tell_plan(workspace, due, options.run, asked, as_json=options.json)
 
@@ -174,7 +179,9 @@ def repair(options: argparse.Namespace) -> None:
 
     workspace = Workspace(spec)
     undone = repair(workspace, box=box, seams=options.seams)
-    due = plan(spec, Request(blocks=undone), workspace.state())
+    state = workspace.state()
+    due = plan(spec, Request(blocks=undone), state)
+    state.note_confirmed()
     _tell_plan(workspace, due, options.run, _asked(options.bbox, repair=True), as_json=options.json)
 
 
@@ -413,7 +420,11 @@ def _add_seams(parser: argparse.ArgumentParser, default: int = 2) -> None:
 def _add_plan_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs: block indices as [z, y, x]")
     parser.add_argument(
-        "--run", default="", metavar="NAME", help="begin the manifest of this run beside the output, if anything is due"
+        "--run",
+        default="",
+        metavar="NAME",
+        help="plan for this run: begin its manifest beside the output if anything is due, and note in receipts "
+        "which inputs are unchanged",
     )
 
 

@@ -32,6 +32,7 @@ class Inputs:
         """
         self._exchange, self._spec = exchange, exchange.spec
         self._layer, self._mask, self._inference = layer, mask, inference
+        self._confirmed: list[tuple[Receipt, str]] = []
         spec = exchange.spec
         self._signatures = LayerSignatures(spec.input.path, spec.input.mip, layer.scale)
         self._mask_signatures: LayerSignatures | None = None
@@ -58,8 +59,7 @@ class Inputs:
     def unchanged(self, receipt: Receipt) -> bool:
         """Whether a block would read what its receipt of inference says that it has read.
 
-        If that has to be found out from the voxels, what storage says of them at present is noted
-        in the receipt.
+        If that has to be found out from the voxels, ``note_confirmed`` spares it the next time.
         """
         signature = self.signature(receipt.block)
         if signature and signature == receipt.signature:
@@ -67,8 +67,13 @@ class Inputs:
         if self.content(receipt.block) != receipt.content:
             return False
         if signature != receipt.signature:
-            self._exchange.put_signature(receipt, signature)
+            self._confirmed.append((receipt, signature))
         return True
+
+    def note_confirmed(self) -> None:
+        """Note in receipts what storage says of an input that was found unchanged by its voxels."""
+        while self._confirmed:
+            self._exchange.put_signature(*self._confirmed.pop())
 
     def content(self, block: Vector) -> str:
         """Digest of what a block reads, from its voxels: see ``Receipt.content``."""

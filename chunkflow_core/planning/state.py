@@ -56,7 +56,7 @@ class ExchangeState(ExchangeReceipts):
             inputs: Gives what can tell whether an input has changed; called when that is asked.
         """
         super().__init__(exchange)
-        self._inputs = inputs
+        self._inputs, self._confirm = inputs, list[Inputs]()
         self._stored: dict[Vector, Counter[Vector]] = {}
         self._donations_listed: set[Vector] = set()
 
@@ -78,6 +78,7 @@ class ExchangeState(ExchangeReceipts):
         if not blocks:
             return set()
         inputs = self._inputs()
+        self._confirm = [inputs]
         inputs.load(blocks)
         doubtful = [block for block in sorted(blocks) if not self._is_signed(block, inputs)]
         changed = set()
@@ -89,6 +90,11 @@ class ExchangeState(ExchangeReceipts):
                         changed.add(block)
                     block_read()
         return changed
+
+    def note_confirmed(self) -> None:
+        """Note in receipts which inputs were found unchanged by their voxels."""
+        for inputs in self._confirm:
+            inputs.note_confirmed()
 
     def _is_signed(self, block: Vector, inputs: Inputs) -> bool:
         """Whether storage says of a block's input what it said when that was read."""

@@ -7,10 +7,8 @@ has changed has not been told to anybody, and is told with the next one that com
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-import re
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,7 +21,7 @@ from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.provenance import History, digests, now, spec_record, user
-from chunkflow_core.storage.addresses import plain
+from chunkflow_core.storage.addresses import plain, safe_name
 from chunkflow_core.storage.files import put_file, storage_errors
 from chunkflow_core.storage.layers import layer_files
 
@@ -115,8 +113,7 @@ def stem(run: str) -> str:
     Airflow's names have colons and plus signs, which not every storage and browser takes as they
     are. They are replaced; a hash then keeps names apart that only differ there.
     """
-    name = re.sub(r"[^\w.-]", "_", run, flags=re.ASCII)[:_LONGEST]
-    return f"runs/{name}" if name == run else f"runs/{name}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+    return f"runs/{safe_name(run, substitute='_', joint='-', longest=_LONGEST)}"
 
 
 def _begun(spec: VolumeSpec, run: str) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def _is_enough(workspace: Workspace, done: Receipt, run: str, why: Reason | None
     if why is None:
         return True
     if why == "input":
-        return workspace.inputs.unchanged(done)
+        unchanged = workspace.inputs.unchanged(done)
+        workspace.inputs.note_confirmed()
+        return unchanged
     return run != "" and done.run == run and workspace.exchange.has_donations(done)
 
 

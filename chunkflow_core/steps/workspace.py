@@ -47,6 +47,7 @@ class Workspace:
             self.spec.input_bounds,
             padding=spec.padding,
             fill_missing=spec.fill_missing,
+            advice="If missing chunks of this layer mean zeros, set input.fill_missing: true",
         )
 
     @cached_property

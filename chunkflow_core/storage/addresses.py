@@ -17,7 +17,6 @@ _STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]
 _PROTOCOL = re.compile(rf"({PRECOMPUTED})?(file://[/~]|{_STORES}|(\w+\+)?https?://[^/]).*")
 _ALIAS = re.compile(rf"(?:{PRECOMPUTED})?(\w+)://[^/]")
 _UNSAFE = re.compile(r"^\.|[^A-Za-z0-9._-]")
-_READABLE = 100
 
 
 def plain(address: str) -> str:
@@ -30,13 +29,20 @@ def is_same_place(one: str, other: str) -> bool:
     return _normalised(one) == _normalised(other)
 
 
-def safe_name(text: str) -> str:
-    """A name for a file that every storage takes: the text itself, if it is one.
+def safe_name(text: str, substitute: str = "-", joint: str = ".", longest: int = 100) -> str:
+    """A name for a file that every storage and browser takes.
 
-    Else it is what can be kept of the text, and a hash that keeps the name distinct.
+    Args:
+        text: What is to be named.
+        substitute: Stands for each character that may do harm.
+        joint: Stands between the name and a hash.
+        longest: Number of characters that are kept.
+
+    Returns:
+        The text if it is a good name; else what is good of it, and a hash that keeps it distinct.
     """
-    safe = _UNSAFE.sub("-", text)[:_READABLE]
-    return safe if safe == text else f"{safe}.{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    safe = _UNSAFE.sub(substitute, text)[:longest]
+    return safe if safe == text else f"{safe}{joint}{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def check_address(value: Any) -> Any:

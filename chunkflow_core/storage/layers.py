@@ -34,7 +34,15 @@ class InputLayer:
     """The layer to read; voxels outside ``bounds`` are padded."""
 
     def __init__(
-        self, path: str, mip: int, scale: LayerScale, bounds: Box, *, padding: str, fill_missing: bool = False
+        self,
+        path: str,
+        mip: int,
+        scale: LayerScale,
+        bounds: Box,
+        *,
+        padding: str,
+        fill_missing: bool = False,
+        advice: str = "",
     ) -> None:
         """Open the layer; no request is made.
 
@@ -45,11 +53,12 @@ class InputLayer:
             bounds: Part of the scale that is read.
             padding: What stands outside ``bounds``: ``constant`` for zeros, ``edge``, ``reflect``.
             fill_missing: Whether storage chunks that aren't there are zeros.
+            advice: What to do about storage chunks that aren't there, for the error's message.
 
         Raises:
             DataError: The voxels are no numbers.
         """
-        self.path, self.padding, self._mip = path, padding, mip
+        self.path, self.padding, self._mip, self._advice = path, padding, mip, advice
         self.scale, self.bounds = scale, bounds
         with storage_errors(f"opening {self.path}"):
             self._reader = open_layer(self.path, self.scale, mip, fill_missing=fill_missing)
@@ -69,9 +78,8 @@ class InputLayer:
         """
         maps = self._sources(box)
         source = _hull(maps)
-        advice = "If missing chunks of this layer mean zeros, set input.fill_missing: true"
         try:
-            with storage_errors(f"reading {self.path} at {source}", missing=advice):
+            with storage_errors(f"reading {self.path} at {source}", missing=self._advice):
                 data = self._reader.read(source)
         except MissingInputError:
             self.check_unchanged()

@@ -168,7 +168,14 @@ def test_the_same_voxels_in_new_files(path: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "input").glob("*/*"):
         os.utime(file)
 
-    assert due(spec, check_input=True) == Plan((), (), tuple(ALL))
+    state = Workspace(spec).state()
+    assert plan(spec, Request(check_input=True), state) == Plan((), (), tuple(ALL))
+    assert main(["plan", str(path), "--check-input"]) == 0
+
+    signatures = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
+    assert signatures == receipts, "a question does not write"
+
+    state.note_confirmed()
 
     after = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
     assert after.keys() == receipts.keys()

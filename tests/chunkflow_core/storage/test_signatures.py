@@ -206,9 +206,7 @@ def test_a_layer_that_grows(folder: Path) -> None:
     assert {box for box, old, new in zip(CHUNKS, before, after, strict=True) if old != new} == cut_off
 
 
-@pytest.mark.parametrize(
-    "path", ["zarr://gs://lab/em", "graphene://https://example.org/em", "boss://a/b/c"]
-)
+@pytest.mark.parametrize("path", ["zarr://gs://lab/em", "graphene://https://example.org/em", "boss://a/b/c"])
 def test_places_that_cannot_tell(path: str, folder: Path) -> None:
     layer = LayerSignatures(path, 0, read_scale(f"file://{folder}", 0))
     layer.load([ALL])
