@@ -12,6 +12,7 @@ from airflow.sdk.exceptions import AirflowException
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.spec.schedule import INPUT, ScheduleSpec
+from chunkflow_core.storage.addresses import plain
 
 _NOT_OF_A_PATH = str.maketrans({"?": "%3F", "#": "%23"})
 """What Airflow would take for a query or a fragment, and drop."""
@@ -19,7 +20,7 @@ _NOT_OF_A_PATH = str.maketrans({"?": "%3F", "#": "%23"})
 
 def asset_of(path: str) -> Asset:
     """The Asset of a layer: what ``Asset("gs://bucket/em")`` is in anybody's DAG."""
-    address = path.removeprefix("precomputed://").rstrip("/").translate(_NOT_OF_A_PATH)
+    address = plain(path).translate(_NOT_OF_A_PATH)
     try:
         return Asset(address)
     except ValueError:  # no URL, such as one with a bracket in the bucket's name

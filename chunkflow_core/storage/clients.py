@@ -25,6 +25,7 @@ from cloudfiles.exceptions import UnsupportedProtocolError
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
+from chunkflow_core.storage.addresses import PRECOMPUTED
 
 _Request = TypeVar("_Request", bound=Callable[..., Any])
 
@@ -39,7 +40,7 @@ _LARGEST_UPLOAD: Final = 5 * 10**9
 CloudFiles would cut files of 100 MB up into parts that have names of their own.
 """
 
-_ENDPOINT = re.compile(r"(?P<format>precomputed://)?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
+_ENDPOINT = re.compile(rf"(?P<format>{PRECOMPUTED})?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
 
 _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenacity", "cloudfiles")
 
