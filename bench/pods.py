@@ -22,16 +22,13 @@ import numpy as np
 import psutil
 import yaml
 
-from bench.common import ROOT, command_line, make_layer, spec_content, trigger, wait_for_dag
+from bench.common import command_line, make_layer, spec_content, trigger, wait_for_dag
 from chunkflow_core.lattice.boxes import Box, Vector
 from operators.service import Client, start
 from operators.service.processes import tree
 from operators.service.settings import Home
 from operators.service.state import State
-
-sys.path.insert(0, str(ROOT / "tests" / "kube"))
-
-from double import Cluster, Node
+from tests.support.cluster.double import Cluster, Node
 
 _IMAGE = "chunkflow:bench"
 _COMPONENTS = ("triggerer", "scheduler")

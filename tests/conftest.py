@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
-from failure_summary import pytest_runtest_makereport, pytest_terminal_summary
-from local_airflow import SERVICES, local_volumes
-from nursery import shared
 from xdist.scheduler import LoadScopeScheduling
 
 from chunkflow_core.__main__ import main
+from tests.support.airflow.failure_summary import pytest_runtest_makereport, pytest_terminal_summary
+from tests.support.airflow.local import SERVICES, local_volumes
+from tests.support.nursery import shared
 from tests.support.volume import spec_content, write_layer
 
 # Tests say what CPUs do, also on a machine with a GPU; those of a GPU run where this is set.
@@ -49,7 +49,7 @@ SHARING_AN_AIRFLOW = {
 }
 """Files that share an Airflow, by what their session fixture gives them.
 
-The fixtures are in ``tests/dags/local_airflow.py`` and ``tests/dags/conftest.py``.
+The fixtures are in ``tests/support/airflow/local.py`` and ``tests/dags/conftest.py``.
 """
 
 Outcome = subprocess.CompletedProcess[str]

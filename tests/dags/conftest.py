@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from clusters import why_no_real_cluster
-from failure_summary import remember_logs
-from kubernetes_world import World, start_world
-from local_airflow import SERVICES
+
+from tests.support.airflow.failure_summary import remember_logs
+from tests.support.airflow.local import SERVICES
+from tests.support.airflow.world import World, start_world
+from tests.support.cluster.clusters import why_no_real_cluster
 
 _WHERE = [
     pytest.param("double", id="double"),

@@ -16,7 +16,6 @@ import psutil
 import pytest
 import tifffile
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, files, until, write_own_dag
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
@@ -25,6 +24,7 @@ from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import ApiError
+from tests.support.airflow.volumes import RUN_LIMIT, Volumes, files, until, write_own_dag
 from tests.support.volume import spec_content, write_layer
 
 pytestmark = pytest.mark.airflow

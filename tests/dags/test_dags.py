@@ -406,7 +406,7 @@ def test_a_wrong_notifier_names_file_and_key(make_spec: Callable[..., Path], not
 def test_a_notifier_gets_its_arguments(make_spec: Callable[..., Path]) -> None:
     path = make_spec()
     path.write_text(
-        path.read_text() + "notify: {notifier: test_dags.Post, arguments: {addressee: lab}, on: [failure]}\n"
+        path.read_text() + "notify: {notifier: tests.dags.test_dags.Post, arguments: {addressee: lab}, on: [failure]}\n"
     )
     notify = load_spec(path).notify
     assert notify is not None

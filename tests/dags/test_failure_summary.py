@@ -9,7 +9,7 @@ from pathlib import Path
 
 TESTS = """
 import pytest
-from failure_summary import remember_logs
+from tests.support.airflow.failure_summary import remember_logs
 
 @pytest.fixture(scope="module")
 def airflow(request):
@@ -27,10 +27,10 @@ def test_bad(airflow):
 def test_skipped(number):
     pass
 """
-HOOKS = "from failure_summary import pytest_runtest_makereport, pytest_terminal_summary\n"
+HOOKS = "from tests.support.airflow.failure_summary import pytest_runtest_makereport, pytest_terminal_summary\n"
 OTHER = """
 import pytest
-from failure_summary import remember_logs
+from tests.support.airflow.failure_summary import remember_logs
 
 def test_without_airflow():
     raise ValueError("wrong\\nin several\\nlines\\nand\\nmore")
@@ -49,16 +49,16 @@ def test_the_last_lines(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(HOOKS)
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "test_other.py").write_text(OTHER)
-    settings = Path(__file__).resolve().parents[2] / "setup.cfg"
+    root = Path(__file__).resolve().parents[2]
     # No more than it takes to start a second process: what is told there has to arrive here.
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     plugins = ["-p", "xdist", "-p", "no:cacheprovider", "-n", "1"]
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-c",
-        str(settings),
+        str(root / "setup.cfg"),
         "--rootdir",
         str(tmp_path),
         "-q",

@@ -8,16 +8,16 @@ from __future__ import annotations
 from itertools import cycle
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pytest
-from airflow_volumes import write_own_dag
-from clusters import End, ends_from_outside
-from kubernetes_world import World, write_spec
 
 from chunkflow_core.__main__ import main
 from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.workspace import Workspace
+from tests.support.airflow.volumes import write_own_dag
+from tests.support.airflow.world import World, write_spec
+from tests.support.cluster import clusters
+from tests.support.cluster.clusters import End, ends_from_outside
 
 pytestmark = pytest.mark.airflow
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import psutil
 import pytest
-from airflow_volumes import until
-from clusters import why_no_real_cluster
-from kubernetes_world import ONE_BLOCK, World
-from service_runs import asked
 
 from operators.service.processes import tree
 from operators.service.settings import Home
 from operators.service.state import State
+from tests.support.airflow.service import asked
+from tests.support.airflow.volumes import until
+from tests.support.airflow.world import ONE_BLOCK, World
+from tests.support.cluster.clusters import why_no_real_cluster
 from tests.support.volume import SHAPE
 
 pytestmark = pytest.mark.airflow

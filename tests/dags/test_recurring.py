@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from airflow_volumes import RUN_LIMIT, Volumes, change_database, files, until
 from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import ApiError
+from tests.support.airflow.volumes import RUN_LIMIT, Volumes, change_database, files, until
 
 pytestmark = pytest.mark.airflow
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import psutil
 import pytest
-from nursery import Nursery
 
 import operators
 from operators import launch, warm
 from operators.local import LocalRunner
 from operators.service.processes import is_alive, wait_until
+from tests.support.nursery import Nursery
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a warm parent needs Linux")
 

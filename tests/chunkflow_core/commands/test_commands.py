@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from cloudvolume import CloudVolume
 from numpy.typing import NDArray
-from nursery import shared
 from PIL import Image
 
 from chunkflow_core import inference_and_donate, receive_and_blend
 from chunkflow_core.__main__ import main
+from tests.support.nursery import shared
 
 MakeSpec = Callable[..., Path]
 Command = Callable[..., Any]

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from nursery import Child, Nursery, shared
 
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
@@ -30,6 +29,7 @@ from chunkflow_core.engines.openvino import OpenVINO
 from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.spec import load_spec
 from chunkflow_core.storage.model_files import made_once
+from tests.support.nursery import Child, Nursery, shared
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of exporters
 

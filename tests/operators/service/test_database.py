@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import psycopg2
 import pytest
-from service_runs import as_user
 
 from operators.service.database import Database, free_of
 from operators.service.processes import is_alive, wait_until
 from operators.service.settings import Home, prepare_home, read_keys
 from operators.service.state import ServiceError
+from tests.support.airflow.service import as_user
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes can only be ended reliably on Linux")
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-from service_runs import DAGS, TIMEOUT, Run, as_user, assert_gone, call, everything
 
 from operators import warm
 from operators.service import Client, Service, ServiceError, find, processes, start
@@ -26,6 +25,7 @@ from operators.service.processes import Identity, is_alive, wait_until
 from operators.service.report import report_of
 from operators.service.settings import SUPERVISED, Home, warm_parent_name
 from operators.service.state import State
+from tests.support.airflow.service import DAGS, TIMEOUT, Run, as_user, assert_gone, call, everything
 
 pytestmark = [
     pytest.mark.airflow,

@@ -24,8 +24,6 @@ from typing import Any
 import jwt
 import psutil
 import pytest
-from airflow_volumes import Volumes, connect_to_database
-from service_runs import DAGS, TIMEOUT, WIDE, Run, asked, assert_gone, call, everything
 
 from operators.service import AlreadyRunning, ApiError, Client, Service, ServiceError, find, processes, start
 from operators.service.health import COMPONENTS
@@ -33,6 +31,8 @@ from operators.service.processes import is_alive, wait_until
 from operators.service.settings import SUPERVISED, Home
 from operators.service.state import State
 from operators.service.supervisor import _UNHEALTHY_LIMIT
+from tests.support.airflow.service import DAGS, TIMEOUT, WIDE, Run, asked, assert_gone, call, everything
+from tests.support.airflow.volumes import Volumes, connect_to_database
 
 pytestmark = [
     pytest.mark.airflow,

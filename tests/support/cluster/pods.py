@@ -1,4 +1,4 @@
-"""One pod as a node has it: its record, its environment and its mounts."""
+"""A pod as its node sees it: its record, its environment and its mounts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from double_admission import TOKEN_VOLUME
-from double_containers import Container, Log
-from double_objects import SLEEP, Object, quantity
+from tests.support.cluster.containers import Container, Log
+from tests.support.cluster.objects import SLEEP, TOKEN_VOLUME, Object, quantity
 
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_.-][\w.-]*)\)")
 _SCRATCH = ("/tmp", "/dev/shm")
@@ -23,69 +22,75 @@ _SCRATCH = ("/tmp", "/dev/shm")
 
 @dataclass(eq=False)
 class Pod:
-    """One pod there is or was. ``object`` is as the API gives it; times are in seconds since the epoch."""
+    """A pod that there is, or was. Times are in seconds since the epoch."""
 
     object: Object
+    """The object as the API gives it."""
     log: Log
     started: float | None = None
+    """When its main process started."""
     ended: float | None = None
+    """When its main process ended."""
     gone: bool = False
+    """Whether the object is deleted."""
     container: Container | None = None
     node: str | None = None
     text_object: str = ""
+    """The object as last changed, as JSON."""
     life: asyncio.Task[None] | None = None
     ending: Object = field(default_factory=dict)
-    """How the status is to say that it ended, where that isn't just by its exit code."""
+    """What the status is to say of the pod's end beside the exit code."""
     out_of_memory: bool = False
     no_log: str | None = None
+    """Why the node has no log of the pod any more; None while it has."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
-    """Nothing runs in it and its phase says so."""
+    """Set when nothing runs in the pod any more and its phase says so."""
     released: bool = False
     mounted: list[Path] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The pod's name."""
         return str(self.object["metadata"]["name"])
 
     @property
     def namespace(self) -> str:
-        """Its namespace."""
+        """The pod's namespace."""
         return str(self.object["metadata"]["namespace"])
 
     @property
     def labels(self) -> dict[str, str]:
-        """Its labels."""
+        """The pod's labels, by key."""
         return dict(self.object["metadata"].get("labels") or {})
 
     @property
     def text(self) -> str:
-        """What there is of its log."""
+        """The pod's log, as far as it is kept."""
         return self.log.text
 
     @property
     def spec(self) -> Object:
-        """Its spec."""
+        """The pod's spec."""
         return dict(self.object["spec"])
 
     @property
     def box(self) -> Object:
-        """The spec of its container."""
+        """The spec of the pod's only container."""
         return dict(self.object["spec"]["containers"][0])
 
     @property
     def phase(self) -> str:
-        """Its phase."""
+        """The pod's phase, such as ``Running``."""
         return str(self.object["status"]["phase"])
 
     @property
     def over(self) -> bool:
-        """Whether the phase is a last one."""
+        """Whether the phase is Succeeded or Failed."""
         return self.phase in ("Succeeded", "Failed")
 
     @property
     def sleep(self) -> float | None:
-        """For how long it is to be simulated; None: it really runs."""
+        """Seconds for which the pod is only simulated; None: it really runs."""
         seconds = (self.object["metadata"].get("annotations") or {}).get(SLEEP)
         return None if seconds is None else float(seconds)
 
@@ -96,31 +101,31 @@ class Pod:
 
 @dataclass
 class Contents:
-    """The namespaced things pods refer to, each by (namespace, name)."""
+    """What pods refer to, each by (namespace, name)."""
 
     secrets: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     config_maps: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     claims: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     def secret(self, namespace: str, name: str) -> dict[str, bytes]:
-        """A secret; NotReady if there is none."""
+        """The content of a secret. ``NotReady``: there is none of that name."""
         if (namespace, name) not in self.secrets:
             raise NotReady(f'secret "{name}" not found')
         return self.secrets[namespace, name]
 
     def config_map(self, namespace: str, name: str) -> dict[str, bytes]:
-        """A config map; NotReady if there is none."""
+        """The content of a config map. ``NotReady``: there is none of that name."""
         if (namespace, name) not in self.config_maps:
             raise NotReady(f'configmap "{name}" not found')
         return self.config_maps[namespace, name]
 
 
 class NotReady(Exception):
-    """What a pod needs isn't there (yet); the words of the kubelet."""
+    """What a pod needs isn't there, or not yet. Its text is the kubelet's."""
 
 
 def environment_of(pod: Pod, contents: Contents, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the container; NotReady if something that it refers to is missing."""
+    """The environment of the container. ``NotReady``: something that it refers to is missing."""
     found = dict(base)
     for source in pod.box.get("envFrom") or []:
         reference, read = _source(source, contents, "Ref")
@@ -177,7 +182,7 @@ def _field(item: Object, path: str) -> str:
 
 
 def expanded(text: str, values: Mapping[str, str]) -> str:
-    """``$(NAME)`` replaced where NAME is known, ``$$`` by one dollar sign."""
+    """``text`` with ``$(NAME)`` replaced where NAME is known, and ``$$`` by one dollar sign."""
 
     def replacement(found: re.Match[str]) -> str:
         return "$" if found[0] == "$$" else values.get(found[1], found[0])
@@ -186,9 +191,10 @@ def expanded(text: str, values: Mapping[str, str]) -> str:
 
 
 def mount(pod: Pod, contents: Contents, root: Path, in_use: dict[Path, int]) -> str | None:
-    """Do the pod's mounts. NotReady: something is missing; the text returned: why the container can't be made.
+    """Do the pod's mounts; why the container can't be made, or None.
 
-    ``in_use`` counts by path: there is one file system for all pods, so several may mount the same secret.
+    ``in_use`` counts pods by path: there is one file system for all, so several may mount the same
+    secret. ``NotReady``: something that is to be mounted is missing.
     """
     volumes = {volume["name"]: volume for volume in pod.spec.get("volumes") or []}
     for mounted in pod.box.get("volumeMounts") or []:
@@ -210,9 +216,7 @@ def _in_place(pod: Pod, volume: Object, path: Path, contents: Contents) -> str |
         if "Create" in volume["hostPath"].get("type", ""):
             source.mkdir(parents=True, exist_ok=True)
         if not source.exists():
-            raise NotReady(
-                f'MountVolume.SetUp failed for volume "{volume["name"]}" : hostPath type check failed: {source} does not exist'
-            )
+            raise _not_mounted(volume, f"hostPath type check failed: {source} does not exist")
     elif "persistentVolumeClaim" in volume:
         source = contents.claims[pod.namespace, volume["persistentVolumeClaim"]["claimName"]]
     else:
@@ -233,14 +237,12 @@ def _mount_files(
         try:
             data = read(pod.namespace, source["secretName" if kind == "secret" else "name"])
         except NotReady as missing:
-            raise NotReady(f'MountVolume.SetUp failed for volume "{volume["name"]}" : {missing}') from missing
+            raise _not_mounted(volume, str(missing)) from missing
     items = source.get("items") or [{"key": key, "path": key} for key in data]
     path.mkdir(parents=True, exist_ok=True)
     for item in items:
         if item["key"] not in data:
-            raise NotReady(
-                f'MountVolume.SetUp failed for volume "{volume["name"]}" : references non-existent {kind} key: {item["key"]}'
-            )
+            raise _not_mounted(volume, f"references non-existent {kind} key: {item['key']}")
         file = path / item["path"]
         file.parent.mkdir(parents=True, exist_ok=True)
         # Another pod may be reading it there: replaced as a whole.
@@ -253,8 +255,12 @@ def _mount_files(
     return None
 
 
+def _not_mounted(volume: Object, why: str) -> NotReady:
+    return NotReady(f'MountVolume.SetUp failed for volume "{volume["name"]}" : {why}')
+
+
 def unmount(pod: Pod, in_use: dict[Path, int]) -> None:
-    """Take away the secrets and config maps that no pod needs any more."""
+    """Remove the secrets and config maps that no pod needs any more."""
     for path in pod.mounted:
         in_use[path] -= 1
         if not in_use[path]:

@@ -1,4 +1,4 @@
-"""The objects that the cluster's API shows, and the history of their changes."""
+"""The objects that the cluster's API shows, and their changes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from double_objects import Object, stamp
-from double_pods import Pod
+from tests.support.cluster.objects import Object, stamp
+from tests.support.cluster.pods import Pod
 
 _HISTORY = 20_000
 
@@ -22,29 +22,29 @@ class Change:
     version: int
     collection: str
     kind: str
-    """ADDED, MODIFIED or DELETED."""
+    """What happened to the object: ADDED, MODIFIED or DELETED."""
     text: str
 
 
 class Store:
-    """All objects, and who watches them."""
+    """All objects, and the queues of those who watch them."""
 
     def __init__(self) -> None:
         self.version = 1000
         self.pods: dict[tuple[str, str], Pod] = {}
         self.events: dict[tuple[str, str], dict[tuple[str, str], Object]] = {}
-        """By namespace and pod name, then by reason and message."""
+        """Events by (namespace, pod's name), then by (reason, message)."""
         self.history: deque[Change] = deque(maxlen=_HISTORY)
         self.watchers: set[asyncio.Queue[Change]] = set()
 
     def changed(self, pod: Pod, kind: str = "MODIFIED") -> None:
-        """A pod's object is now as it is. Of one that is gone nobody hears."""
+        """Tell watchers that the pod's object has changed; of one that is gone nobody hears."""
         if pod.gone and kind != "DELETED":
             return
         pod.text_object = self._note("pods", kind, pod.object)
 
     def event(self, pod: Pod, reason: str, message: str, warning: bool = False, component: str = "kubelet") -> None:
-        """Something happened to a pod; the same thing again is counted."""
+        """Add an event about the pod; the same one again is counted."""
         events = self.events.setdefault((pod.namespace, pod.name), {})
         now = stamp(time.time())
         known = events.get((reason, message))

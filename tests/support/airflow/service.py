@@ -22,7 +22,7 @@ Answer = TypeVar("Answer")
 TIMEOUT = 300.0
 """Seconds after which something counts as stuck, on a busy machine, too."""
 WIDE = 120
-"""Tasks of the DAG ``wide``: more than a page."""
+"""The number of tasks of the DAG ``wide``: more than a page of the API."""
 
 DAGS = f"""
 from airflow.providers.standard.operators.bash import BashOperator
@@ -70,9 +70,12 @@ class Run:
         return psutil.Process(int(started.read_text().split()[-1]))
 
     def go(self) -> None:
+        """Let the waiting task end."""
         (self.folder / "go").touch()
 
     def wait_until_ended(self) -> str:
+        """Wait until the run has ended; the state it ended in."""
+
         def state() -> str:
             return str(self.client.get(f"dags/tasks/dagRuns/{self.id}")["state"])
 
@@ -81,7 +84,7 @@ class Run:
 
 
 def everything(home: Path) -> list[psutil.Process]:
-    """All processes of the service."""
+    """All processes of the service in this home."""
     state = State.read(Home(home))
     assert state is not None
     roots = [identity.process() for identity in (state.guard, state.supervisor)]
@@ -111,7 +114,7 @@ def assert_gone(found: list[psutil.Process], home: Path | None, timeout: float =
 
 
 def logs_below(home: Path) -> Callable[[psutil.Process], bool]:
-    """Whether a process has a log of this service open.
+    """A function that says whether a process has a log of this service open.
 
     Forked components have nothing of it in their first environment.
     """
@@ -128,9 +131,9 @@ def logs_below(home: Path) -> Callable[[psutil.Process], bool]:
 
 
 def as_user(user: str) -> list[str]:
-    """A prefix for commands.
+    """What to put before a command line to run it as another user.
 
-    An ordinary user here still reaches folders that are root's alone, as those of tests are.
+    An ordinary user then still reaches folders that are root's alone, as those of tests are.
     """
     if os.geteuid() != 0 or user == "root":
         return []

@@ -1,6 +1,6 @@
 """Volumes in a real Airflow, as a test sees them: through the REST API.
 
-Only what is waited for is asked of the database. The API takes twenty times as long for an answer,
+Only what is waited for is asked of the database: for an answer the API takes twenty times as long,
 from all that runs beside the test.
 """
 
@@ -35,7 +35,7 @@ ENVIRONMENT = {
     # New DAG files are found in seconds.
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
 }
-"""Tuning of an Airflow for tests."""
+"""Environment variables that tune an Airflow for tests."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Volumes:
     dags: Path
     """The tests' own copy of the DAG files."""
     home: Path
-    """Of the service."""
+    """The home of the service."""
 
     def trigger(self, name: str, **conf: Any) -> str:
-        """Start a run; its id."""
+        """Start a run with these parameters; the run's id."""
         return str(self.client.post(f"dags/{name}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"])
 
     def wait(self, name: str, run: str, limit: float = RUN_LIMIT) -> str:
-        """Wait until a run has ended; its state."""
+        """Wait until a run has ended; the state it ended in."""
         ended = "SELECT 1 FROM dag_run WHERE dag_id = %s AND run_id = %s AND state IN ('success', 'failed')"
         until(lambda: self._ask(ended, name, run), limit)
         return str(self.client.get(f"dags/{name}/dagRuns/{run}")["state"])
 
     def now(self, name: str, run: str, task: str) -> tuple[str | None, int]:
-        """State and number of the try of a task that is waited for."""
+        """The state of a task, None before it has one, and the number of its try."""
         state = "SELECT state, try_number FROM task_instance WHERE dag_id = %s AND run_id = %s AND task_id = %s"
         ((found, attempt),) = self._ask(state, name, run, task)
         return found, attempt
@@ -77,18 +77,18 @@ class Volumes:
             return cursor.fetchall()
 
     def tasks(self, name: str, run: str) -> dict[str, dict[str, Any]]:
-        """Task instances of a run by task id."""
+        """The task instances of a run, by task id."""
         path = f"dags/{name}/dagRuns/{run}/taskInstances"
         return {task["task_id"]: task for task in self.client.pages(path, "task_instances")}
 
     def log(self, name: str, run: str, task: str, attempt: int) -> str:
-        """The log of one try."""
+        """The log of one try of a task."""
         path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
         lines = self.client.get(path, full_content=True)["content"]
         return "\n".join(f"{line['event']} {line.get('error_detail') or ''}" for line in lines)
 
     def state(self, name: str, run: str, task: str) -> dict[str, Any]:
-        """What a task remembers."""
+        """What a task remembers between its tries, by key."""
         path = f"dags/{name}/dagRuns/{run}/taskInstances/{task}/state-store"
         return {entry["key"]: entry["value"] for entry in self.client.get(path)["task_state_store"]}
 
@@ -97,19 +97,20 @@ class Volumes:
         return list(self.client.pages(f"dags/{name}/dagRuns", "dag_runs"))
 
     def assets(self, uri: str) -> list[dict[str, Any]]:
-        """The Assets with an URI."""
+        """The assets with just this URI."""
         found = self.client.pages("assets", "assets", uri_pattern=uri)
         return [asset for asset in found if asset["uri"] == uri]
 
     def known(self, *names: str) -> None:
-        """Wait until Airflow has these DAGs."""
+        """Wait until Airflow has the DAGs of these names."""
         found = "SELECT dag_id FROM dag WHERE dag_id = ANY(%s) AND NOT is_stale"
         self.parsed(lambda: len(self._ask(found, list(names))) == len(names))
 
     def parsed(self, condition: Callable[[], Any], file: str = "chunkflow_volumes.py") -> Any:
-        """Wait for what a new spec brings about in a DAG file; the condition's value.
+        """Wait for what a new spec brings about in a DAG file; what ``condition`` gives then.
 
-        Airflow reads files that have changed at once, others only now and then.
+        The file is touched: Airflow reads files that have changed at once, others only now and
+        then.
         """
         end = time.monotonic() + 90
         while not (value := condition()):
@@ -128,7 +129,10 @@ class Volumes:
 
 
 def until(condition: Callable[[], Any], seconds: float, poll: float = 0.4) -> Any:
-    """Wait for a condition, asking every ``poll`` seconds; its value."""
+    """Wait until a condition is true, asking every ``poll`` seconds; what it gives then.
+
+    ``TimeoutError``: it isn't within so many seconds.
+    """
     end = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > end:
@@ -138,10 +142,7 @@ def until(condition: Callable[[], Any], seconds: float, poll: float = 0.4) -> An
 
 
 def change_database(home: Path, statement: str, *values: Any) -> None:
-    """Change something behind Airflow's back.
-
-    A statement of SQL on the database of the service in this home.
-    """
+    """Run a statement of SQL on the database of the service in this home, behind Airflow's back."""
     with closing(connect_to_database(home)) as connection, connection, connection.cursor() as cursor:
         cursor.execute(statement, values)
 
@@ -154,7 +155,7 @@ def connect_to_database(home: Path) -> psycopg2.extensions.connection:
 
 
 def copy_dags(folder: Path) -> Path:
-    """Copy the DAG files of the project into a folder; theirs."""
+    """Copy the DAG files of the project; the new folder, ``dags`` below ``folder``."""
     copy = folder / "dags"
     shutil.copytree(Path(dags.__file__).parent, copy, ignore=shutil.ignore_patterns("volumes", "__pycache__"))
     return copy
@@ -165,12 +166,12 @@ def write_own_dag(folder: Path) -> None:
 
     Its spec is ``membrane.yaml`` there.
     """
-    page = Path(__file__).parents[2] / "docs" / "your-own-dag.md"
+    page = Path(__file__).parents[3] / "docs" / "your-own-dag.md"
     (example,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     (folder / "own_dag.py").write_text(example)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The storage chunks of a layer, byte for byte."""
+    """The storage chunks of a layer: their bytes, by path in the layer's folder."""
     found = (file for file in folder.glob("*/*") if file.parent.name != "runs")
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}

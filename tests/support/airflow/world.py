@@ -1,4 +1,4 @@
-"""A real Airflow and a cluster, as tests see them: on the double, or a real one."""
+"""A real Airflow and a cluster, the double or a real one, as tests see them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from airflow_volumes import ENVIRONMENT, Volumes, copy_dags, until
-from clusters import TestCluster, the_double, the_real_one
-from double import Node
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
@@ -24,16 +21,19 @@ from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.files import put_file
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import Client, start
+from tests.support.airflow.volumes import ENVIRONMENT, Volumes, copy_dags, until
+from tests.support.cluster.clusters import TestCluster, the_double, the_real_one
+from tests.support.cluster.double import Node
 from tests.support.volume import SHAPE
 
 ONE_BLOCK: Vector = (12, 24, 24)
-"""A part of the input that is one block."""
+"""Shape of a part of the input that is one block: z, y, x in voxels."""
 FIRST = "first"
-"""Volume that is there when Airflow starts, and stays."""
+"""Name of the volume that is there when Airflow starts, and stays."""
 
 
 class Metrics(threading.Thread):
-    """A StatsD server: keeps what Airflow sends."""
+    """A StatsD server that keeps the names of the metrics that Airflow sends."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -42,31 +42,39 @@ class Metrics(threading.Thread):
         self.names: set[str] = set()
 
     def run(self) -> None:
+        """Receive as long as the process lives."""
         while packet := self.socket.recv(65536):
             self.names |= {line.partition(":")[0] for line in packet.decode().splitlines()}
 
 
 @dataclass(frozen=True)
 class World:
-    """Airflow and a cluster."""
+    """Airflow, a cluster, and the volumes that run on both."""
 
     volumes: Volumes
     cluster: TestCluster
     right: NDArray[Any]
-    """What every volume's output has to be."""
+    """What the output of every volume has to be: channel, z, y, x."""
     metrics: Metrics
 
     def add(
         self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
     ) -> None:
-        """Add a volume and wait until Airflow has it; ``shape`` takes only a part of the input."""
+        """Add a volume and wait until Airflow has it.
+
+        Args:
+            name: The volume's name.
+            moods: How commands misbehave; see ``TestCluster.runner_section``.
+            shape: How much of the input is taken: z, y, x in voxels.
+            **runner: Keys of the runner section to add or replace.
+        """
         self.write(name, moods, shape, **runner)
         self.volumes.known(name)
 
     def write(
         self, name: str, moods: Mapping[str, list[str]] | None = None, shape: Vector = SHAPE, **runner: Any
     ) -> None:
-        """Write a volume's spec, which Airflow finds when it looks again; arguments as ``add``."""
+        """Write a volume's spec, which Airflow finds at its next look; arguments as for ``add``."""
         section = self.cluster.runner_section(moods or {}, self._moods(name), **runner)
         write_spec(self.volumes.folder, self.cluster.storage, name, section, shape)
 
@@ -74,7 +82,7 @@ class World:
         return f"{self.cluster.storage}/{name}/moods"
 
     def let_go(self, name: str, task: str) -> None:
-        """Have a task that counts do its work."""
+        """Have a task whose mood is to count do its work."""
         put_file(self._moods(name), f"go-{task}", b"")
 
     def remove_all(self) -> None:
@@ -87,7 +95,7 @@ class World:
                 spec.unlink()
 
     def check_output(self, name: str) -> None:
-        """The volume's output is bit for bit the right one, and no pod is left."""
+        """Check that the volume's output is right to the bit, and that no pod is left."""
         spec = load_spec(self.volumes.folder / f"{name}.yaml")
         np.testing.assert_array_equal(Workspace(spec).output.read(spec.grid.roi), self.right)
         self.check_no_pod_left(name)
@@ -100,11 +108,12 @@ class World:
         return [pod.name for pod in self.cluster.double.created if wanted.items() <= pod.labels.items()]
 
     def check_no_pod_left(self, name: str) -> None:
-        """Pods are gone, or at least on their way."""
+        """Check that the volume's pods are gone, or go within a minute."""
         until(lambda: not self.cluster.pods(name), 60)
 
 
 def write_spec(folder: Path, storage: str, name: str, runner: dict[str, Any], shape: Vector = SHAPE) -> Path:
+    """Write the spec of a volume whose layers are at the address ``storage``; the file."""
     spec = {
         "name": name,
         "input": {"path": f"{storage}/input"},

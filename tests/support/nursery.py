@@ -1,16 +1,19 @@
-"""Processes that run this project's commands, forked from one that has imported what they import.
+"""Processes of this project's commands, forked from one that has imported what they import.
 
-A process of this project, such as a container's first one and its stage, imports for seconds to work for milliseconds. A
-nursery is a process that has done so once. For a command such as ``python -m chunkflow_core.commands.first_process …`` it forks a child,
-which takes over environment, folder and outputs, a session of its own, and then runs the module as ``python -m`` does. So
-it does with ``python FILE`` and ``python -c PROGRAM``. What a child starts by ``os.posix_spawn``, as
-:mod:`chunkflow_core.commands.first_process` does, it forks too if it is a module of this project's.
+A process of this project, such as a container's first one and its stage, imports for seconds to
+work for milliseconds. A nursery is a process that has done so once. For a command such as ``python
+-m chunkflow_core.commands.first_process …`` it forks a child, which takes over environment, folder
+and outputs, a session of its own, and then runs the module as ``python -m`` does. So it does with
+``python FILE`` and ``python -c PROGRAM``. What a child starts by ``os.posix_spawn``, as
+:mod:`chunkflow_core.commands.first_process` does, is forked too if it is a module of this project.
 
-A child differs from a process that was executed in what its kernel's entries say of its start: ``/proc/PID/cmdline`` and
-``/proc/PID/environ`` are the nursery's. What modules read from the environment while they are imported they have read in
-the nursery. Tests of how processes start are not for it.
+A child differs from a process that was executed in what its kernel's entries say of its start:
+``/proc/PID/cmdline`` and ``/proc/PID/environ`` are the nursery's. What modules read from the
+environment while they are imported they have read in the nursery. Tests of how processes start are
+not for it.
 
-The nursery ends when its maker does, however that one ends, and kills what is left of its children's sessions.
+The nursery ends when its maker does, however that one ends, and kills what is left of its
+children's sessions.
 """
 
 from __future__ import annotations
@@ -58,14 +61,19 @@ PRELOADED = (
     ),
     *(f"{PACKAGE}.{name}" for name in ("inference_and_donate", "receive_and_blend", "engines.identity")),
 )
-"""Nothing here may start a thread, or import PyTorch, which would cost each child its memory."""
+"""Modules that a nursery imports unless told otherwise.
+
+None may start a thread, or import PyTorch, which would cost each child its memory.
+"""
 _LENGTH = struct.Struct("!I")
 _DESCRIPTORS = 3
 _SPAWN = os.posix_spawn
+Command = tuple[list[str], dict[str, str], str]
+"""Command line, environment and folder of a process."""
 
 
 def module_of(argv: Sequence[str]) -> str | None:
-    """The module of this project that a command line runs; None if it runs something else."""
+    """The module of this project that a command line runs; None if it runs anything else."""
     python = argv[0] == "python" or argv[0] == sys.executable
     named = python and len(argv) > 2 and argv[1] == "-m" and argv[2].partition(".")[0] == PACKAGE
     return argv[2] if named else None
@@ -75,12 +83,12 @@ class Child:
     """A process that a nursery has forked."""
 
     launched = True
-    """There is no launcher to wait for."""
+    """Whether the command runs; always, as there is no launcher to become it."""
 
     def __init__(self, status: int) -> None:
-        """``status`` tells in lines the process id, and later how it has ended."""
+        """``status`` is a file descriptor: a line gives the process id, another one how it ends."""
         self.descriptor = status
-        """Can be read when the process has ended."""
+        """A file descriptor that can be read when the process has ended."""
         self._lines = os.fdopen(status, "rb", buffering=0)
         self.pid = int(self._line())
         self.returncode: int | None = None
@@ -92,7 +100,10 @@ class Child:
         return line
 
     def wait(self, timeout: float | None = None) -> int:
-        """How it has ended: its exit code, negative for a signal. ``TimeoutError`` if it has not within so many seconds."""
+        """Wait for the end; the exit code, or minus the number of the signal.
+
+        ``TimeoutError``: it has not ended within ``timeout`` seconds.
+        """
         if self.returncode is None:
             if timeout is not None:
                 ended = select.poll()
@@ -105,10 +116,13 @@ class Child:
 
 
 class Nursery:
-    """A process to fork containers from. Starts at once; the first child waits until it has imported ``modules``."""
+    """A process to fork others from.
+
+    It starts at once; the first child waits until it has imported ``modules``.
+    """
 
     def __init__(self, modules: Sequence[str] = PRELOADED, **variables: str) -> None:
-        """``variables`` are those of the environment that the modules are imported in, besides the least."""
+        """``variables`` are added to the bare environment in which the modules are imported."""
         self._channel, theirs = socket.socketpair()
         package = importlib.import_module(PACKAGE)
         environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
@@ -131,7 +145,7 @@ class Nursery:
 
     @property
     def pid(self) -> int:
-        """Of the nursery itself."""
+        """Process id of the nursery itself."""
         return self._process.pid
 
     def start(
@@ -142,7 +156,21 @@ class Nursery:
         output: int,
         errors: int | None = None,
     ) -> Child:
-        """Start a command of Python's. What it prints goes to the descriptor ``output``, errors too unless they have one."""
+        """Start a command line that begins with ``python``.
+
+        Args:
+            argv: The command line, as :mod:`tests.support.nursery` says.
+            environment: The child's whole environment.
+            folder: The child's working directory.
+            output: File descriptor of its standard output.
+            errors: File descriptor of its standard error; ``output`` if None.
+
+        Returns:
+            The child, once it is forked.
+
+        Raises:
+            RuntimeError: The nursery is gone.
+        """
         request = json.dumps([list(argv), dict(environment), str(folder)]).encode()
         status, theirs = os.pipe()
         try:
@@ -156,7 +184,7 @@ class Nursery:
         return Child(status)
 
     def run(self, argv: Sequence[str], environment: Mapping[str, str], folder: Path) -> CompletedProcess[str]:
-        """Run a command of Python's to its end."""
+        """Run a command line as ``start`` does, to its end; what it has printed is captured."""
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
             code = self.start(argv, environment, folder, output.fileno(), errors.fileno()).wait()
             output.seek(0)
@@ -164,14 +192,14 @@ class Nursery:
             return CompletedProcess(list(argv), code, output.read(), errors.read())
 
     def close(self) -> None:
-        """End it, and all that it has forked."""
+        """End the nursery, and all that it has forked."""
         self._channel.close()
         self._process.wait()
 
 
 @functools.cache
 def shared() -> Nursery:
-    """The one of this process, which ends with it."""
+    """The nursery that all tests of this process share; it ends with the process."""
     nursery = Nursery()
     atexit.register(nursery.close)
     return nursery
@@ -187,7 +215,8 @@ def main(channel: socket.socket, modules: Sequence[str]) -> None:
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    children: dict[int, tuple[int, int]] = {}  # id and status descriptor, by the descriptor that tells of its end
+    # Process id and status descriptor of each child, by the descriptor that tells of its end.
+    children: dict[int, tuple[int, int]] = {}
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     while True:
@@ -200,8 +229,8 @@ def main(channel: socket.socket, modules: Sequence[str]) -> None:
                 _kill_sessions({pid for pid, _ in children.values()})
                 return
             else:
-                command, output, errors, status = request
-                pid = _fork(functools.partial(_enter, *command, output, errors))
+                (argv, environment, folder), output, errors, status = request
+                pid = _fork(functools.partial(_enter, argv, environment, folder, output, errors))
                 os.close(output)
                 os.close(errors)
                 with contextlib.suppress(BrokenPipeError):
@@ -221,8 +250,8 @@ def _compile() -> None:
         kernels.take_scaled(np.zeros((1, 1, 1, 1), dtype), (0, 0, 0), np.float32(1), np.zeros((1, 1, 1, 1), np.float32))
 
 
-def _receive(channel: socket.socket) -> tuple[list[Any], int, int, int] | None:
-    """A request and its descriptors; None at the end."""
+def _receive(channel: socket.socket) -> tuple[Command, int, int, int] | None:
+    """A request: a command, and descriptors for its output, errors and status; None at the end."""
     head, descriptors, _, _ = socket.recv_fds(channel, _LENGTH.size, _DESCRIPTORS)
     if not head:
         return None
@@ -236,7 +265,8 @@ def _receive(channel: socket.socket) -> tuple[list[Any], int, int, int] | None:
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     output, errors, status = descriptors
-    return json.loads(body), output, errors, status
+    argv, environment, folder = json.loads(body)
+    return (argv, environment, folder), output, errors, status
 
 
 def _tell_end(pid: int, status: int) -> None:
@@ -292,11 +322,12 @@ def _fork_instead(
 ) -> int:
     """``os.posix_spawn``, but for modules of this project without executing anything.
 
-    ``setsigdef`` makes no difference to them: Python sets SIGPIPE and SIGXFSZ, which it is for, as it starts.
+    ``setsigdef`` makes no difference to them: Python sets SIGPIPE and SIGXFSZ, which it is for, as
+    it starts.
     """
     if module_of(argv) is None:
         options: Any = {"file_actions": file_actions, "setsigmask": setsigmask, "setsigdef": setsigdef}
-        return _SPAWN(path, argv, environment, **options)
+        return _SPAWN(path, list(argv), environment, **options)
 
     def run() -> NoReturn:
         for action, source, target in file_actions:
@@ -340,7 +371,9 @@ def _run(what: str, *arguments: str) -> None:
     site.execsitecustomize()
     sys.path.insert(0, {"-m": str(Path.cwd()), "-c": ""}.get(what, str(Path(what).parent)))
     if what == "-m":
-        sys.modules.pop(arguments[0], None)  # imported here before; it is run as the program now
+        # Imported here before; it is run as the program now.
+        for name in (arguments[0], f"{arguments[0]}.__main__"):
+            sys.modules.pop(name, None)
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     elif what == "-c":
         sys.modules["__main__"] = program = types.ModuleType("__main__")
@@ -371,7 +404,7 @@ def _ended(run: Callable[[], None]) -> int:
 def _stream(descriptor: int, unbuffered: bool) -> io.TextIOWrapper:
     errors = "backslashreplace" if descriptor == 2 else "surrogateescape"
     raw = os.fdopen(descriptor, "wb", buffering=0 if unbuffered else -1, closefd=False)
-    return io.TextIOWrapper(raw, encoding="utf-8", errors=errors, write_through=unbuffered)  # type: ignore[arg-type]
+    return io.TextIOWrapper(raw, encoding="utf-8", errors=errors, write_through=unbuffered)
 
 
 if __name__ == "__main__":

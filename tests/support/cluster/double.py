@@ -1,40 +1,16 @@
-"""A Kubernetes cluster that a test can start, break and look into: the real API over HTTP, pods as real processes.
+"""A Kubernetes cluster that a test can start, break and look into.
+
+::
 
     with Cluster(tmp_path / "kubeconfig", images={"chunkflow:test"}) as cluster:
         cluster.add_secret("bucket", {"key": "abc"})
         cluster.add_rule("log contains half way", "evict", match={"app": "infer"}, times=1)
-        …                                    # kubectl, the clients, Airflow: with KUBECONFIG=cluster.kubeconfig
+        …                       # kubectl, the clients, Airflow: with KUBECONFIG=cluster.kubeconfig
         cluster.wait("my-pod", "Succeeded")
         assert cluster.most_running({"block": "0_0_0"}) == 1
 
-Constructor: see :class:`Cluster`. Everything below may be called from any thread, also from a rule's action. What ends
-a pod *starts* the end and returns; :meth:`Cluster.wait` waits for what is then seen from outside.
-
-=====================  =================================================================================================
-contents               ``add_secret(name, data)``, ``add_config_map(name, data)``, ``add_claim(name, folder)``,
-                       ``set_image(image, trouble=…, seconds=…)``, ``set_quota(pods, namespace=…, name=…)``,
-                       ``add_node(node)``
-ends of a pod          ``evict(name, disruption_target=True, container_statuses=True)``, ``preempt(name)``,
-                       ``delete_pod(name, grace=…)``, ``kill(name, signal)``
-ends of a node         ``shutdown_node(node)``, ``lose_node(node)``, ``node_back(node)``
-when to do so          ``add_rule(when, action, match=…, times=…, **arguments)``
-trouble with the API   ``add_fault(method, path_regex, times=…, status=… | delay=… | cut=True | lost_response=True)``,
-                       ``pause()``, ``resume()``
-looking in             ``pods()``, ``pod(name)``, ``log(name)``, ``events(name)``, ``node_of(name)``, ``requests``,
-                       ``created``, ``most_running(labels)``, ``wait(name, until)``, ``kubeconfig``, ``url``, ``port``
-=====================  =================================================================================================
-
-What a pod may be: one container (no init containers, no sidecars), ``restartPolicy: Never``, a ``command`` (there is no
-image to take one from), else 422. It runs in a session of its own in an empty folder, with only its own environment
-on top of ``environment``. There are no mount namespaces: hostPath and claims must be mounted where they lie on this
-machine, secrets and config maps below ``mount_root``. /tmp and /dev/shm as emptyDir are accepted and not done. Its main
-process is process 1 of its container in one respect: a signal it has no handler for does nothing, but SIGKILL. When it
-ends, the rest of its session is killed; a process that made a session of its own (``setsid``) gets away.
-
-What is missing is waited for, as in reality: a claim by the scheduler (Unschedulable), a mounted secret by the kubelet
-(ContainerCreating, events FailedMount), a secret in the environment as well (CreateContainerConfigError).
-
-A pod with the annotation ``double/sleep: "SECONDS"`` is not executed: it writes one line and succeeds after that time.
+The API is real HTTP, pods are real processes. What is faked, and how faithfully, is told in
+``README.md`` beside this file.
 """
 
 from __future__ import annotations
@@ -58,34 +34,52 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import yaml
-from double_api import Api, Fault, Request
-from double_kubelet import Kubelet, Place, Rule, Timing
-from double_objects import Node, self_signed
-from double_pods import Pod
-from nursery import Nursery
+
+from tests.support.cluster.api import Api, Fault, Request
+from tests.support.cluster.kubelet import Kubelet
+from tests.support.cluster.objects import Node, self_signed
+from tests.support.cluster.pods import Pod
+from tests.support.cluster.rules import LOG_CONTAINS, MOMENTS, Rule
+from tests.support.cluster.scheduler import Place
+from tests.support.cluster.timing import Timing
+from tests.support.nursery import Nursery
 
 __all__ = ["Cluster", "Fault", "Node", "Pod", "Request", "Rule", "Timing"]
 
 _TWO_NODES = (Node("node-a"), Node("node-b"))
-_MOMENTS = ("created", "scheduled", "running", "ended", "finished", "deleting", "gone")
 _POLL_SECONDS = 0.02
 Result = TypeVar("Result")
 Match = Callable[[dict[str, Any]], bool] | Mapping[str, str] | str | None
 
 
 class Cluster:
-    """See the module. A context manager: pods run while it is open, all of them are killed when it closes.
+    """A cluster as a context manager.
 
-    Closing raises what went wrong inside, in a rule's action for instance. KeyError: no pod of that name.
+    Pods run while it is open, and all of them are killed when it closes. Closing raises what went
+    wrong inside, in a rule's action for instance. All methods may be called from any thread, also
+    from a rule's action. What ends a pod *starts* the end and returns; :meth:`wait` waits for what
+    is then seen from outside. Methods that take the name of a pod raise ``KeyError`` if there is
+    none.
 
-    ``kubeconfig``: the file to write; ``folder`` (its parent's ``pods`` by default) takes the pods' own folders.
-    ``images``: names that can be pulled. ``nodes``: see :class:`Node`; two large ones by default.
-    ``environment``: what the image would set; this Python's ``bin`` first on PATH by default.
-    ``mount_root``: secrets and config maps may be mounted below it (``folder/mounts`` by default).
-    ``quota``: how many pods not yet ended each namespace may have (the quota is called ``pods``).
-    ``log_limit_bytes``: older lines are rotated away. ``child_oom``: beyond a memory limit only the largest process
-    that is not the main one is killed. ``nursery``: forks the pods that run this project's own commands, which then
-    start in no time (see :mod:`nursery`); without one, all are executed.
+    Args:
+        kubeconfig: The kubeconfig to write.
+        images: Names of images that can be pulled.
+        namespaces: Names of the namespaces there are.
+        nodes: The nodes; two large ones by default.
+        timing: How long things take.
+        environment: What images would set; by default a PATH that begins with this Python's
+            folder.
+        folder: Takes the pods' own folders; by default ``pods`` beside the kubeconfig.
+        mount_root: Secrets and config maps may be mounted below it; ``folder/mounts`` by default.
+        service_accounts: Names of the service accounts there are.
+        priority_classes: Names of the priority classes there are.
+        quota: How many pods that have not ended each namespace may have, by a quota called
+            ``pods``; None: any number.
+        log_limit_bytes: Size of a log beyond which older lines are rotated away; None: no limit.
+        child_oom: Beyond a memory limit, kill only the largest process that is not the main one.
+        nursery: Forks the pods that run this project's own commands, which then start in no time;
+            without one, all are executed.
+        port: Port of the API; 0: any.
     """
 
     def __init__(
@@ -185,7 +179,7 @@ class Cluster:
         self.kubeconfig.chmod(0o600)
 
     def _do(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call in the cluster's thread, which alone may touch its state."""
+        """Call a function in the cluster's thread, which alone may touch its state."""
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return function(*arguments)
         assert self._loop is not None
@@ -212,12 +206,12 @@ class Cluster:
 
     @property
     def port(self) -> int:
-        """Of the API."""
+        """Port of the API."""
         return self._api.port
 
     @property
     def url(self) -> str:
-        """Of the API."""
+        """Address of the API."""
         return f"https://127.0.0.1:{self.port}"
 
     @property
@@ -227,38 +221,34 @@ class Cluster:
 
     @property
     def requests(self) -> list[Request]:
-        """What was asked, in order: ``method``, ``path``, ``query`` (a dict), ``time`` (seconds since the epoch)."""
+        """All requests to the API so far, in order."""
         return list(self._api.requests)
 
     @property
     def created(self) -> list[Pod]:
-        """All pods ever created, in order, also those that are gone.
-
-        Of each: ``name``, ``namespace``, ``labels``, ``object`` (as last seen), ``gone``, ``started``, ``ended``
-        (the main process; seconds since the epoch or None), ``text`` (its log).
-        """
+        """All pods ever created, in order, also those that are gone."""
         return list(self._kubelet.created)
 
     def pods(self, labels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-        """Copies of the pod objects there are, oldest first; those with all of ``labels``."""
+        """Copies of the objects of the pods that have all of ``labels``, oldest first."""
         chosen = dict(labels or {}).items()
         everything = self._do(lambda: [pod.text_object for pod in self._kubelet.store.pods.values()])
         found = [json.loads(text) for text in everything]
         return [pod for pod in found if chosen <= (pod["metadata"].get("labels") or {}).items()]
 
     def pod(self, name: str) -> dict[str, Any] | None:
-        """A copy of the pod object, None if there is none (any more)."""
+        """A copy of the pod's object; None if there is none, or none any more."""
         try:
-            return self._on_pod(lambda pod: pod.copy(), name)
+            return self._on_pod(Pod.copy, name)
         except KeyError:
             return None
 
     def log(self, name: str) -> str:
-        """What the newest pod of that name has written, also if it is gone."""
+        """The log of the newest pod of that name, also if it is gone."""
         return self._do(lambda: self._newest(name).text)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The events about a pod of that name."""
+        """The events about pods of that name."""
 
         def read() -> list[dict[str, Any]]:
             events = self._kubelet.store.events
@@ -267,11 +257,11 @@ class Cluster:
         return self._do(read)
 
     def node_of(self, name: str) -> str | None:
-        """The node that the pod is on."""
+        """Name of the node that the pod is on; None: it has none yet."""
         return self._do(lambda: self._find(name).node)
 
     def most_running(self, labels: Mapping[str, str]) -> int:
-        """How many pods with these labels ever had their process running at the same moment."""
+        """The largest number of pods with these labels whose processes ran at the same time."""
         times: list[tuple[float, int]] = []
         for pod in self._do(lambda: list(self._kubelet.created)):
             if pod.started is not None and labels.items() <= pod.labels.items():
@@ -280,9 +270,19 @@ class Cluster:
         return max(itertools.accumulate(change for _, change in sorted(times)), default=0)
 
     def wait(self, name: str, until: str | Callable[[dict[str, Any]], bool], timeout: float = 20.0) -> dict[str, Any]:
-        """Wait until the pod's phase is ``until``, or the callable is true of the pod; "gone": there is none.
+        """Wait for a pod.
 
-        Returns the pod (for "gone" as last seen). TimeoutError names what the pod is instead.
+        Args:
+            name: The pod's name.
+            until: A phase; or a callable that has to be true of the pod's object; or "gone", when
+                there is to be no such pod any more.
+            timeout: In seconds.
+
+        Returns:
+            A copy of the pod's object, for "gone" as last seen.
+
+        Raises:
+            TimeoutError: It names what the pod is instead, and the end of its log.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -305,23 +305,29 @@ class Cluster:
             return "nothing, it was never created"
 
     def add_secret(self, name: str, data: Mapping[str, str | bytes], namespace: str = "default") -> None:
-        """A secret, new or replaced; pods waiting for it go on."""
+        """Add or replace a secret; pods that wait for it go on."""
         self._do(self._kubelet.contents.secrets.__setitem__, (namespace, name), _as_bytes(data))
 
     def add_config_map(self, name: str, data: Mapping[str, str | bytes], namespace: str = "default") -> None:
-        """A config map, new or replaced; pods waiting for it go on."""
+        """Add or replace a config map; pods that wait for it go on."""
         self._do(self._kubelet.contents.config_maps.__setitem__, (namespace, name), _as_bytes(data))
 
     def add_claim(self, name: str, folder: Path, namespace: str = "default") -> None:
-        """A persistent volume claim: a folder of this machine, to be mounted at its own path."""
+        """Add a claim: a folder of this machine, which pods mount at its own path."""
         self._do(self._kubelet.contents.claims.__setitem__, (namespace, name), folder)
 
     def add_node(self, node: Node) -> None:
-        """One more node; pods that found no place are tried again."""
+        """Add a node; pods that found no place are tried again."""
         self._do(self._kubelet.places.__setitem__, node.name, Place(node))
 
     def set_image(self, image: str, trouble: str | None = "not found", seconds: float | None = None) -> None:
-        """Have pulls of ``image`` fail with that text, for ``seconds`` from now (None: for good); None: no trouble."""
+        """Have pulls of an image fail.
+
+        Args:
+            image: The image's name.
+            trouble: What the registry says; None: pulls succeed again.
+            seconds: For how long from now; after that pulls succeed. None: for good.
+        """
 
         def change() -> None:
             self._kubelet.image_trouble.pop(image, None)
@@ -334,7 +340,7 @@ class Cluster:
         self._do(change)
 
     def set_quota(self, pods: int | None, namespace: str = "default", name: str = "pods") -> None:
-        """At most so many pods that have not ended; None takes the quota away."""
+        """Allow at most so many pods that have not ended; None takes the quota away."""
 
         def change() -> None:
             self._api.quota.pop(namespace, None)
@@ -344,24 +350,35 @@ class Cluster:
         self._do(change)
 
     def evict(self, name: str, disruption_target: bool = True, container_statuses: bool = True) -> None:
-        """The kubelet evicts the pod, killing it at once: phase Failed, reason Evicted. The object stays, its log is gone.
+        """Have the kubelet evict the pod: kill it at once.
 
-        ``disruption_target=False``: as for too much ephemeral storage, when that condition isn't set.
-        ``container_statuses=False``: the status lists no containers.
+        The object stays, with phase Failed and reason Evicted; the log is gone. ``ValueError``: the
+        pod has ended.
+
+        Args:
+            name: The pod's name.
+            disruption_target: Set that condition; it isn't for too much ephemeral storage.
+            container_statuses: Keep the containers in the status.
         """
         self._on_pod(self._kubelet.evict, name, disruption_target, container_statuses)
 
     def preempt(self, name: str) -> None:
-        """The scheduler takes the place away: condition DisruptionTarget, then deleted with its grace."""
+        """Have the scheduler take the place away: condition DisruptionTarget, then a delete."""
         message = "default-scheduler: preempting to accommodate a higher priority pod"
         self._on_pod(self._kubelet.disrupt, name, "PreemptionByScheduler", message)
 
     def delete_pod(self, name: str, grace: float | None = None) -> None:
-        """As ``kubectl delete pod`` does; 0 seconds of grace: gone at once."""
+        """Delete the pod as ``kubectl delete pod`` does.
+
+        ``grace`` is in seconds: the pod's own if None; gone at once if 0.
+        """
         self._on_pod(self._kubelet.delete, name, grace)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the container's main process, from outside."""
+        """Send a signal to the container's main process from outside.
+
+        ``ValueError``: it has none.
+        """
 
         def send(pod: Pod) -> None:
             if pod.container is None:
@@ -371,37 +388,49 @@ class Cluster:
         self._on_pod(send, name)
 
     def shutdown_node(self, node: str) -> None:
-        """Graceful shutdown of the node: its pods are asked to end, then Failed with reason Terminated; objects stay."""
+        """Shut the node down gracefully.
+
+        Its pods are asked to end; then they are Failed with reason Terminated, and their objects
+        stay.
+        """
         self._do(lambda: self._kubelet.shut_down(self._kubelet.places[node]))
 
     def lose_node(self, node: str) -> None:
-        """Power loss: the processes die, the API learns nothing but that the node isn't ready.
+        """Cut the node's power: processes die, and the API learns only that the node isn't ready.
 
-        After ``timing.toleration`` its pods get a deletionTimestamp and stay Terminating until :meth:`node_back` or a
-        delete without grace.
+        After ``timing.toleration`` its pods get a deletionTimestamp. They stay Terminating until
+        :meth:`node_back`, or a delete without grace.
         """
         self._do(lambda: self._kubelet.lose(self._kubelet.places[node]))
 
     def node_back(self, node: str) -> None:
-        """The node is there again: what was deleted meanwhile goes, other pods of before end as Failed."""
+        """Have the node back: pods that were deleted meanwhile go, others of before are Failed."""
         self._do(lambda: self._kubelet.back(self._kubelet.places[node]))
 
     def add_rule(
         self, when: str, action: str | Callable[..., Any], match: Match = None, times: int = 1, **arguments: Any
     ) -> Rule:
-        """Do something to a pod at a moment of its life: ``action(name, **arguments)``.
+        """Do something to a pod at a moment of its life.
 
-        ``when``: "created", "scheduled", "running", "ended" (the process did), "finished" (the phase says so),
-        "deleting" (asked to), "gone", or "log contains TEXT" (a line does).
-        ``action``: the name of a method here, or a callable, called in the cluster's own thread: it must not wait.
-        ``match``: which pods: a function of the pod object, labels it must have, or a regular expression found in
-        its name. The rule acts on at most ``times`` pods, once on each; ``rule.pods`` lists their names.
+        Args:
+            when: "created", "scheduled", "running", "ended" (the process did), "finished" (the
+                phase says so), "deleting" (asked to), "gone", or "log contains TEXT" (a line
+                does).
+            action: The name of a method of this class, or a callable. It is called as
+                ``action(name, **arguments)`` in the cluster's own thread, and must not wait.
+            match: Which pods: a function of the pod's object, labels that it must have, or a
+                regular expression that is found in its name; None: all.
+            times: On how many pods the rule acts at most, once on each.
+            **arguments: Keywords for the action.
+
+        Returns:
+            The rule; its ``pods`` are the names of those that it has acted on.
         """
-        if when not in _MOMENTS and not when.startswith("log contains "):
-            raise ValueError(f"when={when!r}: expected 'log contains TEXT' or one of {', '.join(_MOMENTS)}")
+        if when not in MOMENTS and not when.startswith(LOG_CONTAINS):
+            raise ValueError(f"when={when!r}: expected 'log contains TEXT' or one of {', '.join(MOMENTS)}")
         method = getattr(self, action) if isinstance(action, str) else action
         rule = Rule(when, functools.partial(method, **arguments), _matcher(match), times)
-        self._do(self._kubelet.rules.append, rule)
+        self._do(self._kubelet.rules.add, rule)
         return rule
 
     def add_fault(
@@ -415,22 +444,30 @@ class Cluster:
         cut: bool = False,
         lost_response: bool = False,
     ) -> Fault:
-        """Have the next ``times`` requests of that method ("*": any) and path go wrong.
+        """Have requests to the API go wrong.
 
-        ``status``: answered with that error, not done. ``delay``: done after so many seconds. ``cut``: not done, the
-        connection closes without an answer. ``lost_response``: done, then the connection closes without an answer.
-        ``fault.left`` counts down; set it to 0 to end the fault.
+        Args:
+            method: Which requests: those of this method, "*" for any.
+            path_regex: Which of them: those in whose path this is found.
+            times: How many requests it hits.
+            status: Answer with this error instead of doing anything.
+            delay: Do it after so many seconds.
+            cut: Close the connection without an answer, and do nothing.
+            lost_response: Do it, then close the connection without an answer.
+
+        Returns:
+            The fault; its ``left`` counts down, and 0 ends it.
         """
         fault = Fault(method, re.compile(path_regex), times, status, delay, cut, lost_response)
         self._do(self._api.faults.append, fault)
         return fault
 
     def pause(self) -> None:
-        """The API goes away: connections are cut, new ones refused. Pods run on."""
+        """Take the API away: connections are cut, new ones refused; pods run on."""
         self._do(self._api.leave)
 
     def resume(self) -> None:
-        """The API is back, on the same port."""
+        """Have the API back, on the same port."""
         assert self._loop is not None
         if threading.current_thread() is self._thread:
             self._kubelet.spawn(self._api.listen())

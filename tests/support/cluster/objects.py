@@ -1,13 +1,12 @@
-"""The cluster's pure part: what a pod object must be, what the server adds to it, and which node it fits on."""
+"""What the cluster's other modules share: nodes, quantities, times, selectors, patches, errors."""
 
 from __future__ import annotations
 
 import functools
 import ipaddress
-import math
 import re
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +23,11 @@ Object = dict[str, Any]
 Resources = dict[str, float]
 
 GPU = "nvidia.com/gpu"
+"""Resource of which a node has whole ones."""
 SLEEP = "double/sleep"
+"""Annotation of pods that are only simulated, for so many seconds."""
+TOKEN_VOLUME = "kube-api-access"
+"""How the name begins of the volume that the server adds to each pod, with the account's token."""
 
 _IMAGE = re.compile(
     r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
@@ -53,7 +56,7 @@ _REASONS = {
 
 
 class ApiError(Exception):
-    """An answer of the API that says no."""
+    """An answer of the API that is an error: its HTTP status, and a Status object as body."""
 
     def __init__(self, code: int, message: str, *, name: str = "", kind: str = "pods") -> None:
         super().__init__(message)
@@ -72,7 +75,11 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """A simulated machine; every pod really runs on this one. ``taints``: as the API has them."""
+    """A simulated machine; the pods on it really run on this one.
+
+    ``cpu`` and ``memory`` are quantities such as ``500m`` and ``2Gi``, ``gpus`` and ``pods`` are
+    numbers, ``taints`` are as the API has them.
+    """
 
     name: str
     cpu: str = "1000"
@@ -84,13 +91,13 @@ class Node:
 
     @functools.cached_property
     def room(self) -> Resources:
-        """What pods can ask for, in all."""
+        """What all pods on the node together can ask for, by name of the resource."""
         amounts = {"cpu": self.cpu, "memory": self.memory, GPU: self.gpus, "pods": self.pods}
         return {name: float(parse_quantity(amount)) for name, amount in amounts.items()}
 
     @property
     def all_labels(self) -> dict[str, str]:
-        """With those that every node has."""
+        """The node's labels, with those that every node has."""
         return {"kubernetes.io/hostname": self.name, "kubernetes.io/os": "linux", **self.labels}
 
 
@@ -100,7 +107,7 @@ def quantity(text: object) -> float:
 
 
 def stamp(seconds: float) -> str:
-    """A time as objects have it: UTC, whole seconds."""
+    """Seconds since the epoch as objects have a time: UTC, whole seconds."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -110,7 +117,10 @@ def good_image(name: str) -> bool:
 
 
 def self_signed(folder: Path) -> tuple[bytes, ssl.SSLContext]:
-    """A new certificate for 127.0.0.1, as text, and the server's side of it; kubectl sends tokens by TLS only."""
+    """A new certificate for 127.0.0.1 (PEM), and the server's side of it.
+
+    Kubectl sends tokens by TLS only.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kubernetes")])
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -137,7 +147,10 @@ def self_signed(folder: Path) -> tuple[bytes, ssl.SSLContext]:
 
 
 def selects(selector: str, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector (``a=b,c!=d,!e,f,g in (h,i)``) selects; ApiError 400 if it can't be read."""
+    """Whether a label selector, such as ``a=b,c!=d,!e,f,g in (h,i)``, selects these labels.
+
+    ``ApiError`` 400: the selector can't be read.
+    """
     at, chosen = 0, True
     while at < len(selector):
         part = _LABELS_SELECTED.match(selector, at)
@@ -159,7 +172,7 @@ def _holds(part: re.Match[str], labels: Mapping[str, str]) -> bool:
 
 
 def field_selects(selector: str, item: Object) -> bool:
-    """Whether a field selector (``metadata.name=a,status.phase!=b``) selects."""
+    """Whether a field selector, such as ``metadata.name=a,status.phase!=b``, selects an object."""
     for part in filter(None, selector.split(",")):
         path, unequal, value = re.fullmatch(r"([^!=]+)(!?)==?(.*)", part).groups()  # type: ignore[union-attr]
         found: Any = item
@@ -171,7 +184,7 @@ def field_selects(selector: str, item: Object) -> bool:
 
 
 def merged(target: Any, patch: Any) -> Any:
-    """A merge patch applied: null removes, maps are merged, everything else replaces."""
+    """``target`` after a merge patch: null removes, maps are merged, everything else replaces."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -181,79 +194,3 @@ def merged(target: Any, patch: Any) -> Any:
         else:
             result[key] = merged(result.get(key), value)
     return result
-
-
-# Scheduling
-
-
-def requests_of(pod: Object) -> Resources:
-    """What the pod takes of its node."""
-    requests = pod["spec"]["containers"][0]["resources"].get("requests") or {}
-    return {name: quantity(amount) for name, amount in requests.items()} | {"pods": 1.0}
-
-
-def unfit(pod: Object, node: Node, taints: Iterable[Mapping[str, str]], used: Resources) -> tuple[list[str], bool]:
-    """Why the pod can't be on the node (nothing: it can), and whether it is only for lack of room."""
-    spec = pod["spec"]
-    for taint in taints:
-        if taint["effect"] != "PreferNoSchedule" and not _tolerated(taint, spec["tolerations"]):
-            return [f"node(s) had untolerated taint {{{taint['key']}: {taint.get('value', '')}}}"], False
-    labels = node.all_labels
-    selector = spec.get("nodeSelector") or {}
-    affinity = (spec.get("affinity") or {}).get("nodeAffinity") or {}
-    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms")
-    if any(labels.get(key) != value for key, value in selector.items()) or (
-        terms and not any(_term_matches(term, labels) for term in terms)
-    ):
-        return ["node(s) didn't match Pod's node affinity/selector"], False
-    room = node.room
-    lacking = [
-        "Too many pods" if name == "pods" else f"Insufficient {name}"
-        for name, amount in requests_of(pod).items()
-        if used.get(name, 0.0) + amount > room.get(name, math.inf if name == "ephemeral-storage" else 0.0) + 1e-9
-    ]
-    return lacking, True
-
-
-def _tolerated(taint: Mapping[str, str], tolerations: list[Object]) -> bool:
-    return any(
-        toleration.get("effect") in (None, "", taint["effect"])
-        and toleration.get("key") in (None, "", taint["key"])
-        and (toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", ""))
-        for toleration in tolerations
-    )
-
-
-def _term_matches(term: Object, labels: Mapping[str, str]) -> bool:
-    return bool(term.get("matchExpressions")) and all(_expression(part, labels) for part in term["matchExpressions"])
-
-
-def _expression(part: Object, labels: Mapping[str, str]) -> bool:
-    value, values = labels.get(part["key"]), part.get("values") or []
-    match part["operator"]:
-        case "In":
-            return value in values
-        case "NotIn":
-            return value not in values
-        case "Exists":
-            return value is not None
-        case "DoesNotExist":
-            return value is None
-        case "Gt":
-            return value is not None and int(value) > int(values[0])
-        case _:
-            return value is not None and int(value) < int(values[0])
-
-
-def no_place(reasons: list[list[str]], lack_of_room: int) -> str:
-    """The scheduler's words, from the reasons of each node."""
-    nodes = len(reasons)
-    counts: dict[str, int] = {}
-    for reason in (reason for of_node in reasons for reason in of_node):
-        counts[reason] = counts.get(reason, 0) + 1
-    why = ", ".join(sorted(f"{count} {reason}" for reason, count in counts.items()))
-    helpless = nodes - lack_of_room
-    preemption = [f"{lack_of_room} No preemption victims found for incoming pod"] if lack_of_room else []
-    preemption += [f"{helpless} Preemption is not helpful for scheduling"] if helpless else []
-    available = f"0/{nodes} nodes are available: "
-    return f"{available}{why}. preemption: {available}{', '.join(preemption)}."

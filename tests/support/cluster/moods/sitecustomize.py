@@ -1,14 +1,16 @@
-"""Makes commands misbehave: Python runs this before the command, in a pod that has the folder on its PYTHONPATH.
+"""Makes commands misbehave: imported by Python before the command, in pods whose PYTHONPATH has it.
 
-``CHUNKFLOW_MOODS`` is JSON: for the name of a block's task, or of a step, what its first, second, … process does instead of its
-work, such as ``{"infer.0_0_0": ["exit 75", "hang"]}``. Which one is next is remembered below the storage address ``CHUNKFLOW_MOODS_URL``.
+``CHUNKFLOW_MOODS`` is JSON. For the name of a block's task, or of a step, it says what the first,
+second, … process does instead of its work, such as ``{"infer.0_0_0": ["exit 75", "hang"]}``. Which
+one is next is remembered below the storage address ``CHUNKFLOW_MOODS_URL``.
 
 - ``exit N``: end with that code
 - ``kill N``: get that signal
 - ``memory MB``: take so much memory, then hang
 - ``disk MB``: fill so much of the node's disk, then hang
 - ``hang``: do nothing for an hour
-- ``count``: count aloud, half a second apart, until the file ``go-TASK`` is at that address; say how far, then do the work
+- ``count``: count aloud, half a second apart, until the file ``go-TASK`` is at that address; say
+  how far, then do the work
 """
 
 import json
@@ -25,7 +27,7 @@ _STAGES = {"chunkflow_core.inference_and_donate": "infer", "chunkflow_core.recei
 
 
 def _mood() -> tuple[str, str] | None:
-    """The task and its mood."""
+    """The task that this process runs, and its mood; None: it is to work."""
     words = sys.orig_argv
     if "-m" not in words:
         return None

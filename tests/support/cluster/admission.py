@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import kubernetes_validate
-from double_objects import ApiError, Object, quantity, stamp
+
+from tests.support.cluster.objects import TOKEN_VOLUME, ApiError, Object, quantity, stamp
 
 POD_SCHEMA = "1.34"
-TOKEN_VOLUME = "kube-api-access"
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
@@ -24,7 +24,18 @@ _KNOWN_SHAPES: set[str] = set()
 def admit(
     given: Object, namespace: str, *, now: float, accounts: Collection[str], priorities: Collection[str]
 ) -> Object:
-    """The object as the server stores it, with all defaults; ApiError says what it would refuse it for."""
+    """The object as the server stores it, with all defaults.
+
+    Args:
+        given: The pod as a client sends it; left as it is.
+        namespace: The namespace of the request's path.
+        now: The pod's creation, in seconds since the epoch.
+        accounts: Names of the service accounts there are.
+        priorities: Names of the priority classes there are.
+
+    Raises:
+        ApiError: The server refuses the object; the text says why, as Kubernetes says it.
+    """
     pod: Object = _without_nulls(copy.deepcopy(given))
     _check_types({"apiVersion": "v1", "kind": "Pod"} | pod)
     if pod.get("kind", "Pod") != "Pod" or pod.get("apiVersion", "v1") != "v1":
@@ -51,7 +62,8 @@ def admit(
 
 
 def _check_types(pod: Object) -> None:
-    # Validation takes 12 ms, and the pods of one test are alike: only what has other keys or types is looked at again.
+    # Validation takes 12 ms, and the pods of one test are alike: only what has other keys or types
+    # is looked at again.
     if (shape := repr(_shape(pod))) in _KNOWN_SHAPES:
         return
     try:
@@ -91,7 +103,10 @@ def _metadata_errors(metadata: Object) -> Iterable[str]:
     if not name:
         yield "metadata.name: Required value: name or generateName is required"
     elif not _SUBDOMAIN.fullmatch(name) or len(name) > 253:
-        yield f"metadata.name: Invalid value: \"{name}\": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character"
+        yield (
+            f'metadata.name: Invalid value: "{name}": a lowercase RFC 1123 subdomain must consist of lower case '
+            "alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character"
+        )
     for kind in ("labels", "annotations"):
         for key, value in (metadata.get(kind) or {}).items():
             yield from _label_errors(kind, key, value)
@@ -99,12 +114,13 @@ def _metadata_errors(metadata: Object) -> Iterable[str]:
 
 def _spec_errors(spec: Object) -> Iterable[str]:
     if spec.get("restartPolicy") != "Never":
-        yield f'spec.restartPolicy: Unsupported value: "{spec.get("restartPolicy", "Always")}": this cluster is a test double: "Never" only'
+        policy = spec.get("restartPolicy", "Always")
+        yield f'spec.restartPolicy: Unsupported value: "{policy}": this cluster is a test double: "Never" only'
     if spec.get("initContainers") or len(spec.get("containers") or []) != 1:
         yield "spec.containers: Invalid value: this cluster is a test double: exactly one container"
         return
-    if spec.get("activeDeadlineSeconds", 1) < 1:
-        yield f"spec.activeDeadlineSeconds: Invalid value: {spec['activeDeadlineSeconds']}: must be between 1 and 2147483647, inclusive"
+    if (deadline := spec.get("activeDeadlineSeconds", 1)) < 1:
+        yield f"spec.activeDeadlineSeconds: Invalid value: {deadline}: must be between 1 and 2147483647, inclusive"
     volumes = [volume.get("name", "") for volume in spec.get("volumes") or []]
     for index, volume in enumerate(volumes):
         if not _DNS_LABEL.fullmatch(volume):
@@ -117,9 +133,13 @@ def _spec_errors(spec: Object) -> Iterable[str]:
 def _label_errors(kind: str, key: str, value: str) -> Iterable[str]:
     prefix, _, last = key.rpartition("/")
     if not last or len(last) > 63 or not _LABEL_VALUE.fullmatch(last) or (prefix and not _SUBDOMAIN.fullmatch(prefix)):
-        yield f"metadata.{kind}: Invalid value: \"{key}\": name part must consist of alphanumeric characters, '-', '_' or '.'"
+        what = "name part must consist of alphanumeric characters, '-', '_' or '.'"
+        yield f'metadata.{kind}: Invalid value: "{key}": {what}'
     if kind == "labels" and (len(value) > 63 or not _LABEL_VALUE.fullmatch(value)):
-        yield f"metadata.labels: Invalid value: \"{value}\": a valid label must be an empty string or consist of at most 63 alphanumeric characters, '-', '_' or '.'"
+        yield (
+            f'metadata.labels: Invalid value: "{value}": a valid label must be an empty string or consist of '
+            "at most 63 alphanumeric characters, '-', '_' or '.'"
+        )
 
 
 def _container_errors(container: Object, volumes: list[str]) -> Iterable[str]:
@@ -164,9 +184,11 @@ def _resource_errors(resources: Object, at: str) -> Iterable[str]:
                 yield f'{at}.{kind}[{name}]: Invalid value: "{amount}": must be a whole number, 0 or more'
     for name, amount in requests.items():
         if name in limits and quantity(amount) > quantity(limits[name]):
-            yield f'{at}.requests: Invalid value: "{amount}": must be less than or equal to {name} limit of {limits[name]}'
+            limit = f"must be less than or equal to {name} limit of {limits[name]}"
+            yield f'{at}.requests: Invalid value: "{amount}": {limit}'
         if "/" in name and quantity(limits.get(name, "-1")) != quantity(amount):
-            yield f"{at}.limits: Required value: Limit must be set for non overcommitable resources and equal to the request ({name})"
+            limit = "Limit must be set for non overcommitable resources and equal to the request"
+            yield f"{at}.limits: Required value: {limit} ({name})"
 
 
 def _with_defaults(spec: Object) -> Object:

@@ -1,7 +1,8 @@
 """The cluster that tests run pods on: the double, or with KUBECONFIG and ``-m cluster`` a real one.
 
-Nothing that uses this may know which it is, but for what only the double can do (``cluster.double``). See ``tests/README.md`` for the
-environment variables that describe a real cluster.
+Nothing that uses this may know which it is, but for what only the double can do
+(``cluster.double``). The environment variables that describe a real cluster are in
+``tests/README.md``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from double import Cluster
 from kubernetes import client, config, utils
-from nursery import shared
 
 from chunkflow_core.storage.clients import open_files
+from tests.support.cluster.double import Cluster
+from tests.support.nursery import shared
 
 MOODS = Path(__file__).with_name("moods") / "sitecustomize.py"
 _IMAGE = "chunkflow:test"
@@ -36,7 +37,7 @@ RESOURCES = {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi", "ephemeral_storag
 
 @dataclass
 class TestCluster:
-    """A cluster to run volumes on."""
+    """A cluster to run volumes on, whether the double or a real one."""
 
     __test__ = False
 
@@ -46,26 +47,34 @@ class TestCluster:
     storage: str
     """Address below which pods and tests can keep layers."""
     mount: str
-    """Where pods find the file that makes them misbehave."""
+    """Folder in which pods find the module that makes them misbehave."""
     runner: dict[str, Any]
     """What the runner section needs for this cluster, beside kind and image."""
     double: Cluster | None = None
+    """The double; None on a real cluster."""
 
     @property
     def api(self) -> client.CoreV1Api:
-        """The API's client."""
+        """A new client of the API."""
         return client.CoreV1Api(config.new_client_from_config(str(self.kubeconfig)))
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Airflow needs to know of the cluster."""
+        """Environment variables that tell Airflow of the cluster."""
         extra = {"kube_config_path": str(self.kubeconfig), "namespace": self.namespace}
         connection = {"conn_type": "kubernetes", "extra": extra}
         return {"AIRFLOW_CONN_KUBERNETES_DEFAULT": json.dumps(connection)}
 
     def runner_section(self, moods: Mapping[str, list[str]], place: str, **changes: Any) -> dict[str, Any]:
-        """A runner section. ``place`` is where it is remembered which moods have passed."""
-        section = {
+        """The runner section of a spec for this cluster.
+
+        Args:
+            moods: What the first, second, … process of a task does instead of its work, by task;
+                see ``moods/sitecustomize.py``.
+            place: Storage address below which it is remembered which moods have passed.
+            **changes: Keys to add or replace.
+        """
+        section: dict[str, Any] = {
             "kind": "kubernetes",
             "image": self.image,
             "namespace": self.namespace,
@@ -84,7 +93,7 @@ class TestCluster:
         return section | changes
 
     def pods(self, volume: str) -> list[dict[str, Any]]:
-        """The pods of a volume, as the API gives them."""
+        """The objects of a volume's pods, as the API gives them."""
         found = self.api.list_namespaced_pod(
             self.namespace, label_selector=f"chunkflow/volume={volume}", _preload_content=False
         )
@@ -93,7 +102,11 @@ class TestCluster:
 
     @contextmanager
     def ending(self, volume: str, ends: Mapping[str, Sequence[End]]) -> Iterator[list[str]]:
-        """Meanwhile, end the pods of some tasks, one after the other, once they hang; gives a list of what was done."""
+        """Meanwhile, end the pods of some tasks once they hang, one after the other.
+
+        ``ends`` has the ends of each task's pods, in order. Gives a list that grows by the name of
+        a task whenever one of its pods is ended.
+        """
         ended: list[str] = []
         errors: list[Exception] = []
         stop = threading.Event()
@@ -130,7 +143,7 @@ class TestCluster:
         return _HANGING in self.log(pod["metadata"]["name"])
 
     def log(self, name: str) -> str:
-        """A pod's log; empty if there is none."""
+        """The log of a pod; empty if there is none."""
         with suppress(client.ApiException):
             found = self.api.read_namespaced_pod_log(name, self.namespace, container="base", _preload_content=False)
             return str(found.data.decode(errors="replace"))
@@ -138,50 +151,53 @@ class TestCluster:
 
     @property
     def limit(self) -> float:
-        """Seconds after which a run counts as stuck; a real cluster takes minutes to see that a node is lost."""
+        """Seconds after which a run counts as stuck.
+
+        A real cluster takes minutes to see that a node is lost.
+        """
         return 480.0 if self.double else 2400.0
 
 
 End = Callable[[TestCluster, str], None]
-"""Ends a pod of that name."""
+"""A function that ends the pod of a name."""
 
 
 def delete(cluster: TestCluster, name: str) -> None:
-    """As ``kubectl delete pod``."""
+    """End a pod as ``kubectl delete pod`` does."""
     cluster.api.delete_namespaced_pod(name, cluster.namespace)
 
 
 def drain(cluster: TestCluster, name: str) -> None:
-    """As ``kubectl drain`` does with each pod."""
+    """End a pod as ``kubectl drain`` does."""
     body = client.V1Eviction(metadata=client.V1ObjectMeta(name=name, namespace=cluster.namespace))
     cluster.api.create_namespaced_pod_eviction(name, cluster.namespace, body)
 
 
 def preempt(cluster: TestCluster, name: str) -> None:
-    """As the scheduler does for a pod of higher priority."""
+    """End a pod as the scheduler does for one of higher priority."""
     assert cluster.double
     cluster.double.preempt(name)
 
 
 def evict(cluster: TestCluster, name: str) -> None:
-    """As the kubelet does when memory gets short."""
+    """End a pod as the kubelet does when memory gets short."""
     assert cluster.double
     cluster.double.evict(name)
 
 
 def evict_for_disk(cluster: TestCluster, name: str) -> None:
-    """As the kubelet does when the disk gets full: with less of a trace."""
+    """End a pod as the kubelet does when the disk gets full: with less of a trace."""
     assert cluster.double
     cluster.double.evict(name, disruption_target=False, container_statuses=False)
 
 
 def shut_down(cluster: TestCluster, name: str) -> None:
-    """Shut the pod's node down."""
+    """End a pod by a shutdown of its node."""
     _to_node(cluster, name, "CHUNKFLOW_TEST_SHUT_DOWN", "shutdown_node")
 
 
 def lose(cluster: TestCluster, name: str) -> None:
-    """Cut the power of the pod's node."""
+    """End a pod by cutting its node's power."""
     _to_node(cluster, name, "CHUNKFLOW_TEST_LOSE", "lose_node")
 
 
@@ -194,7 +210,7 @@ def _to_node(cluster: TestCluster, name: str, variable: str, method: str) -> Non
 
 
 def ends_from_outside(cluster: TestCluster) -> list[End]:
-    """How the pods of this cluster can be ended."""
+    """All ends that pods of this cluster can be given."""
     if cluster.double:
         return [delete, drain, preempt, evict, evict_for_disk, shut_down, lose]
     of_nodes = {"CHUNKFLOW_TEST_SHUT_DOWN": shut_down, "CHUNKFLOW_TEST_LOSE": lose}
@@ -203,10 +219,16 @@ def ends_from_outside(cluster: TestCluster) -> list[End]:
 
 @contextmanager
 def the_double(folder: Path, **options: Any) -> Iterator[TestCluster]:
-    """The double, in a folder; its pods' commands are forked from a process that has imported them already."""
+    """The double, in a folder.
+
+    Its pods' commands are forked from a process that has imported what they import. ``options`` are
+    those of ``Cluster``.
+    """
     mounts = folder / "mounts"
-    options = {"images": {_IMAGE}, "folder": folder / "pods", "mount_root": mounts, "nursery": shared()} | options
-    with Cluster(folder / "kubeconfig", **options) as cluster:
+    cluster = Cluster(
+        folder / "kubeconfig", images={_IMAGE}, folder=folder / "pods", mount_root=mounts, nursery=shared(), **options
+    )
+    with cluster:
         cluster.add_config_map(_CONFIG_MAP, {"sitecustomize.py": MOODS.read_text()})
         data = folder / "data"
         data.mkdir()
@@ -222,7 +244,7 @@ def the_double(folder: Path, **options: Any) -> Iterator[TestCluster]:
 
 
 def why_no_real_cluster() -> str | None:
-    """What is missing for tests on a real cluster."""
+    """What is missing for tests on a real cluster; None: nothing is."""
     needed = ("KUBECONFIG", "CHUNKFLOW_TEST_IMAGE", "CHUNKFLOW_TEST_STORAGE")
     missing = [name for name in needed if not os.environ.get(name)]
     return f"no real cluster: set {', '.join(missing)} (tests/README.md)" if missing else None
@@ -268,7 +290,7 @@ def the_real_one() -> Iterator[TestCluster]:
 
 
 def _wait_for_service_account(api: client.CoreV1Api, namespace: str) -> None:
-    """Pods are refused until the namespace's account is there."""
+    """Wait for the namespace's account: until it is there, pods are refused."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         with suppress(client.ApiException):

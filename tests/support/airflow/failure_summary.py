@@ -1,6 +1,4 @@
-"""The last lines of a run of the tests.
-
-What failed, why, and where the Airflow concerned has its logs.
+"""The last lines of a run of the tests: what failed, why, and where the logs of its Airflow are.
 
 A fixture that starts an Airflow calls ``remember_logs(request, folder)``. The folder is then named
 for each test that fails while it could use the fixture, whatever process it ran in. ``conftest.py``
@@ -18,12 +16,13 @@ import pytest
 _FOLDERS = pytest.StashKey[list[Path]]()
 _SECTION = "Airflow's logs"
 _LINES = 3
-"""Of the reason of a failure."""
+"""How many lines of the reason of a failure are told."""
 _WIDTH = 200
-"""Of each of them, in characters."""
+"""How much of each of those lines is told, in characters."""
 _FAILURES = 8
-"""How many are told with their reasons; a run that breaks everything would only push the first ones
-away.
+"""How many failures are told with their reasons.
+
+In a run that breaks everything more would only push the first ones away.
 """
 
 
@@ -43,7 +42,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tell it."""
+    """Write the last lines, if anything has failed."""
     failed = [*terminalreporter.getreports("failed"), *terminalreporter.getreports("error")]
     if not failed:
         return
@@ -65,9 +64,9 @@ def _moment(report: Any) -> str:
 
 
 def _reason(report: Any) -> list[str]:
-    """Where it failed, and the beginning of the message.
+    """Where a test failed, and the beginning of the message.
 
-    The end of the text if there is no more than a text.
+    Of a report that is only a text, the end of the text.
     """
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:

@@ -1,4 +1,7 @@
-"""The cluster's API over HTTP: what the clients, Airflow's provider and kubectl ask for, and the faults to give them."""
+"""The cluster's API over HTTP, and the faults that it is to have.
+
+It answers what Kubernetes' clients, Airflow's provider and kubectl ask for.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from datetime import datetime
 from typing import Any
 
 from aiohttp import web
-from double_admission import admit
-from double_containers import Line
-from double_kubelet import Kubelet
-from double_objects import ApiError, Object, field_selects, selects
-from double_pods import Pod
-from double_store import Change
+
+from tests.support.cluster.admission import admit
+from tests.support.cluster.containers import Line
+from tests.support.cluster.kubelet import Kubelet
+from tests.support.cluster.objects import ApiError, Object, field_selects, selects
+from tests.support.cluster.pods import Pod
+from tests.support.cluster.store import Change
 
 _LOOK_SECONDS = 1.0
 _VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "watch"]
@@ -43,7 +47,7 @@ _WAITING_WORDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked."""
+    """A request to the API."""
 
     method: str
     path: str
@@ -54,12 +58,12 @@ class Request:
 
 @dataclass
 class Fault:
-    """See ``Cluster.add_fault``."""
+    """What is to go wrong with requests; made by ``Cluster.add_fault``."""
 
     method: str
     path: re.Pattern[str]
     left: int
-    """How many requests it is still going to hit."""
+    """How many requests the fault is still going to hit."""
     status: int | None = None
     delay: float | None = None
     cut: bool = False
@@ -68,7 +72,11 @@ class Fault:
 
 @dataclass
 class Api:
-    """The server. ``namespaces``, ``accounts``, ``priorities``: what there is. ``quota``: name and pods, by namespace."""
+    """The API server.
+
+    ``namespaces``, ``accounts`` and ``priorities`` are the names of those there are; ``quota`` has
+    the name and the number of pods, by namespace.
+    """
 
     kubelet: Kubelet
     token: str
@@ -83,12 +91,12 @@ class Api:
     _runner: web.AppRunner | None = None
     _server: asyncio.Server | None = None
     _held: socket.socket | None = None
-    """Keeps the port for this server while nobody listens."""
+    """A socket that keeps the port for this server while nobody listens."""
 
     # The server
 
     async def start(self) -> None:
-        """Take a port and listen."""
+        """Take a port, and listen."""
         app = web.Application(middlewares=[self._around])
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -98,7 +106,7 @@ class Api:
         await self.listen()
 
     async def listen(self) -> None:
-        """Accept connections."""
+        """Accept connections from now on."""
         assert self._runner is not None
         if self._server is None:
             loop = asyncio.get_running_loop()
@@ -109,7 +117,7 @@ class Api:
             )
 
     def leave(self) -> None:
-        """Refuse connections, and cut those there are."""
+        """Refuse new connections, and cut those there are."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -119,7 +127,7 @@ class Api:
                     connection.transport.abort()
 
     async def stop(self) -> None:
-        """The end."""
+        """End the server, and give its port back."""
         self.leave()
         if self._runner is not None:
             await self._runner.cleanup()

@@ -1,4 +1,7 @@
-"""What runs in a pod: its log, and its container, which is a session of real processes on this machine."""
+"""What runs in a pod: its log, and its container.
+
+A container is a session of real processes on this machine, or only simulated.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,20 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import psutil
-from nursery import Child, Nursery, module_of
 
 from operators import launch
 from operators.service.processes import is_alive
+from tests.support.nursery import Child, Nursery, module_of
 
 _LAUNCH_SECONDS = 0.005
 _KILL_SECONDS = 10.0
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,29 @@ class Line:
     """One line of a log, its line break included if it has one."""
 
     nanoseconds: int
+    """When it was written, since the epoch."""
     text: bytes
 
     @property
     def stamped(self) -> bytes:
-        """With the time in front, nanoseconds and all."""
+        """The line with its time in front, to the nanosecond."""
         seconds, rest = divmod(self.nanoseconds, 10**9)
         return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z ".encode() + self.text
 
 
 class Log:
-    """What a container wrote. Lines are counted from its start; of the oldest only the count may be left."""
+    """What a container wrote.
+
+    Lines are counted from the container's start. Beyond ``limit`` bytes the oldest are dropped and
+    only counted; None keeps all.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self.lines: deque[Line] = deque()
         self.dropped = 0
         self.closed = False
         self.broken = False
-        """The connection to the node is gone: readers get no proper end."""
+        """Whether the connection to the node is gone, so that readers get no proper end."""
         self._limit = limit
         self._size = 0
         self._last = 0
@@ -55,16 +64,16 @@ class Log:
 
     @property
     def end(self) -> int:
-        """How many lines there ever were."""
+        """The number of lines ever written."""
         return self.dropped + len(self.lines)
 
     @property
     def text(self) -> str:
-        """All there is of it."""
+        """All lines that are kept, as text."""
         return b"".join(line.text for line in self.lines).decode(errors="replace")
 
     def append(self, text: bytes) -> None:
-        """Add a line, written now."""
+        """Add a line that was written now."""
         self._last = max(time.time_ns(), self._last + 1)
         self.lines.append(Line(self._last, text))
         self._size += len(text)
@@ -74,17 +83,17 @@ class Log:
         self._wake()
 
     def close(self, broken: bool = False) -> None:
-        """Nothing more will come."""
+        """Say that nothing more will come, or that nobody will hear of it (``broken``)."""
         self.closed, self.broken = True, broken
         self._wake()
 
     def since(self, start: int) -> Iterator[Line]:
-        """The lines from number ``start`` on, of those there are."""
+        """The lines from number ``start`` on, as far as they are kept."""
         for index in range(max(start - self.dropped, 0), len(self.lines)):
             yield self.lines[index]
 
     async def more(self, after: int, timeout: float) -> None:
-        """Wait until there are more than ``after`` lines, or none will come, or the time is over."""
+        """Wait for more than ``after`` lines, for the log's end, or for ``timeout`` seconds."""
         if self.end > after or self.closed:
             return
         future = asyncio.get_running_loop().create_future()
@@ -93,7 +102,7 @@ class Log:
         self._waiting.discard(future)
 
     def tail(self, lines: int, size: int) -> str:
-        """The end of it, at most so many lines and bytes."""
+        """The end of the log: at most so many lines, and at most so many bytes."""
         last = list(self.lines)[-lines:]
         return b"".join(line.text for line in last)[-size:].decode(errors="replace")
 
@@ -104,20 +113,20 @@ class Log:
 
 
 class Container(Protocol):
-    """What runs in a pod."""
+    """What runs in a pod, or seems to."""
 
     def signal(self, number: int) -> None:
-        """Send a signal to the main process."""
+        """Send a signal to the main process, which does nothing if it has no handler."""
 
     def kill(self) -> None:
-        """SIGKILL to everything in it."""
+        """Send SIGKILL to all processes."""
 
     async def wait(self) -> int:
-        """The exit code as Kubernetes counts: 128 + number of the signal."""
+        """Wait for the end; the exit code, or 128 + number of the signal."""
 
 
 class Sleeping:
-    """A container that is only simulated: it writes a line and succeeds after ``seconds``."""
+    """A container that is only simulated: it writes one line and succeeds after ``seconds``."""
 
     def __init__(self, seconds: float, log: Log) -> None:
         log.append(f"simulated: asleep for {seconds} s\n".encode())
@@ -130,20 +139,20 @@ class Sleeping:
             self._code.set_result(code)
 
     def signal(self, number: int) -> None:
-        """Every signal ends it."""
+        """End with 128 + the signal's number, whatever the signal is."""
         self._end(128 + number)
 
     def kill(self) -> None:
-        """End it."""
+        """End as by SIGKILL."""
         self._end(128 + signal.SIGKILL)
 
     async def wait(self) -> int:
-        """The exit code."""
+        """Wait for the end; the exit code."""
         return await asyncio.shield(self._code)
 
 
 class Keeper:
-    """A process that outlives this one by a moment and kills the sessions which are left then.
+    """A process that outlives this one by a moment, and then kills the sessions that are left.
 
     The kernel ends only the main process of each pod with this one, not that process' children.
     """
@@ -166,11 +175,11 @@ for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
 
     def watch(self, session: int) -> None:
-        """Kill that one if need be."""
+        """Have a session killed if it outlives this process."""
         self._tell(f"+{session}\n")
 
     def forget(self, session: int) -> None:
-        """That one is dead, or about to be; its number may be given to another one."""
+        """Leave a session alone: it is dead, or about to be, and its number may be used again."""
         self._tell(f"-{session}\n")
 
     def _tell(self, line: str) -> None:
@@ -179,16 +188,17 @@ for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             self._process.stdin.write(line)
 
     def close(self) -> None:
-        """Let it end."""
+        """Let the keeper end, and wait for that."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 class Executed:
-    """A main process that was executed, by a launcher.
+    """A main process that is executed, by a launcher.
 
-    To be made in a thread that lives on: the kernel kills the process when the thread that started it ends.
+    Made in a thread that lives on: the kernel kills the process when the thread that started it
+    ends.
     """
 
     def __init__(self, argv: list[str], environment: Mapping[str, str], folder: Path, output: int) -> None:
@@ -203,22 +213,25 @@ class Executed:
         )
         self.pid = self._process.pid
         self.descriptor = os.pidfd_open(self.pid)
-        """Can be read when the process has ended."""
+        """A file descriptor that can be read when the process has ended."""
 
     @property
     def returncode(self) -> int | None:
-        """How it has ended, if that has been waited for."""
+        """How the process has ended, as ``wait`` gives it; None before it was waited for."""
         return self._process.returncode
 
     @property
     def launched(self) -> bool:
-        """Whether the launcher has become the command, which is when there is something to signal and a log to read."""
+        """Whether the launcher has become the command.
+
+        Only then is there something to signal, and a log to read.
+        """
         with contextlib.suppress(OSError):
             return b"operators.launch" not in Path(f"/proc/{self.pid}/cmdline").read_bytes()
         return True
 
     def wait(self) -> int:
-        """How it has ended: its exit code, negative for a signal."""
+        """Wait for the end; the exit code, or minus the number of the signal."""
         if self._process.returncode is None:
             os.close(self.descriptor)
         return self._process.wait()
@@ -227,7 +240,8 @@ class Executed:
 class Session:
     """A container that runs: a session of processes whose first one is the main process.
 
-    Forked from the nursery if there is one that can, else executed.
+    That one is forked from the nursery if there is one and it can, else executed. ``on_line`` is
+    called with each line that the session writes.
     """
 
     def __init__(
@@ -259,7 +273,7 @@ class Session:
         self._loop.add_reader(self._process.descriptor, self.reap)
 
     async def executed(self) -> None:
-        """Wait until the command runs."""
+        """Wait until the command itself runs, and read its log from then on."""
         while self._process.returncode is None and not self._process.launched:
             await asyncio.sleep(_LAUNCH_SECONDS)
         if not self._ended.done():
@@ -274,15 +288,20 @@ class Session:
         return found
 
     def signal(self, number: int) -> None:
-        """Process 1 of a container gets only those signals that it handles or waits for, and SIGKILL from outside."""
+        """Send a signal to the main process, which gets it as process 1 of a container would.
+
+        That one gets only signals that it handles or waits for, and from outside SIGKILL and
+        SIGSTOP.
+        """
         if self._process.returncode is None and (number in (signal.SIGKILL, signal.SIGSTOP) or self._handles(number)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def _handles(self, number: int) -> bool:
-        """Whether the signal is caught, or blocked: then it is kept for sigwait. The kernel drops all others.
+        """Whether the signal is caught, or blocked and so kept for sigwait.
 
-        A thread that waits for signals does not show them as blocked; those that it has started do.
+        The kernel drops all others. A thread that waits for signals does not show them as blocked;
+        those that it has started do.
         """
         with contextlib.suppress(OSError):
             for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
@@ -292,7 +311,7 @@ class Session:
         return False
 
     def kill(self) -> None:
-        """SIGKILL to all, again until there is no new one."""
+        """Send SIGKILL to all processes of the session until none is alive."""
         self._keeper.forget(self.pid)
         deadline = time.monotonic() + _KILL_SECONDS
         while alive := [member for member in self._members() if is_alive(member)]:
@@ -304,11 +323,14 @@ class Session:
             time.sleep(0.001)
 
     async def wait(self) -> int:
-        """The exit code, once the log is complete."""
+        """Wait for the end, and the whole log; the exit code, or 128 + number of the signal."""
         return await asyncio.shield(self._ended)
 
     def reap(self) -> None:
-        """Take note of the end, whatever is left in the session. Called when the process has ended or is about to."""
+        """Take note of the end of the main process, and kill what is left of the session.
+
+        Called when the process has ended or is about to.
+        """
         if self._ended.done():
             return
         self._loop.remove_reader(self._process.descriptor)
@@ -333,3 +355,16 @@ class Session:
     def _line(self, text: bytes) -> None:
         self._log.append(text)
         self._on_line(text)
+
+
+def memory_of(sessions: Collection[int]) -> dict[int, dict[int, int]]:
+    """Resident bytes by process id, for each of the sessions."""
+    found: dict[int, dict[int, int]] = {session: {} for session in sessions}
+    if not found:
+        return found
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if (session := os.getsid(pid)) in found:
+                pages = int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
+                found[session][pid] = pages * _PAGE
+    return found

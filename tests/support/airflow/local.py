@@ -10,14 +10,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
-from airflow_volumes import ENVIRONMENT, Volumes, copy_dags
-from failure_summary import remember_logs
 
 from operators.service import Client, start
+from tests.support.airflow.failure_summary import remember_logs
+from tests.support.airflow.volumes import ENVIRONMENT, Volumes, copy_dags
 
 SERVICES = ExitStack()
-"""Those that run. They end after the last test of their group (``tests/conftest.py``): one that
-waits for all other tests to end takes a tenth of a core from them.
+"""The Airflows that run.
+
+They end after the last test of their group (``tests/conftest.py``): one that waits for all other
+tests to end takes a tenth of a core from them.
 """
 
 _STRANGE = {
@@ -32,11 +34,9 @@ _STRANGE = {
 
 @pytest.fixture(scope="session")
 def local_volumes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Volumes]:
-    """An Airflow for all tests without pods.
+    """An Airflow for all tests without pods, with a folder of its own for each name.
 
-    For a name, a folder of its own, whose ``volumes`` it looks at.
-
-    Modules in a folder's ``modules`` can be imported by it.
+    Airflow looks at the folder's ``volumes``, and can import modules in its ``modules``.
     """
     root = tmp_path_factory.mktemp("local")
     dags, home, names = copy_dags(root), root / "home", ("airflow", "recurring", "service")

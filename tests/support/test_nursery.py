@@ -1,4 +1,7 @@
-"""A command that the nursery has forked can't tell, and nobody can tell from what it does, that it was not executed."""
+"""A command that the nursery has forked is as one that was executed.
+
+The command itself can't tell, and nobody can tell from what it does.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from typing import Any
 import kubernetes
 import psutil
 import pytest
-from double import Cluster
-from nursery import Nursery, module_of
 
 from operators.service.processes import is_alive, wait_until
+from tests.support.cluster.client import wait_for_log
+from tests.support.cluster.double import Cluster
+from tests.support.nursery import Nursery, module_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process file descriptors are Linux's")
 
@@ -84,7 +88,8 @@ def executed(argv: list[str], environment: Mapping[str, str], folder: Path) -> O
 LOOK = """
 import os, signal, sys, tempfile
 print(sorted(os.environ.items()), os.getcwd(), sys.orig_argv[1:], sys.argv, sys.path[:3], tempfile.gettempdir())
-print(__name__, globals().get("__file__"), getattr(__spec__, "name", None), sys.stdout.encoding, sys.stdout.errors, sys.stderr.errors)
+print(__name__, globals().get("__file__"), getattr(__spec__, "name", None))
+print(sys.stdout.encoding, sys.stdout.errors, sys.stderr.errors)
 print(os.getsid(0) in (os.getpid(), os.getppid()), os.read(0, 1), os.fstat(1) == os.fstat(2))
 print(sorted(int(descriptor) for descriptor in os.listdir("/proc/self/fd")))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -194,7 +199,7 @@ def test_in_a_pod(nursery: Nursery, environment: Callable[[str], dict[str, str]]
         logged = [*LOGGED[:3], "--log", f"file://{tmp_path}/log", *LOGGED[3:]]
         for name, argv in (("direct", COMMAND), ("logged", logged)):
             create(name, POLITE, argv)
-            cluster.wait(name, lambda _, name=name: cluster.log(name) == "up\n")
+            wait_for_log(cluster, name, "up\n")
             cluster.delete_pod(name)
             assert end(name, "gone") == ("Error", 7) and cluster.log(name) == "up\nbye\n"
         create("family", FAMILY, LOGGED)
@@ -211,9 +216,9 @@ def test_in_a_pod(nursery: Nursery, environment: Callable[[str], dict[str, str]]
 def test_nothing_outlives_its_maker(environment: Callable[[str], dict[str, str]], tmp_path: Path, victim: str) -> None:
     script = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
-from nursery import Nursery
+from tests.support.nursery import Nursery
 nursery = Nursery([])
 child = nursery.start({COMMAND!r}, {environment(FAMILY)!r}, Path({str(tmp_path)!r}), 1)
 print("maker", os.getpid(), nursery.pid, flush=True)
@@ -224,9 +229,10 @@ print(child.wait(), flush=True)
     )
     assert process.stdout is not None
     lines = sorted(process.stdout.readline().split() for _ in range(2))
-    (_, child, grandchild), (_, maker, nursery) = [(name, *map(psutil.Process, map(int, ids))) for name, *ids in lines]
+    (child, grandchild), (maker, nursery) = [[psutil.Process(int(pid)) for pid in pids] for _, *pids in lines]
     {"maker": maker, "nursery": nursery}[victim].kill()
-    # What the main process has started itself is left to the cluster's keeper when the nursery is killed.
+    # What the main process has started itself is left to the cluster's keeper when the nursery is
+    # killed.
     tied = {maker, nursery, child} | ({grandchild} if victim == "maker" else set())
     try:
         assert wait_until(lambda: not any(map(is_alive, tied)), LIMIT), tied
