@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chunkflow_core.lattice.boxes import vector
+from chunkflow_core.errors import SpecError
+from chunkflow_core.lattice.boxes import Vector, vector
 from operators.command_operator import CommandOperator, spec_of_file
 from operators.commands import Blend, Command, Infer, Prepare
 
@@ -52,8 +53,8 @@ def InferenceAndDonateOperator(*, spec: str | Path, block: Sequence[int], **opti
 
     It infers the block's patches, writes what is final, and donates the rest.
 
-    It does nothing if a receipt says that the block is done. Of one block, only one such task of
-    the DAG is at work at a time.
+    It does nothing if a receipt says that the block is done. The task is at work in one run of its
+    DAG at a time.
 
     Args:
         spec: Path of the volume's spec, for whoever parses the DAG and for the worker.
@@ -61,9 +62,9 @@ def InferenceAndDonateOperator(*, spec: str | Path, block: Sequence[int], **opti
         options: Those of ``BaseOperator``, such as ``task_id``, ``pool`` and ``retries``.
 
     Raises:
-        SpecError: The spec is wrong.
+        SpecError: The spec is wrong, or the block is no index.
     """
-    return _operator(Infer(vector(block)), spec, options)
+    return _operator(Infer(_index(block)), spec, options)
 
 
 def ReceiveAndBlendOperator(*, spec: str | Path, block: Sequence[int], **options: Any) -> CommandOperator:
@@ -73,8 +74,7 @@ def ReceiveAndBlendOperator(*, spec: str | Path, block: Sequence[int], **options
 
     The inference of the block and of its lower neighbours has to end well before it begins. It does
     nothing if a receipt says that the block has consumed just what they give now. A block without
-    lower neighbours has no second stage. Of one block, only one such task of the DAG is at work at
-    a time.
+    lower neighbours has no second stage. The task is at work in one run of its DAG at a time.
 
     Args:
         spec: Path of the volume's spec, for whoever parses the DAG and for the worker.
@@ -82,9 +82,16 @@ def ReceiveAndBlendOperator(*, spec: str | Path, block: Sequence[int], **options
         options: Those of ``BaseOperator``, such as ``task_id``, ``pool`` and ``retries``.
 
     Raises:
-        SpecError: The spec is wrong.
+        SpecError: The spec is wrong, or the block is no index.
     """
-    return _operator(Blend(vector(block)), spec, options)
+    return _operator(Blend(_index(block)), spec, options)
+
+
+def _index(block: Sequence[int]) -> Vector:
+    ok = isinstance(block, list | tuple) and len(block) == 3 and all(type(i) is int and i >= 0 for i in block)
+    if not ok:
+        raise SpecError(f"block: {block!r}: expected the block's index, three integers in the order z, y, x")
+    return vector(block)
 
 
 def _operator(command: Command, spec: str | Path, options: dict[str, Any]) -> CommandOperator:

@@ -86,9 +86,7 @@ def run(options: argparse.Namespace) -> None:
         request = Request(blocks=repair(workspace, box=box, seams=options.seams))
     else:
         request = Request(box, force=options.force, check_input=options.check_input)
-    state = workspace.state()
-    due = plan(spec, request, state)
-    state.note_confirmed()
+    due = plan(spec, request, workspace.state(confirm=True))
     print(f"{spec.name}: {len(due.infer)} blocks to infer, {len(due.blend)} to blend, {len(due.up_to_date)} up to date")
     if due.infer or due.blend:
         asked = _asked(options.bbox, force=options.force, check_input=options.check_input, repair=options.repair)
@@ -153,10 +151,8 @@ def plan(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     workspace = Workspace(spec)
-    state = workspace.state()
-    due = plan(spec, Request(box, force=options.force, check_input=options.check_input), state)
-    if options.run:
-        state.note_confirmed()
+    request = Request(box, force=options.force, check_input=options.check_input)
+    due = plan(spec, request, workspace.state(confirm=bool(options.run)))
     asked = _asked(options.bbox, force=options.force, check_input=options.check_input)
     _tell_plan(workspace, due, options.run, asked, as_json=options.json)
 
@@ -179,9 +175,7 @@ def repair(options: argparse.Namespace) -> None:
 
     workspace = Workspace(spec)
     undone = repair(workspace, box=box, seams=options.seams)
-    state = workspace.state()
-    due = plan(spec, Request(blocks=undone), state)
-    state.note_confirmed()
+    due = plan(spec, Request(blocks=undone), workspace.state(confirm=True))
     _tell_plan(workspace, due, options.run, _asked(options.bbox, repair=True), as_json=options.json)
 
 
@@ -423,8 +417,7 @@ def _add_plan_output(parser: argparse.ArgumentParser) -> None:
         "--run",
         default="",
         metavar="NAME",
-        help="plan for this run: begin its manifest beside the output if anything is due, and note in receipts "
-        "which inputs are unchanged",
+        help="begin the manifest of this run beside the output, if anything is due",
     )
 
 

@@ -207,8 +207,11 @@ class Exchange:
 
     def put_signature(self, receipt: Receipt, signature: str) -> None:
         """Note in a receipt what storage says of the same input at present."""
+        name = f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"
+        if name not in self._receipt_names(receipt.stage, receipt.block):
+            return  # somebody has retracted it meanwhile
         self.put_receipt(replace(receipt, signature=signature))
-        self.delete_files([f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"])
+        self.delete_files([name])
 
     def retract(self, stage: Stage, block: Vector) -> None:
         """Delete a block's receipts, before anything that they vouch for is changed."""

@@ -32,7 +32,6 @@ class Inputs:
         """
         self._exchange, self._spec = exchange, exchange.spec
         self._layer, self._mask, self._inference = layer, mask, inference
-        self._confirmed: list[tuple[Receipt, str]] = []
         spec = exchange.spec
         self._signatures = LayerSignatures(spec.input.path, spec.input.mip, layer.scale)
         self._mask_signatures: LayerSignatures | None = None
@@ -57,23 +56,23 @@ class Inputs:
         return short_digest(f"{signature} {of_mask}".encode()) if of_mask else ""
 
     def unchanged(self, receipt: Receipt) -> bool:
-        """Whether a block would read what its receipt of inference says that it has read.
-
-        If that has to be found out from the voxels, ``note_confirmed`` spares it the next time.
-        """
+        """Whether a block would read what its receipt of inference says that it has read."""
         signature = self.signature(receipt.block)
         if signature and signature == receipt.signature:
             return True
-        if self.content(receipt.block) != receipt.content:
+        return self.content(receipt.block) == receipt.content
+
+    def confirm(self, receipt: Receipt) -> bool:
+        """Do what ``unchanged`` does, and note what storage says of an input that is unchanged.
+
+        So voxels that had to be read to find that out need not be read the next time.
+        """
+        signature = self.signature(receipt.block)  # asked before anything is read
+        if not self.unchanged(receipt):
             return False
         if signature != receipt.signature:
-            self._confirmed.append((receipt, signature))
+            self._exchange.put_signature(receipt, signature)
         return True
-
-    def note_confirmed(self) -> None:
-        """Note in receipts what storage says of an input that was found unchanged by its voxels."""
-        while self._confirmed:
-            self._exchange.put_signature(*self._confirmed.pop())
 
     def content(self, block: Vector) -> str:
         """Digest of what a block reads, from its voxels: see ``Receipt.content``."""

@@ -48,15 +48,17 @@ class ExchangeReceipts:
 class ExchangeState(ExchangeReceipts):
     """What an exchange and the input layer say: receipts, donations, changed inputs."""
 
-    def __init__(self, exchange: Exchange, inputs: Callable[[], Inputs]) -> None:
+    def __init__(self, exchange: Exchange, inputs: Callable[[], Inputs], *, confirm: bool) -> None:
         """Name what can be asked; nothing is read yet.
 
         Args:
             exchange: Where receipts and donations are.
             inputs: Gives what can tell whether an input has changed; called when that is asked.
+            confirm: Whether an input that is found unchanged by its voxels is noted in its
+                receipt, at once: the voxels need not be read again then.
         """
         super().__init__(exchange)
-        self._inputs, self._confirm = inputs, list[Inputs]()
+        self._inputs, self._confirm = inputs, confirm
         self._stored: dict[Vector, Counter[Vector]] = {}
         self._donations_listed: set[Vector] = set()
 
@@ -78,23 +80,18 @@ class ExchangeState(ExchangeReceipts):
         if not blocks:
             return set()
         inputs = self._inputs()
-        self._confirm = [inputs]
         inputs.load(blocks)
         doubtful = [block for block in sorted(blocks) if not self._is_signed(block, inputs)]
         changed = set()
         if doubtful:
+            is_unchanged = inputs.confirm if self._confirm else inputs.unchanged
             with progress("reading input that may have changed", len(doubtful), "blocks") as block_read:
                 for block in doubtful:
                     receipt = self._exchange.receipt("infer", block)
-                    if receipt is None or not inputs.unchanged(receipt):
+                    if receipt is None or not is_unchanged(receipt):
                         changed.add(block)
                     block_read()
         return changed
-
-    def note_confirmed(self) -> None:
-        """Note in receipts which inputs were found unchanged by their voxels."""
-        for inputs in self._confirm:
-            inputs.note_confirmed()
 
     def _is_signed(self, block: Vector, inputs: Inputs) -> bool:
         """Whether storage says of a block's input what it said when that was read."""

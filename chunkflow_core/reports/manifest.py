@@ -113,7 +113,7 @@ def stem(run: str) -> str:
     Airflow's names have colons and plus signs, which not every storage and browser takes as they
     are. They are replaced; a hash then keeps names apart that only differ there.
     """
-    return f"runs/{safe_name(run, substitute='_', joint='-', longest=_LONGEST)}"
+    return f"runs/{safe_name(run, substitute='_', joint='-', longest=_LONGEST, hidden=True)}"
 
 
 def _begun(spec: VolumeSpec, run: str) -> dict[str, Any]:

@@ -93,9 +93,7 @@ def _is_enough(workspace: Workspace, done: Receipt, run: str, why: Reason | None
     if why is None:
         return True
     if why == "input":
-        unchanged = workspace.inputs.unchanged(done)
-        workspace.inputs.note_confirmed()
-        return unchanged
+        return workspace.inputs.confirm(done)
     return run != "" and done.run == run and workspace.exchange.has_donations(done)
 
 

@@ -96,9 +96,9 @@ class Workspace:
         """The engine that runs patches."""
         return self._engine or load_engine(self.spec)
 
-    def state(self) -> ExchangeState:
-        """What there is at present, for the planner."""
-        return ExchangeState(self.exchange, lambda: self.inputs)
+    def state(self, *, confirm: bool = False) -> ExchangeState:
+        """What is there at present, for the planner; ``confirm`` as ``ExchangeState`` has it."""
+        return ExchangeState(self.exchange, lambda: self.inputs, confirm=confirm)
 
     @cached_property
     def inputs(self) -> Inputs:

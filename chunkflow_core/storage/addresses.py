@@ -16,7 +16,7 @@ PRECOMPUTED = "precomputed://"
 _STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]+/[^/]"
 _PROTOCOL = re.compile(rf"({PRECOMPUTED})?(file://[/~]|{_STORES}|(\w+\+)?https?://[^/]).*")
 _ALIAS = re.compile(rf"(?:{PRECOMPUTED})?(\w+)://[^/]")
-_UNSAFE = re.compile(r"^\.|[^A-Za-z0-9._-]")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def plain(address: str) -> str:
@@ -29,7 +29,7 @@ def is_same_place(one: str, other: str) -> bool:
     return _normalised(one) == _normalised(other)
 
 
-def safe_name(text: str, substitute: str = "-", joint: str = ".", longest: int = 100) -> str:
+def safe_name(text: str, substitute: str = "-", joint: str = ".", longest: int = 100, *, hidden: bool = False) -> str:
     """A name for a file that every storage and browser takes.
 
     Args:
@@ -37,11 +37,14 @@ def safe_name(text: str, substitute: str = "-", joint: str = ".", longest: int =
         substitute: Stands for each character that may do harm.
         joint: Stands between the name and a hash.
         longest: Number of characters that are kept.
+        hidden: Whether the name may begin with a dot.
 
     Returns:
         The text if it is a good name; else what is good of it, and a hash that keeps it distinct.
     """
     safe = _UNSAFE.sub(substitute, text)[:longest]
+    if safe.startswith(".") and not hidden:
+        safe = substitute + safe[1:]
     return safe if safe == text else f"{safe}{joint}{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

@@ -68,8 +68,8 @@ class _VolumeReader:
         self._volume, self._bounds = open_volume(path, scale, mip, fill_missing=fill_missing), scale.bounds
 
     def read(self, box: Box) -> NDArray[Any]:
-        # CloudVolume 12.15 reads a single voxel in a way of its own, which gives the first voxel of
-        # the storage chunk.
+        # CloudVolume 12.15 reads a single voxel of several channels in a way of its own: it gives
+        # one channel of another voxel.
         larger = (box.grown((1, 1, 1), (1, 1, 1)) & self._bounds) if box.voxels == 1 else box
         data: NDArray[Any] = np.asarray(self._volume[cloudvolume_slices(larger)]).T
         return data[(slice(None), *box.slices(larger.start))]

@@ -109,8 +109,6 @@ class Parent:
         Args:
             arguments: Of ``airflow``.
             log: A descriptor for all that it prints.
-
-        ``log`` is a descriptor for all that it prints.
         """
         parent = os.getpid()
         for stream in filter(None, (sys.stdout, sys.stderr)):

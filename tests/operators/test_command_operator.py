@@ -10,7 +10,8 @@ import pytest
 from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
 
-from chunkflow_core.errors import StorageError, UsageError
+from chunkflow_core.errors import SpecError, StorageError, UsageError
+from operators import InferenceAndDonateOperator, ReceiveAndBlendOperator
 from operators.command_operator import FAILURE, AirflowRun, failure_reported
 from operators.commands import Publish, Result, Select, SkippedError
 from operators.request import DEFAULTS
@@ -89,3 +90,11 @@ def test_what_is_skipped_is_skipped_after_the_value_was_given() -> None:
     with pytest.raises(AirflowSkipException, match="nobody is told"):
         run.use(Result({}, event={"run": "x"}, skipped_because="nobody is told"), Publish(asset))
     assert events[asset].extra == {"run": "x"}
+
+
+@pytest.mark.parametrize("block", [(0, 0), (0, 0, -1), (0, 0, 1.0), "{{ params.block }}", None])
+def test_a_block_that_is_no_index_is_refused(make_spec: Callable[..., Path], block: Any) -> None:
+    with pytest.raises(SpecError, match=r"block: .*: expected the block's index, three integers"):
+        InferenceAndDonateOperator(task_id="infer", spec=make_spec(), block=block)
+    with pytest.raises(SpecError, match=r"block: .*: expected the block's index, three integers"):
+        ReceiveAndBlendOperator(task_id="blend", spec=make_spec(), block=block)

@@ -372,7 +372,8 @@ def test_warming_up_leaves_no_thread_and_nothing_open(parent: subprocess.Popen[b
     process = psutil.Process(parent.pid)
     before = process.num_fds()
     imports = [WARM_UP, "chunkflow_core.engines.pytorch"]
-    name = module("import sys; print('torch' in sys.modules, 'chunkflow_core.steps.workspace' in sys.modules)")
+    stages = "{'chunkflow_core.steps.infer', 'chunkflow_core.steps.blend'}"
+    name = module(f"import sys; print('torch' in sys.modules, {stages} <= sys.modules.keys())")
     assert LocalRunner(logging.getLogger(), imports=imports).run([name])[2] == "True True"
     assert process.num_threads() == 1
     assert wait_until(lambda: process.num_fds() == before, LIMIT), "the connection goes last"

@@ -141,7 +141,7 @@ class History:
                 requested = set(map(tuple, workspace.spec.grid.indices() if box is None else self.touching(box)))
                 due = world.due(requested, force=event.force, check=event.check)
                 request = Request(box, force=event.force, check_input=event.check)
-                planned = plan(workspace.spec, request, workspace.state())
+                planned = plan(workspace.spec, request, workspace.state(confirm=True))
                 done = self.execute(workspace, planned)
         except (Killed, BrokenModel, ChunkflowError):
             if not fault.happened:

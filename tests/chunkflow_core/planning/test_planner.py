@@ -160,7 +160,8 @@ def test_an_edit_of_the_input(path: Path, tmp_path: Path) -> None:
     assert due(spec, check_input=True) == Plan((), (), tuple(ALL))
 
 
-def test_the_same_voxels_in_new_files(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["run"], ["plan", "--run", "x"]], ids=" ".join)
+def test_the_same_voxels_in_new_files(path: Path, tmp_path: Path, command: list[str]) -> None:
     """Storage can't tell, the voxels do; and the receipts then remember what storage says."""
     spec = load_spec(path)
     assert main(["run", str(path)]) == 0
@@ -168,20 +169,48 @@ def test_the_same_voxels_in_new_files(path: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "input").glob("*/*"):
         os.utime(file)
 
-    state = Workspace(spec).state()
-    assert plan(spec, Request(check_input=True), state) == Plan((), (), tuple(ALL))
+    assert due(spec, check_input=True) == Plan((), (), tuple(ALL))
     assert main(["plan", str(path), "--check-input"]) == 0
 
     signatures = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
     assert signatures == receipts, "a question does not write"
 
-    state.note_confirmed()
+    assert main([command[0], str(path), "--check-input", *command[1:]]) == 0
 
     after = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
     assert after.keys() == receipts.keys()
     assert not set(after.values()) & set(receipts.values())
     assert {block: Workspace(spec).inputs.signature(block) for block in ALL} == after
     assert main(["verify", str(path), "--seams", "0"]) == 0
+
+
+def test_a_check_that_is_interrupted_keeps_what_it_has_found(path: Path, tmp_path: Path) -> None:
+    spec = load_spec(path)
+    assert main(["run", str(path)]) == 0
+    signatures = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
+    chunks = sorted((tmp_path / "input").glob("*/*"))
+    for file in chunks:
+        os.utime(file)
+    last = max(chunks, key=lambda file: [int(part.split("-")[0]) for part in file.name.split(".")[0].split("_")][::-1])
+    last.unlink()
+
+    assert main(["run", str(path), "--check-input"]) == 66
+
+    after = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
+    assert any(after[block] != signatures[block] for block in ALL)
+
+
+def test_a_receipt_that_was_retracted_meanwhile_does_not_come_back(path: Path, tmp_path: Path) -> None:
+    spec = load_spec(path)
+    assert main(["run", str(path)]) == 0
+    exchange = Exchange(spec)
+    receipt = exchange.receipt("infer", (0, 0, 0))
+    assert receipt is not None
+    exchange.retract("infer", (0, 0, 0))
+
+    exchange.put_signature(receipt, "0" * 13)
+
+    assert exchange.receipt("infer", (0, 0, 0)) is None
 
 
 def test_a_task_whose_input_is_unchanged(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,6 @@ LIMIT = 60.0
 START = """
 import subprocess, sys, time
 from pathlib import Path
-from typing import Any
 from operators.service.database import Database
 from operators.service.settings import Home, prepare_home
 home = Home(Path(sys.argv[1]))

@@ -27,7 +27,7 @@ class Read(NamedTuple):
     axes: Block
     mask: bytes
     planes: tuple[tuple[int, bytes], ...]
-    """Of each layer of patches that the mask touches: number, and input with padding and halo."""
+    """Number of each tier of patches that the mask touches, and its input with padding and halo."""
 
 
 class Inferred(NamedTuple):
