@@ -267,7 +267,7 @@ class Select(Step):
         infer, blend = ({vector(index) for index in due[stage]} for stage in ("infer", "blend"))
         grid = run.grid
         skipped = [infer_task_id(index) for index in grid.indices() if index not in infer]
-        skipped += [blend_task_id(i) for i in grid.indices() if grid.donors(i) and i not in blend]
+        skipped += [blend_task_id(i) for i in grid.indices() if grid.has_frame(i) and i not in blend]
         # What earlier runs have changed but not told, since a block or the audit failed, is audited
         # and told now.
         skipped += [] if infer or blend or due["unpublished"] else [VERIFY, PUBLISH]

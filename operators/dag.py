@@ -152,10 +152,9 @@ class _Tasks:
                     if index[0] != z:
                         continue
                     infer[index] = self._infer(index)
-                    donors = self.grid.donors(index)
-                    if donors:
+                    if self.grid.has_frame(index):
                         blend = self._blend(index)
-                        blend.set_upstream([infer[donor] for donor in donors])
+                        blend.set_upstream([infer[donor] for donor in self.grid.donors(index)])
                         blends.append(blend)
                     else:
                         ends.append(infer[index])

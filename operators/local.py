@@ -72,7 +72,7 @@ class ColdChild:
             os.killpg(self._process.pid, number)
 
 
-class LocalRunner:
+class CommandRunner:
     """Runs one command at a time: its output goes to the task's log, its processes end with it."""
 
     def __init__(
@@ -161,9 +161,9 @@ class ProcessOperator(CommandOperator):
         self.runner.kill()
 
     @cached_property
-    def runner(self) -> LocalRunner:
+    def runner(self) -> CommandRunner:
         """What runs the command."""
-        return LocalRunner(self.log, self.environment, self.imports)  # type: ignore[arg-type]
+        return CommandRunner(self.log, self.environment, self.imports)  # type: ignore[arg-type]
 
     @property
     def imports(self) -> list[str]:

@@ -23,7 +23,7 @@ import pytest
 
 import operators
 from operators import launch, warm
-from operators.local import LocalRunner
+from operators.local import CommandRunner
 from operators.service.processes import is_alive, wait_until
 from tests.support.nursery import Nursery
 
@@ -90,7 +90,7 @@ def name_of(parent: subprocess.Popen[bytes]) -> str:
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
-    return LocalRunner(logging.getLogger(), environment).run(arguments)
+    return CommandRunner(logging.getLogger(), environment).run(arguments)
 
 
 def children(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -128,11 +128,11 @@ def test_it_is_what_a_process_is_that_starts_from_nothing(
     soft, hard = (64 << 30, 65 << 30)
     script = f"""
 import logging, os, resource, sys
-from operators.local import LocalRunner
+from operators.local import CommandRunner
 os.umask(0o027)
 os.sched_setaffinity(0, [{min(before)}])
 resource.setrlimit(resource.RLIMIT_AS, ({soft}, {hard}))
-code, output, _ = LocalRunner(logging.getLogger(), {{"MINE": "ä = %s"}}).run([{facts!r}, "one", "two words"])
+code, output, _ = CommandRunner(logging.getLogger(), {{"MINE": "ä = %s"}}).run([{facts!r}, "one", "two words"])
 sys.stdout.write(output)
 sys.exit(code)
 """
@@ -187,7 +187,7 @@ def test_ends(parent: subprocess.Popen[bytes], module: Module, text: str, code: 
 
 def test_random_numbers_are_not_the_parents(parent: subprocess.Popen[bytes], module: Module) -> None:
     name = module("import random, uuid, numpy; print(random.random(), uuid.uuid4(), numpy.random.random())")
-    runner = LocalRunner(logging.getLogger(), imports=[WARM_UP])
+    runner = CommandRunner(logging.getLogger(), imports=[WARM_UP])
     values = [runner.run([name])[1].split() for _ in range(2)]
     assert len(values[0]) == 3
     assert not set(values[0]) & set(values[1])
@@ -209,7 +209,7 @@ def test_output_comes_at_once(parent: subprocess.Popen[bytes], module: Module, t
     log = logging.getLogger(name)
     log.setLevel(logging.INFO)
     log.addHandler(Go())
-    assert LocalRunner(log).run([name])[0] == 0
+    assert CommandRunner(log).run([name])[0] == 0
 
 
 def test_many_at_once(parent: subprocess.Popen[bytes], module: Module) -> None:
@@ -222,8 +222,8 @@ def test_many_at_once(parent: subprocess.Popen[bytes], module: Module) -> None:
 
 TASK = """
 import logging, os, signal, sys
-from operators.local import LocalRunner
-runner = LocalRunner(logging.getLogger())
+from operators.local import CommandRunner
+runner = CommandRunner(logging.getLogger())
 signal.signal(signal.SIGTERM, lambda *_: runner.kill())
 print(runner.run(sys.argv[1:])[0])
 """
@@ -364,7 +364,7 @@ def test_where_an_import_starts_a_thread_nothing_is_forked(
     (copy / "chunkflow_core" / "threaded.py").write_text(text)
     parent = start(PYTHONPATH=str(copy))
     monkeypatch.setenv(warm.VARIABLE, name_of(parent))
-    runner = LocalRunner(logging.getLogger(), imports=["chunkflow_core.threaded"])
+    runner = CommandRunner(logging.getLogger(), imports=["chunkflow_core.threaded"])
     assert runner.run([module("import os; print(os.getppid())")])[2] != str(parent.pid)
 
 
@@ -374,14 +374,14 @@ def test_warming_up_leaves_no_thread_and_nothing_open(parent: subprocess.Popen[b
     imports = [WARM_UP, "chunkflow_core.engines.pytorch"]
     stages = "{'chunkflow_core.steps.infer', 'chunkflow_core.steps.blend'}"
     name = module(f"import sys; print('torch' in sys.modules, {stages} <= sys.modules.keys())")
-    assert LocalRunner(logging.getLogger(), imports=imports).run([name])[2] == "True True"
+    assert CommandRunner(logging.getLogger(), imports=imports).run([name])[2] == "True True"
     assert process.num_threads() == 1
     assert wait_until(lambda: process.num_fds() == before, LIMIT), "the connection goes last"
 
 
 def test_imports_are_of_this_project_only(parent: subprocess.Popen[bytes], module: Module) -> None:
     name = module("import sys; print('antigravity' in sys.modules)")
-    assert LocalRunner(logging.getLogger(), imports=["antigravity"]).run([name])[2] == "False"
+    assert CommandRunner(logging.getLogger(), imports=["antigravity"]).run([name])[2] == "False"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to be somebody else takes root")
