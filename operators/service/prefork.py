@@ -83,15 +83,19 @@ class Parent:
         if not sys.flags.safe_path:
             del sys.path[0]  # as with -P: what lies beside a script or in the working directory shadows nothing
         gc.disable()
+        interruptions: list[int] = []
         try:
-            with _interruptible(seconds), _no_warnings():
+            with _interruptible(seconds, interruptions), _no_warnings():
                 for module in _MODULES:
                     importlib.import_module(module)
-        except _Interrupted as interrupted:
-            if interrupted.args[0] == signal.SIGALRM:
+        except BaseException as error:
+            # Where an import is interrupted, an extension module may make another error of it.
+            if signal.SIGALRM in interruptions:
                 raise ServiceError(f"Airflow could not be imported within {seconds:.0f} s") from None
-            return False
-        except Exception as error:
+            if interruptions:
+                return False
+            if not isinstance(error, Exception):
+                raise
             place = traceback.extract_tb(error.__traceback__)[-1]
             told = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
             raise ServiceError(f"Airflow can't be imported: {told}") from error
@@ -176,16 +180,17 @@ def _open_descriptors() -> list[int]:
 
 
 @contextmanager
-def _interruptible(seconds: float) -> Iterator[None]:
+def _interruptible(seconds: float, interruptions: list[int]) -> Iterator[None]:
     """Raise ``_Interrupted`` at a signal to stop, or after so many seconds.
 
-    That signal's own handler runs first.
+    The signal is added to ``interruptions``, and its own handler runs first.
 
     What is imported may run commands of the user's, and hang.
     """
     handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM)}
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        interruptions.append(number)
         if callable(handlers[number]):
             handlers[number](number, frame)
         raise _Interrupted(number)

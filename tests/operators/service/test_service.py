@@ -313,7 +313,8 @@ def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Po
     """
     (tmp_path / "airflow.py").write_text("raise RuntimeError('this is not Airflow')\n")
     command = [*UP, f"--home={home}", f"--dags={dags}"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, stderr=said, cwd=tmp_path)
     try:
         assert wait_until_begun(home, 1).guard.pid == process.pid
         yield process
@@ -325,12 +326,12 @@ def foreground(home: Path, dags: Path, tmp_path: Path) -> Iterator[subprocess.Po
 
 @pytest.mark.parametrize(("number", "components"), [(signal.SIGINT, 1), (signal.SIGTERM, 3), (signal.SIGHUP, 1)])
 def test_signal_ends_everything(
-    number: signal.Signals, components: int, foreground: subprocess.Popen[bytes], home: Path
+    number: signal.Signals, components: int, foreground: subprocess.Popen[bytes], home: Path, tmp_path: Path
 ) -> None:
     wait_until_begun(home, components)
     found = everything(home)
     foreground.send_signal(number)
-    assert foreground.wait(TIMEOUT) == 0
+    assert foreground.wait(TIMEOUT) == 0, (tmp_path / "said").read_text()
     assert_gone(found, home, timeout=0)
 
 
