@@ -147,9 +147,8 @@ def _texts(model: Model) -> dict[str, str]:
 
 
 def _model_in(field: FieldInfo) -> Model | None:
-    """The model that a field's value is, or may be."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    """The first model that a field's value may be."""
+    return next(_kinds(field.annotation), None)
 
 
 def _models(model: Model) -> Iterator[Model]:
@@ -161,6 +160,7 @@ def _models(model: Model) -> Iterator[Model]:
 
 
 def _kinds(annotation: Any) -> Iterator[Model]:
+    """All models in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

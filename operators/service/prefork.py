@@ -193,7 +193,7 @@ def _interruptible(seconds: float, interruptions: list[int]) -> Iterator[None]:
         interruptions.append(number)
         if callable(handlers[number]):
             handlers[number](number, frame)
-        raise _Interrupted(number)
+        raise _Interrupted
 
     try:
         for number in handlers:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from chunkflow_core.storage.files import put_file
 from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import open_layer
 from tests.support.volume import write_volume
+from tests.support.web import serving
 
 
 @pytest.mark.parametrize("compression", ["gzip", "br", "zstd", "none"])
@@ -60,13 +60,6 @@ def test_only_old_partial_files_are_deleted(tmp_path: Path) -> None:
     assert new.exists() and other.exists()
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder, and logs nothing."""
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing is logged."""
-
-
 def test_single_voxels_by_cloudvolume(tmp_path: Path) -> None:
     """Asked for one voxel of several channels, CloudVolume gives one channel of another voxel."""
     voxels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 8), dtype=np.uint8)
@@ -76,15 +69,8 @@ def test_single_voxels_by_cloudvolume(tmp_path: Path) -> None:
     volume = CloudVolume(f"file://{tmp_path}", info=info, progress=False, compress=False)
     volume.commit_info()
     volume[:, :, :] = voxels.T
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=tmp_path)) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            address = f"http://127.0.0.1:{server.server_port}"
-            layer = open_layer(address, read_scale(address, 0))
-            for z, y, x in [(0, 0, 0), (3, 1, 6), (7, 7, 7)]:
-                voxel = layer.read(Box((z, y, x), (z + 1, y + 1, x + 1)))
-                np.testing.assert_array_equal(voxel, voxels[:, z : z + 1, y : y + 1, x : x + 1])
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as address:
+        layer = open_layer(address, read_scale(address, 0))
+        for z, y, x in [(0, 0, 0), (3, 1, 6), (7, 7, 7)]:
+            voxel = layer.read(Box((z, y, x), (z + 1, y + 1, x + 1)))
+            np.testing.assert_array_equal(voxel, voxels[:, z : z + 1, y : y + 1, x : x + 1])

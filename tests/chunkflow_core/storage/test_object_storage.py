@@ -9,10 +9,9 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from chunkflow_core.storage.layers import NewLayer
 from chunkflow_core.storage.model_files import fetch
 from tests.support.object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
 from tests.support.volume import output_of
+from tests.support.web import serving
 
 Chunkflow = Callable[..., CompletedProcess[str]]
 
@@ -557,9 +557,7 @@ def test_deletions_that_are_refused_are_told(monkeypatch: pytest.MonkeyPatch) ->
     """Were they not told, receipts would go on vouching for what is being replaced."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
-    with ThreadingHTTPServer(("127.0.0.1", 0), _RefusingDeletions) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        files = open_files(f"s3://http://127.0.0.1:{server.server_address[1]}/bucket/exchange")
+    with serving(_RefusingDeletions) as url:
+        files = open_files(f"s3://{url}/bucket/exchange")
         with pytest.raises(SpecError, match="gone: Access Denied"), storage_errors("deleting receipts"):
             files.delete(["gone"])
-        server.shutdown()

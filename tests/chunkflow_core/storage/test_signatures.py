@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import urlopen
@@ -28,6 +27,7 @@ from chunkflow_core.storage.layers import NewLayer
 from chunkflow_core.storage.listing import servers as listing_servers
 from chunkflow_core.storage.signatures import LayerSignatures
 from tests.support.object_storage import BUCKET, Fault, Proxy, gcs_server, proxy_before, s3_server
+from tests.support.web import serving
 
 KEY = "4_4_40"
 START = (-4, 10, -30)
@@ -361,18 +361,6 @@ def test_buckets_that_fail(use: Use, kind: str, monkeypatch: pytest.MonkeyPatch)
                 layer.digest(box)
     proxy.clear()
     assert [layer.digest(ALL), layer.digest(chunk(0, 0, 0))] == whole
-
-
-@contextmanager
-def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
-    """A server of this process, and its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
 
 
 class _Pages(BaseHTTPRequestHandler):
