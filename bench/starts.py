@@ -86,15 +86,15 @@ print(json.dumps(usage.ru_utime + usage.ru_stime))
 WARM = """
 import json, logging, os, subprocess, sys, time
 import psutil
-from operators import warm
-from operators.local import LocalRunner
+from operators import local, warm
+Runner = getattr(local, "CommandRunner", None) or local.LocalRunner  # its name in older checkouts
 name = f"chunkflow-bench/{os.getpid()}"
 parent = subprocess.Popen([sys.executable, "-P", "-m", "operators.warm", name])
 while not warm.answers(name):
     time.sleep(0.05)
 os.environ[warm.VARIABLE] = name
 imports, *arguments = sys.argv[1:]
-runner = LocalRunner(logging.getLogger(), imports=imports.split(","))
+runner = Runner(logging.getLogger(), imports=imports.split(","))
 def cpu():
     times = psutil.Process(parent.pid).cpu_times()
     return times.user + times.system + times.children_user + times.children_system
