@@ -35,8 +35,8 @@ _ENDS_ITS_SERVICE = "tests/operators/service/test_service.py"
 """The file that comes last of its group, in whatever order files are named."""
 _LONG = (
     "tests/chunkflow_core/storage/test_object_storage.py",
+    "tests/chunkflow_core/storage/test_storage_failures.py",
     "tests/operators/test_warm.py",
-    "tests/chunkflow_core/engines/test_engine_contract.py",
     "tests/promises/test_histories.py",
 )
 """Files without an Airflow that take longest.

@@ -17,6 +17,10 @@ from chunkflow_core.storage.layers import NewLayer
 SHAPE = (20, 48, 40)
 CHUNK = (8, 16, 16)
 """Storage chunk of the input."""
+BLOCKS = [[z, y, x] for z in (0, 1) for y in (0, 1) for x in (0, 1)]
+"""All blocks, as JSON has them."""
+PYTORCH = {"engine": "pytorch", "path": "model.py", "weights": "weights.pt"}
+"""A model section; the files are beside the spec."""
 
 
 def write_layer(path: Path, shape: Vector = SHAPE) -> None:
@@ -63,3 +67,15 @@ def files_below(folder: Path) -> dict[str, bytes]:
         str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file() and f.parent.name != "runs"
     }
     return {name: file.read_bytes() for name, file in files.items()}
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of all files below a folder.
+
+    The trial that every ``prepare`` makes is left out.
+    """
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "trial.json"
+    }

@@ -1,0 +1,297 @@
+"""Whose an output is: another model's is refused, overwritten or mixed, as asked for.
+
+Nor is an output written to that another model has claimed during a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cloudvolume import CloudVolume
+
+from chunkflow_core.__main__ import main
+from chunkflow_core.errors import SpecError, StorageError
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.marks import Stage
+from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.steps import provenance
+from chunkflow_core.steps.blend import receive_and_blend
+from chunkflow_core.steps.infer import inference_and_donate
+from chunkflow_core.steps.output import open_output
+from chunkflow_core.steps.prepare import Other, prepare
+from chunkflow_core.steps.provenance import History
+from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.layers import OutputLayer
+from tests.support.outputs import OTHER, modes, prepared, run, steps
+from tests.support.volume import files_below, output_of
+
+MakeSpec = Callable[..., Path]
+
+
+def write_a_voxel(spec: VolumeSpec) -> None:
+    """Write a storage chunk, so that there is something to be replaced."""
+    output = open_output(spec)
+    chunk = next(output.expected_chunks(spec.grid.roi))
+    output.write(chunk, np.zeros((spec.output.channels, *chunk.shape), spec.output.dtype))
+
+
+def test_an_empty_output_is_anybody_s(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Who corrects a spec after the first ``prepare`` need not say more."""
+    path = make_spec()
+    prepared(path)
+
+    prepared(path, *OTHER)
+
+    assert modes(tmp_path) == ["new", "new"]
+    assert steps(tmp_path)[-1]["fingerprints"] == [load_spec(path, OTHER).fingerprint]
+
+
+def test_output_of_another_fingerprint_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
+    path = make_spec()
+    own, other = load_spec(path), load_spec(path, OTHER)
+    prepared(path)
+    write_a_voxel(own)
+    before = files_below(tmp_path)
+
+    with pytest.raises(SpecError) as refusal:
+        prepare(Workspace(other))
+
+    told = str(refusal.value)
+    assert f"file://{tmp_path}/output is of fingerprint {own.fingerprint}" in told
+    assert f"this spec is of {other.fingerprint}" in told
+    differences = [line.strip() for line in told.splitlines() if ", now " in line]
+    assert differences == ["input.padding: reflect, now edge", "model.threads: 1, now 2"]
+    for way in ("output.path", "--overwrite", "other_model: overwrite", "--accept-mixture", "other_model: mixture"):
+        assert way in told.splitlines()[-1]
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (("name=renamed", "schedule='@daily'", "model.streams=1", "output.compression=none"), None),
+        (("skip.zeros=false",), "skip.zeros: true, now false"),
+        (("model.output=1",), "model.output: not set, now 1"),
+        (("model.options={a: {b: [1]}}",), "model.options.a.b: not set, now [1]"),
+        (("output.range=[-1, 1]",), "output.range: [0.0, 1.0], now [-1.0, 1.0]"),
+        (("roi=[[6, 0, 0], [20, 48, 40]]",), "start of the ROI: [0, 0, 0], now [6, 0, 0]"),
+    ],
+)
+def test_differences(make_spec: MakeSpec, changes: tuple[str, ...], difference: str | None) -> None:
+    """Differences that decide no number are none."""
+    path = make_spec()
+    same = prepared(path)
+    other = load_spec(path, changes)
+    assert History(other).differences() == ([difference] if difference else [])
+    assert (other.fingerprint == same.fingerprint) == (difference is None)
+
+
+def test_model_file_with_other_content_is_another_model(make_spec: MakeSpec, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("def InstantiatedModel(x):\n    return x\n")
+    path = make_spec(model={"engine": "pytorch", "path": "net.py"})
+    before = provenance.digests(prepared(path))["net.py"]
+    write_a_voxel(load_spec(path))
+
+    (tmp_path / "net.py").write_text("def InstantiatedModel(x):\n    return 1 - x\n")
+
+    after = provenance.digests(load_spec(path))["net.py"]
+    with pytest.raises(SpecError, match=f"model file net.py: sha256 {before[:16]}…, now sha256 {after[:16]}…"):
+        prepared(path)
+
+
+def test_overwriting_and_going_back(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """The receipts of a fingerprint are true only until another has claimed the output."""
+    path = make_spec()
+    run(path)
+    first = output_of(path)
+
+    other = prepared(path, "output.range=[0, 2]", other="overwrite")
+    run(path, "output.range=[0, 2]")  # claimed once, it needs no flag
+    assert abs(output_of(path).astype(int) - first // 2).max() <= 1
+
+    with pytest.raises(SpecError, match=other.fingerprint):
+        prepared(path)
+    own = prepared(path, other="overwrite")
+    run(path)
+    np.testing.assert_array_equal(output_of(path), first)
+    claims = [step for step in steps(tmp_path) if step["mode"] != "whole"]
+    assert [(step["mode"], step["fingerprint"]) for step in claims] == [
+        ("new", own.fingerprint),
+        ("overwrite", other.fingerprint),
+        ("overwrite", own.fingerprint),
+    ]
+
+
+def test_mixture(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """The blocks that are asked for are the other model's, and only they.
+
+    Provenance says of whom there are blocks.
+    """
+    path = make_spec()
+    run(path)
+    first = output_of(path)
+
+    other = prepared(path, "output.range=[0, 2]", other="mixture")
+    last = ["--bbox", "14", "26", "26", "20", "48", "40"]
+    assert main(["run", str(path), "--set", "output.range=[0, 2]", "--seams", "0", *last]) == 0
+
+    mixed = output_of(path)
+    assert abs(mixed[:, 14:, 26:, 26:].astype(int) - first[:, 14:, 26:, 26:] // 2).max() <= 1
+    step = steps(tmp_path)[-1]
+    assert (step["mode"], step["run"]) == ("mixture", "by-hand")
+    assert step["fingerprints"] == [load_spec(path).fingerprint, other.fingerprint]
+
+    own = prepared(path, other="mixture")
+    assert steps(tmp_path)[-1]["fingerprints"] == [other.fingerprint, own.fingerprint]
+
+
+@pytest.mark.parametrize("other", ["overwrite", "mixture"])
+def test_nothing_is_claimed_from_oneself(make_spec: MakeSpec, tmp_path: Path, other: Other) -> None:
+    path = make_spec()
+    run(path)
+    before = files_below(tmp_path / "output")
+    prepared(path, other=other)
+    assert files_below(tmp_path / "output") == before
+    assert list(tmp_path.rglob("receipts/infer/**/*.json"))
+
+
+def test_claim_that_was_cut_short_has_left_no_stale_receipt(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Receipts go first.
+
+    The other way round, those that another model's blocks have made untrue would be believed.
+    """
+    path = make_spec()
+    run(path)
+    other = prepared(path, *OTHER, other="overwrite")
+    before = files_below(tmp_path / "output")
+
+    def outage(*_: object, **__: object) -> None:
+        raise StorageError("out of reach")
+
+    with monkeypatch.context() as storage:
+        storage.setattr(provenance, "put_file", outage)
+        with pytest.raises(StorageError, match="out of reach"):
+            prepared(path, other="overwrite")
+    assert not list(tmp_path.rglob("receipts/*/**/*.json"))
+    assert files_below(tmp_path / "output") == before
+    with pytest.raises(SpecError, match=other.fingerprint):
+        prepared(path)
+
+    prepared(path, other="overwrite")
+    assert History(load_spec(path)).fingerprint == load_spec(path).fingerprint
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"processing": 5}', '{"processing": [{"method": "x"}, "y"]}'])
+def test_output_that_does_not_say_whose_it_is(make_spec: MakeSpec, tmp_path: Path, text: str | None) -> None:
+    """Nothing counts as done, and the provenance becomes one that CloudVolume takes."""
+    path = make_spec()
+    run(path)
+    file = tmp_path / "output" / "provenance"
+    file.unlink() if text is None else file.write_text(text)
+    prepared(path)
+    assert not list(tmp_path.rglob("receipts/*/**/*.json"))
+    method = json.loads(file.read_text())["processing"][-1]["method"]
+    assert (method["mode"], method["fingerprint"]) == ("new", load_spec(path).fingerprint)
+    CloudVolume(f"file://{tmp_path}/output", progress=False)
+
+
+def test_what_others_have_written_to_provenance_is_kept(make_spec: MakeSpec, tmp_path: Path) -> None:
+    path = make_spec()
+    prepared(path)
+    volume = CloudVolume(f"file://{tmp_path}/output", progress=False)
+    volume.provenance.owners = ["someone@example.org"]
+    volume.provenance.processing.append({"method": {"task": "downsampling"}, "by": "someone"})
+    volume.commit_provenance()
+
+    prepared(path)  # whose it is has not changed
+    prepared(path, *OTHER, other="overwrite")
+
+    stored = CloudVolume(f"file://{tmp_path}/output", progress=False).provenance
+    assert stored.owners == ["someone@example.org"]
+    assert [step["method"]["task"] for step in stored.processing][1] == "downsampling"
+    assert len(stored.processing) == 3
+
+
+class TestClaimDuringARun:
+    """An output that another model has claimed since is not written to.
+
+    The two would replace each other's blocks for good.
+    """
+
+    def test_stages_of_the_earlier_spec_refuse(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+        path = make_spec(exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"})
+        run(path)
+        first = load_spec(path)
+        second = prepared(path, *OTHER, other="overwrite")
+        before, receipts = files_below(tmp_path / "output"), Workspace(first).exchange.receipts("infer").keys()
+
+        for stage in (inference_and_donate, receive_and_blend):
+            with pytest.raises(SpecError, match=rf"is claimed for fingerprint {second.fingerprint} \(since 20"):
+                stage(Workspace(first), (1, 1, 1), why="forced")
+
+        assert files_below(tmp_path / "output") == before
+        assert Workspace(first).exchange.receipts("infer").keys() == receipts
+
+    def test_a_block_at_work_writes_no_more(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+        path = make_spec()
+        workspace = Workspace(prepared(path))
+
+        with pytest.raises(SpecError, match="is claimed for fingerprint"):
+            inference_and_donate(
+                workspace, (0, 0, 0), patch_done=lambda: prepared(path, *OTHER, other="overwrite") and None
+            )
+
+        assert workspace.exchange.receipts("infer") == {}
+        assert not (tmp_path / "output" / "4_4_40").exists()
+
+    @pytest.mark.parametrize(
+        ("stage", "owner", "last"), [("infer", Exchange, "keep_donations"), ("blend", OutputLayer, "write")]
+    )
+    def test_no_receipt_if_it_was_claimed_after_the_last_look(
+        self, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, owner: type, last: str
+    ) -> None:
+        path = make_spec(exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"})
+        run(path)
+        workspace, original = Workspace(load_spec(path)), getattr(owner, last)
+
+        def then_claimed(*arguments: object) -> object:
+            result = original(*arguments)
+            prepared(path, *OTHER, other="overwrite")
+            return result
+
+        with monkeypatch.context() as hooked:
+            hooked.setattr(owner, last, then_claimed)
+            with pytest.raises(SpecError, match="is claimed for fingerprint"):
+                {"infer": inference_and_donate, "blend": receive_and_blend}[stage](workspace, (1, 1, 1), why="forced")
+
+        assert workspace.exchange.receipt(stage, (1, 1, 1)) is None
+
+    def test_provenance_that_another_program_is_just_writing(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+        path = make_spec()
+        spec = prepared(path)
+        file = tmp_path / "output" / "provenance"
+        whole = file.read_bytes()
+        for part in (b"", whole[:100]):
+            file.write_bytes(part)
+            with pytest.raises(StorageError, match="it is being written, or damaged"):
+                inference_and_donate(Workspace(spec), (0, 0, 0))
+        file.write_bytes(whole)
+        inference_and_donate(Workspace(spec), (0, 0, 0))
+
+    def test_an_output_that_nobody_has_prepared(
+        self, make_spec: MakeSpec, tmp_path: Path, chunkflow: Callable[..., Any]
+    ) -> None:
+        path = make_spec()
+        prepared(path)
+        (tmp_path / "output" / "provenance").unlink()
+        with pytest.raises(SpecError, match="does not say whose it is; run `chunkflow-core prepare SPEC` first"):
+            inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))
+        assert chunkflow("prepare", path).returncode == 0
+        inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))

@@ -1,0 +1,155 @@
+"""Object storage that fails, stays away or refuses: it is tried again, or told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from chunkflow_core.errors import SpecError
+from chunkflow_core.spec import load_spec
+from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.clients import open_files
+from chunkflow_core.storage.files import storage_errors
+from tests.support.object_storage import BUCKET, Fault
+from tests.support.stores import CREDENTIALS, Store, spec_for
+from tests.support.web import serving
+
+Chunkflow = Callable[..., CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_burst_of_failures(
+    use: Callable[[str], Store], tmp_path: Path, kind: str, chunkflow: Chunkflow, reference: dict[str, NDArray[Any]]
+) -> None:
+    store = use(kind)
+    faults = [
+        Fault("refuse", every=3, times=5),
+        Fault("reset", every=5, times=3),
+        Fault("refuse", every=4, times=2, status=500),
+        Fault("delay", every=6, times=6, seconds=0.2),
+    ]
+    store.proxy.faults += faults
+    path = spec_for(store, tmp_path)
+    # Google's client waits longer; there it is one block
+    outcome = chunkflow("run", path, "--seams", 0, *(["--bbox", 0, 0, 0, 1, 1, 1] if kind == "gs" else []))
+    assert outcome.returncode == 0, outcome.stderr
+    assert [fault.done for fault in faults] == [5, 3, 2, 6]
+    spec = load_spec(path)
+    box = spec.grid.block((0, 0, 0)).core if kind == "gs" else spec.grid.roi
+    np.testing.assert_array_equal(
+        Workspace(spec).output.read(box), reference["identity"][(slice(None), *box.slices((0, 0, 0)))]
+    )
+
+
+def test_storage_that_stays_away(
+    use: Callable[[str], Store], tmp_path: Path, chunkflow: Chunkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = use("s3")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("CHUNKFLOW_STORAGE_PATIENCE", "1")
+    spec = spec_for(store, tmp_path)
+    assert chunkflow("prepare", spec).returncode == 0
+    away = [Fault("refuse", "PUT .*donations")]
+    store.proxy.faults += away
+    outcome = chunkflow("run", spec)
+    assert outcome.returncode == 75
+    place = f"{store.root}/{tmp_path.name}/exchange"
+    for text in (f"writing {place}", "SlowDown", "tried again for 1 s", "CHUNKFLOW_STORAGE_PATIENCE", "run again"):
+        assert text in outcome.stderr
+    assert away[0].done >= 2
+    assert [name.partition("/")[2] for name in open_files(place).list()] == ["trial.json"], "no receipt"
+    store.proxy.faults.clear()
+    assert chunkflow("run", spec, "--seams", 0, "--bbox", 0, 0, 0, 1, 1, 1).returncode == 0
+
+
+def test_storage_that_is_not_there(
+    use: Callable[[str], Store], tmp_path: Path, chunkflow: Chunkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = use("s3")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("CHUNKFLOW_STORAGE_PATIENCE", "0.1")
+    spec = spec_for(store, tmp_path, input={"path": f"s3://http://127.0.0.1:9/{BUCKET}/input"})
+    outcome = chunkflow("prepare", spec)
+    assert outcome.returncode == 75
+    assert f"s3://http://127.0.0.1:9/{BUCKET}/input" in outcome.stderr
+    monkeypatch.setenv("CHUNKFLOW_STORAGE_PATIENCE", "long")
+    outcome = chunkflow("prepare", spec)
+    assert outcome.returncode == 78 and "CHUNKFLOW_STORAGE_PATIENCE: 'long'" in outcome.stderr
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_no_permission(
+    use: Callable[[str], Store], tmp_path: Path, kind: str, status: int, chunkflow: Chunkflow
+) -> None:
+    """A refusal is told at once: nothing is tried again."""
+    store = use(kind)
+    spec = spec_for(store, tmp_path)
+    for request, command, place in (("info", "prepare", f"{store.root}/input"), ("receipts", "plan", "exchange")):
+        refusal = Fault("refuse", request, status=status)
+        store.proxy.faults[:] = [refusal]
+        outcome = chunkflow(command, spec)
+        assert (outcome.returncode, refusal.done) == (78, 1), outcome.stderr
+        for text in (place, "aws-secret.json", "GOOGLE_APPLICATION_CREDENTIALS"):
+            assert text in outcome.stderr
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_no_credentials(
+    use: Callable[[str], Store], tmp_path: Path, kind: str, chunkflow: Chunkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = use(kind)
+    for name in (*CREDENTIALS, "AWS_SESSION_TOKEN", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    outcome = chunkflow("prepare", spec_for(store, tmp_path))
+    assert outcome.returncode == 78, outcome.stderr
+    assert "redentials" in outcome.stderr and "finds none" in outcome.stderr
+    assert not store.proxy.requests
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_no_such_bucket(use: Callable[[str], Store], tmp_path: Path, kind: str, chunkflow: Chunkflow) -> None:
+    store = use(kind)
+    nowhere = store.root.replace(f"/{BUCKET}", "/nowhere")
+    spec = spec_for(store, tmp_path)
+    for key in ("input", "output", "exchange"):
+        outcome = chunkflow("prepare", spec, "--set", f"{key}.path={nowhere}/em")
+        assert outcome.returncode == 66, outcome.stderr
+        assert f"{nowhere}/em" in outcome.stderr
+    outcome = chunkflow("plan", spec, "--set", "model={engine: pytorch, path: " + nowhere + "/net.py}")
+    assert outcome.returncode == 66 and f"{nowhere}/net.py" in outcome.stderr
+
+
+class _RefusingDeletions(BaseHTTPRequestHandler):
+    """Answers as S3 does to a role that may not delete: the request as a whole is fine."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        error = "<Error><Key>{}/gone</Key><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        body = f'<DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{error}</DeleteResult>'.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_deletions_that_are_refused_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were they not told, receipts would go on vouching for what is being replaced."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    with serving(_RefusingDeletions) as url:
+        files = open_files(f"s3://{url}/bucket/exchange")
+        with pytest.raises(SpecError, match="gone: Access Denied"), storage_errors("deleting receipts"):
+            files.delete(["gone"])

@@ -1,0 +1,1 @@
+"""Models that tests of engines load: networks, and the files that engines take."""
