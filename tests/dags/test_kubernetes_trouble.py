@@ -323,11 +323,13 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
         pytest.skip("only the double's API can be made to fail")
     name = f"trouble-{'deferrable' if deferrable else 'sync'}"
     world.add(name, {"infer.0_0_0": ["count"]}, deferrable=deferrable, shape=(12, 24, 40))
+    run = world.volumes.trigger(name, blend_memory="1536Mi")
+    # From here on blocks go side by side, and so does what they wait for after each fault.
+    until(lambda: world.volumes.now(name, run, "select_blocks")[0] == "success", world.cluster.limit)
     lost = cluster.add_fault("POST", r"/pods$", times=2, lost_response=True)
     expired = cluster.add_fault("*", r"/pods", times=2, status=401)
     logs = cluster.add_fault("GET", r"infer-0-0-1.*/log$", times=4, status=500)
     cut = cluster.add_fault("GET", r"/pods/[^/]*infer[^/]*$", times=2, cut=True)
-    run = world.volumes.trigger(name, blend_memory="1536Mi")
     until(
         lambda: any("counting 3" in cluster.log(pod) for pod in world.pods_of(name, "infer.0_0_0")), world.cluster.limit
     )
