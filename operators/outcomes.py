@@ -66,6 +66,8 @@ class Outcome:
     """Exit code, 128 + number for a signal; None if the command never ended by itself."""
     reason: str = ""
     """``kind`` in more words."""
+    bad_node: str = ""
+    """Name of the node whose fault it may have been: the next pod had better be on another one."""
 
     def __str__(self) -> str:
         """What happened, what a retry is worth, and the message, for people."""

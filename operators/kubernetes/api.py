@@ -124,7 +124,7 @@ class PodApi:
     def _call(self, call: Callable[[CoreV1Api], Any]) -> bytes:
         """The whole answer of a call."""
         try:
-            response = call(self._client())
+            response = call(_failing_at_once(self._client()))
             content: bytes = response.data  # read here: it, too, can be cut off
             self.now = server_time(response.headers.get("Date"))
         except ApiException as error:
@@ -155,6 +155,15 @@ class PodApi:
         not_allowed = error.status == _FORBIDDEN and " cannot " in message
         advice = "; see docs/kubernetes.md for what Airflow's service account must be allowed" * not_allowed
         return RefusedError(Outcome(Kind.REJECTED, Retry.NEVER, f"HTTP {error.status}: {message}{advice}"))
+
+
+def _failing_at_once(api: CoreV1Api) -> CoreV1Api:
+    """Have a client report trouble instead of trying three times more, with a warning each time.
+
+    When to try again is the task's to decide, and to say.
+    """
+    api.api_client.rest_client.pool_manager.connection_pool_kw["retries"] = False
+    return api
 
 
 class _NotThereError(RefusedError):

@@ -47,10 +47,6 @@ _STATUS_REASONS = {
     "NodeShutdown": Kind.NODE_SHUTDOWN,
     "Shutdown": Kind.NODE_SHUTDOWN,
     "NodeLost": Kind.NODE_LOST,
-    # The node refused the pod after the scheduler had chosen it.
-    "NodeAffinity": Kind.EVICTED,
-    "UnexpectedAdmissionError": Kind.EVICTED,
-    "TopologyAffinityError": Kind.EVICTED,
 }
 _SHUTDOWN = re.compile(r"shutdown", re.I)
 _OWN_LIMIT = re.compile(
@@ -58,25 +54,44 @@ _OWN_LIMIT = re.compile(
 )
 """Messages of evictions for what the pod itself has taken."""
 _MORE_DISK = "raise ephemeral_storage in runner.infer or runner.blend, or the volume's memory"
-_REFUSED_BY_NODE = re.compile(r"OutOf\S+")
+_REFUSED_BY_NODE = re.compile(r"OutOf\S+|NodeAffinity|UnexpectedAdmissionError|TopologyAffinityError")
+"""Reasons of a node that refuses a pod after the scheduler has chosen it."""
 
 _NEVER_STARTS = ("InvalidImageName", "ErrImageNeverPull")
 _IMAGE_TROUBLE = ("ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable")
-# A registry's "denied" and "unauthorized" are not among them: on new nodes, credentials may come a
-# little later.
 _NO_SUCH_IMAGE = re.compile(r"not found|manifest unknown|does not exist", re.I)
-_CONFIGURATION = ("CreateContainerConfigError",)
+_IMAGE_DENIED = re.compile(r"denied|unauthorized|authorization|authentication|forbidden|insufficient_scope", re.I)
+"""On new nodes, credentials may come a little later.
+
+A registry that denies does not say whether the image is there: "repository does not exist or may
+require authorization".
+"""
+_NO_CONFIGURATION = "CreateContainerConfigError"
+_SURELY_WRONG = re.compile(r"not found|couldn't find key|non-existent|runAsNonRoot|runAsUser|non-numeric user", re.I)
+"""What a kubelet can't make a container of.
+
+Anything else may be its own trouble: "services have not yet been read at least once" it says after
+a restart.
+"""
 _NOT_CREATED = ("CreateContainerError", "RunContainerError", "PostStartHookError")
 _NOT_EXECUTED = ("StartError", "ContainerCannotRun")
-_NO_COMMAND = re.compile(
-    r"executable file not found|no such file or directory|permission denied|exec format error", re.I
-)
+_NO_COMMAND = re.compile(r'\bexec: \\?"|executable file `|exec format error', re.I)
+"""Messages of runtimes (runc, crun) that tried to execute the pod's command.
+
+Before that they make mounts and devices and run hooks. What is missing there is the node's, though
+the words are the same: "libnvidia-ml.so.1: cannot open shared object file: no such file".
+"""
+_NO_RUNTIME = re.compile(r"unable to retrieve OCI runtime error|hook", re.I)
+"""Messages of nodes on which the runtime itself, or a hook of it, can't be executed."""
+_MISSING_CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
+_UNBOUND_CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|bound to non-existent persistentvolume")
 _CONTAINER_LOST = ("Unknown", "ContainerStatusUnknown")
 """What a node says of containers that it finds dead after a restart."""
 
 ADVICE = {
     Kind.IMAGE: "check runner.image and runner.image_pull_secrets",
-    Kind.CONFIGURATION: "check the Secrets, ConfigMaps and volumes that the runner section names",
+    Kind.CONFIGURATION: "check the Secrets, ConfigMaps and volumes that the runner section names; an image that runs "
+    "as root needs runner.run_as_user",
     Kind.NO_NODE: "check what runner.infer and runner.blend ask for (gpu, memory, node_selector, tolerations) against "
     "the nodes",
     Kind.NOT_STARTED: "see the pod's events; a large image may need a longer runner.start_timeout",
@@ -91,6 +106,29 @@ TOLD_BY_EVENTS = NEVER_RAN | {Kind.DELETED}
 
 _ROUTINE = frozenset({"Scheduled", "Pulling", "Pulled", "Created", "Started"})
 """Reasons of events that every pod has."""
+
+_TELLING = (
+    "Preempted",
+    "Evicted",
+    "EvictionThresholdMet",
+    "TaintManagerEviction",
+    "NodeShutdown",
+    "FailedScheduling",
+    "FailedMount",
+    "FailedAttachVolume",
+    "FailedMapVolume",
+    "FailedCreatePodSandBox",
+    "InspectFailed",
+    "ErrImageNeverPull",
+    "Failed",
+)
+"""Reasons of events that say why, the most telling first."""
+_ECHO = re.compile(
+    r"Error: (ErrImagePull|ImagePullBackOff|ErrImageNeverPull|InvalidImageName)|Back-off pulling image .*"
+)
+"""Messages that only repeat that something is wrong."""
+_TOLD = 3
+"""How many events are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,33 +186,68 @@ def examine(pod: Mapping[str, Any], limits: Limits, now: datetime, *, inputs_may
         if finished and _age(finished, now) < _SETTLING:
             return Look("ending")
         return Look("failed", _failure(pod, status, terminated, inputs_may_come))
-    if deleted := pod["metadata"].get("deletionTimestamp"):
-        tainted = _condition(status, "DisruptionTarget").get("reason") == "DeletionByTaintManager"
-        if _age(deleted, now) < (_LOST_WITH_TAINT if tainted else _LOST):
-            return Look("being deleted")
+    if is_lost(pod, now):
         return Look("lost", _disrupted(pod, status) or _taken_away(Kind.NODE_LOST, "its node does not answer"))
+    if pod["metadata"].get("deletionTimestamp"):
+        return Look("being deleted")
     if phase == "Running":
         return Look("running")
     return _start(pod, status, limits, now)
 
 
+def is_lost(pod: Mapping[str, Any], now: datetime) -> bool:
+    """Whether a pod should have been gone for so long that its node must be lost.
+
+    Only a deletion without grace removes its object before the node is back.
+
+    Args:
+        pod: The object.
+        now: By the cluster's clock, with a time zone.
+    """
+    status = pod.get("status") or {}
+    deleted = pod["metadata"].get("deletionTimestamp")
+    if not deleted or status.get("phase") in ("Succeeded", "Failed"):
+        return False
+    tainted = _condition(status, "DisruptionTarget").get("reason") == "DeletionByTaintManager"
+    return _age(deleted, now) >= (_LOST_WITH_TAINT if tainted else _LOST)
+
+
 def memory_limit(pod: Mapping[str, Any]) -> str | None:
-    """The memory limit of a pod's container, as its manifest says it."""
-    for container in pod["spec"]["containers"]:
-        if container["name"] == BASE:
-            limit: str | None = ((container.get("resources") or {}).get("limits") or {}).get("memory")
-            return limit
+    """The memory limit of a pod's container: what its node says, else what was asked for."""
+    status, spec = pod.get("status") or {}, pod["spec"]
+    for container in [*(status.get("containerStatuses") or []), *(spec.get("containers") or [])]:
+        limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
+        if container["name"] == BASE and limit:
+            return str(limit)
     return None
 
 
 def with_events(outcome: Outcome, events: Sequence[Mapping[str, Any]]) -> Outcome:
-    """The outcome, with the cluster's last words on a pod that never ran or that is gone."""
+    """The outcome, with the cluster's words on a pod that never ran or that is gone.
+
+    The most telling ones are chosen: those of one second come in any order, and the last ones are
+    often about something else.
+    """
     if outcome.kind not in TOLD_BY_EVENTS:
         return outcome
-    told = [f"{event.get('reason')}: {event.get('message')}" for event in events if event.get("reason") not in _ROUTINE]
+    told: dict[str, None] = {}
+    for event in sorted(events, key=_telling):
+        if event.get("reason") not in _ROUTINE:
+            told.setdefault(f"{event.get('reason')}: {event.get('message')}")
     if not told:
         return outcome
-    return replace(outcome, message=f"{outcome.message} [{'; '.join(dict.fromkeys(told[-3:]))}]")
+    kind = outcome.kind
+    if kind is Kind.DELETED and any(event.get("reason") == "Preempted" for event in events):
+        kind = Kind.PREEMPTED
+    return replace(outcome, kind=kind, message=f"{outcome.message} [{'; '.join(list(told)[:_TOLD])}]")
+
+
+def _telling(event: Mapping[str, Any]) -> tuple[int, int, float]:
+    """What to sort events by: the most telling first, of alike ones the latest."""
+    reason, time = str(event.get("reason")), str(event.get("lastTimestamp") or event.get("eventTime") or "")
+    at = datetime.fromisoformat(time).timestamp() if time else 0.0
+    rank = _TELLING.index(reason) if reason in _TELLING else len(_TELLING) + (event.get("type") != "Warning")
+    return int(bool(_ECHO.fullmatch(str(event.get("message"))))), rank, -at
 
 
 def _failure(
@@ -201,10 +274,12 @@ def _failure(
         return Outcome(Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, f"killed at the memory limit of {limit}", code)
     if reason in _CONTAINER_LOST:
         return _taken_away(Kind.NODE_LOST, "its node has restarted, or lost the container", code)
-    if reason in _NOT_EXECUTED and _NO_COMMAND.search(message):
+    if reason in _NOT_EXECUTED and _NO_COMMAND.search(message) and not _NO_RUNTIME.search(message):
         return Outcome(Kind.IMAGE, Retry.NEVER, f"{message}; {ADVICE[Kind.IMAGE]}", code)
     if reason in _NOT_EXECUTED:
-        return Outcome(Kind.NOT_STARTED, Retry.COUNTED, f"{message}; {ADVICE[Kind.NOT_STARTED]}", code)
+        node = _node(pod)
+        message = f"node {node} could not start the container: {message}; the next try prefers another node"
+        return Outcome(Kind.NOT_STARTED, Retry.COUNTED, message, code, bad_node=node)
     if pod["metadata"].get("deletionTimestamp") and code in (137, 143):
         return _taken_away(Kind.DELETED, "somebody or something deleted the pod while it ran", code)
     return classify(code, message, inputs_may_come=inputs_may_come)
@@ -213,7 +288,7 @@ def _failure(
 def _disrupted(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Outcome | None:
     """The outcome of a pod that the cluster took away."""
     target, reason = _condition(status, "DisruptionTarget"), str(status.get("reason"))
-    message = str(status.get("message") or target.get("message") or target.get("reason") or reason)
+    message = str(status.get("message") or target.get("message") or target.get("reason") or reason).rstrip(". ")
     if reason == "Evicted" and _OWN_LIMIT.search(message):
         return _taken_away(Kind.EVICTED, f"{message}; {_MORE_DISK}")
     if target.get("status") == "True":
@@ -221,7 +296,9 @@ def _disrupted(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Outcome | N
         if kind is Kind.NODE_SHUTDOWN and reason not in _STATUS_REASONS and not _SHUTDOWN.search(message):
             kind = Kind.EVICTED  # the kubelet gives the same reason for both
         return _taken_away(Kind.EVICTED if reason == "Evicted" else kind, message)
-    taken = _STATUS_REASONS.get(reason) or (Kind.EVICTED if _REFUSED_BY_NODE.fullmatch(reason) else None)
+    if _REFUSED_BY_NODE.fullmatch(reason):
+        return replace(_taken_away(Kind.EVICTED, message), bad_node=_node(pod))
+    taken = _STATUS_REASONS.get(reason)
     return _taken_away(taken, message) if taken else None
 
 
@@ -245,11 +322,7 @@ def _start(pod: Mapping[str, Any], status: Mapping[str, Any], limits: Limits, no
     """A pod that does not run yet."""
     scheduled = _condition(status, "PodScheduled")
     if scheduled.get("status") != "True":
-        text = str(scheduled.get("message") or "not scheduled yet")
-        if _age(pod["metadata"].get("creationTimestamp"), now) < limits.pending:
-            return Look(f"waiting for a node: {text}")
-        message = f"no node for {limits.pending:.0f} s: {text}; {ADVICE[Kind.NO_NODE]}"
-        return Look("unschedulable", Outcome(Kind.NO_NODE, Retry.COUNTED, message))
+        return _unscheduled(pod, str(scheduled.get("message") or "not scheduled yet"), limits, now)
     began = str(scheduled.get("lastTransitionTime") or "")
     for container in status.get("initContainerStatuses") or []:
         state = container.get("state") or {}
@@ -261,22 +334,51 @@ def _start(pod: Mapping[str, Any], status: Mapping[str, Any], limits: Limits, no
     shown = f"{reason}: {text}" if text else reason
     if not for_good and _age(began, now) < limits.start:
         return Look(f"starting: {shown}")
-    return Look("not started", Outcome(kind, retry, f"{shown}; {ADVICE[kind]}"))
+    bad_node = _node(pod) if kind is Kind.NOT_STARTED or reason in _NOT_CREATED else ""
+    return Look("not started", Outcome(kind, retry, f"{shown}; {ADVICE[kind]}", bad_node=bad_node))
+
+
+def _unscheduled(pod: Mapping[str, Any], text: str, limits: Limits, now: datetime) -> Look:
+    """A pod that has no node yet."""
+    age = _age(pod["metadata"].get("creationTimestamp"), now)
+    if missing := _MISSING_CLAIM.search(text):
+        if age < limits.start:
+            return Look(f"waiting for the claim {missing[1]}: {text}")
+        message = (
+            f"there is no claim {missing[1]} in the pod's namespace; make it, or name another one in runner.volumes"
+        )
+        return Look("not started", Outcome(Kind.CONFIGURATION, Retry.NEVER, message))
+    if age < limits.pending:
+        return Look(f"waiting for a node: {text}")
+    advice = ADVICE[Kind.NO_NODE]
+    if _UNBOUND_CLAIM.search(text):
+        volumes = [volume.get("persistentVolumeClaim") for volume in pod["spec"].get("volumes") or []]
+        claims = ", ".join(claim["claimName"] for claim in volumes if claim)
+        advice = f"no volume is bound to a claim of runner.volumes: kubectl describe pvc {claims}"
+    message = f"no node for {limits.pending:.0f} s: {text}; {advice}"
+    return Look("unschedulable", Outcome(Kind.NO_NODE, Retry.COUNTED, message))
 
 
 def _why_not_started(reason: str, status: Mapping[str, Any]) -> tuple[Kind, Retry, bool]:
     """What a container's reason for waiting means, should it last; and whether it surely does."""
     if reason in _NEVER_STARTS:
         return Kind.IMAGE, Retry.NEVER, True
-    if reason == "ImagePullBackOff" and _NO_SUCH_IMAGE.search(_all_messages(status)):
+    said = _all_messages(status)
+    if reason == "ImagePullBackOff" and _NO_SUCH_IMAGE.search(said) and not _IMAGE_DENIED.search(said):
         return Kind.IMAGE, Retry.NEVER, True
     if reason in _IMAGE_TROUBLE:
         return Kind.IMAGE, Retry.COUNTED, False
-    if reason in _CONFIGURATION:
+    if reason == _NO_CONFIGURATION and _SURELY_WRONG.search(said):
         return Kind.CONFIGURATION, Retry.NEVER, False
+    if reason == _NO_CONFIGURATION:
+        return Kind.NOT_STARTED, Retry.COUNTED, False
     if reason in _NOT_CREATED:
         return Kind.CONFIGURATION, Retry.COUNTED, False
     return Kind.NOT_STARTED, Retry.COUNTED, False
+
+
+def _node(pod: Mapping[str, Any]) -> str:
+    return str(pod["spec"].get("nodeName") or "")
 
 
 def _container(status: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -63,11 +63,13 @@ class DeleteOrphansOperator(BaseOperator):
     def _clean(self, api: PodApi, place: str, states: States, youngest: float) -> None:
         """Delete the orphans of a namespace."""
         selector = f"{MANAGED},{AIRFLOW_LABEL}={airflow_label()}"
-        pods = [pod_info(pod, datetime.now(UTC)) for pod in api.find(place, selector)]
+        found = api.find(place, selector)
+        pods = [pod_info(pod, api.now) for pod in found]
         lost = orphans((pod for pod in pods if pod.seconds >= youngest), states)
         for pod in lost:
-            self.log.info("deleting pod %s (%s) of %s", pod.name, pod.phase, " ".join(pod.task))
-            api.delete(pod.name, pod.namespace)
+            how = ", whose node is lost" if pod.lost else ""
+            self.log.info("deleting pod %s (%s%s) of %s", pod.name, pod.phase, how, " ".join(pod.task))
+            api.delete(pod.name, pod.namespace, grace=0 if pod.lost else None)
         self.log.info("namespace %s: %d pods, %d of them orphans", place, len(pods), len(lost))
 
 

@@ -67,6 +67,7 @@ def pod_manifest(
     labels: Mapping[str, str],
     arguments: Sequence[str],
     environment: Mapping[str, str],
+    avoided_nodes: Sequence[str] = (),
 ) -> Json:
     """The complete manifest of one pod; the same arguments give the same manifest.
 
@@ -80,6 +81,7 @@ def pod_manifest(
         labels: Go before those of spec and template.
         arguments: Of the command, word by word; Kubernetes replaces nothing in them.
         environment: Variables of the task, taken literally too; they go before all others.
+        avoided_nodes: Names of nodes that the pod gets only if there is no other.
     """
     template = read_template(runner, folder)
     old = template.get("metadata", {})
@@ -103,7 +105,7 @@ def pod_manifest(
             **_HARMLESS,
             **spec,
             **_pod_settings(spec, runner, resources),
-            **placement(spec, resources),
+            **placement(spec, resources, avoided_nodes),
             **_unless_empty("volumes", _merged(spec.get("volumes", []), volumes, "name")),
             "containers": [container, *others],  # ours first: there Airflow's operator looks for it
         },

@@ -43,8 +43,11 @@ from operators.outcomes import Kind, Outcome, Retry
 from operators.request import RUNNER_PARAMS
 
 _RETRY_OUT_OF_MEMORY = timedelta(seconds=1)
-_SOON, _LATE = 2.0, 300.0
-"""Seconds until a launch that failed is tried again: at first, and after a while."""
+_SOON, _LATE = 5.0, 300.0
+"""Seconds until a launch that failed is tried again: at first, and after a while.
+
+A trigger does not fire sooner.
+"""
 _STEP_SECONDS = 15.0
 """How long a step waits here for its pod: most have ended by then, and to leave the worker and to
 come back takes longer than they do.
@@ -196,6 +199,7 @@ class PodOperator(CommandOperator, KubernetesPodOperator):
                 labels=self.labels,
                 arguments=["--log", self._log_url(context, name), "--", *command],
                 environment=to_environment(self.volume),
+                avoided_nodes=self._pods.state.bad_nodes,
             )
         )
         pod = self.build_pod_request_obj(context)

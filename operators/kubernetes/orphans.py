@@ -19,6 +19,7 @@ from typing import Any
 from chunkflow_core.commands.arguments import add_spec_arguments, spec_of
 from chunkflow_core.errors import SpecError, StorageError, UsageError
 from chunkflow_core.spec.runner import KubernetesRunner
+from operators.kubernetes.ends import is_lost
 
 MANAGED = "app.kubernetes.io/managed-by=chunkflow"
 """Label selector of all pods of ours."""
@@ -44,6 +45,8 @@ class PodInfo:
     block: str
     seconds: float
     """Age."""
+    lost: bool = False
+    """Whether it waits for a node that is lost, and only goes if it gets no time to end."""
 
 
 def airflow_label() -> str:
@@ -70,6 +73,7 @@ def pod_info(pod: dict[str, Any], now: datetime) -> PodInfo:
         stage=labels.get("chunkflow/stage", ""),
         block=labels.get("chunkflow/block", "").replace("_", " "),
         seconds=(now - datetime.fromisoformat(meta["creationTimestamp"])).total_seconds(),
+        lost=is_lost(pod, now),
     )
 
 
@@ -172,8 +176,9 @@ def _list(api: Any, namespace: str, selector: str) -> list[PodInfo]:
 def _delete(api: Any, pod: PodInfo) -> None:
     from kubernetes.client import ApiException
 
+    grace = {"grace_period_seconds": 0} if pod.lost else {}
     try:
-        _ask(lambda: api.delete_namespaced_pod(pod.name, pod.namespace, _preload_content=False))
+        _ask(lambda: api.delete_namespaced_pod(pod.name, pod.namespace, _preload_content=False, **grace))
     except StorageError as error:
         if not isinstance(error.__cause__, ApiException) or error.__cause__.status != 404:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from chunkflow_core.spec.runner import PodResources
@@ -22,8 +23,14 @@ _SPOT_NODES = (
 )
 
 
-def placement(template: Json, resources: PodResources) -> Json:
-    """On which nodes the pod may, and must, run."""
+def placement(template: Json, resources: PodResources, avoided: Sequence[str] = ()) -> Json:
+    """On which nodes the pod may, must, and had better not run.
+
+    Args:
+        template: The template's part of the pod's spec.
+        resources: What the pod needs.
+        avoided: Names of nodes that the pod gets only if there is no other.
+    """
     tolerations = [*template.get("tolerations", []), *without_nulls(resources.tolerations)]
     if resources.gpu:
         vendor = resources.gpu_resource.partition("/")[0]
@@ -36,7 +43,7 @@ def placement(template: Json, resources: PodResources) -> Json:
     found = {
         "nodeSelector": {**template.get("nodeSelector", {}), **resources.node_selector},
         "tolerations": [t for n, t in enumerate(tolerations) if t not in tolerations[:n]],
-        "affinity": _on_spot_nodes(affinity) if resources.spot == "required" else affinity,
+        "affinity": _elsewhere(_on_spot_nodes(affinity) if resources.spot == "required" else affinity, avoided),
     }
     return {key: value for key, value in found.items() if value}
 
@@ -54,3 +61,15 @@ def _on_spot_nodes(affinity: Json) -> Json:
     terms = [{}] if given is None else [t for t in given if any(t.values())]  # an empty one would fit no node
     both = [{**t, "matchExpressions": [*t.get("matchExpressions", []), s]} for t in terms for s in spot]
     return {**affinity, "nodeAffinity": {**node, required: {"nodeSelectorTerms": both}}}
+
+
+def _elsewhere(affinity: Json, avoided: Sequence[str]) -> Json:
+    """The affinity, and a preference for none of these nodes before all others."""
+    if not avoided:
+        return affinity
+    # One requirement a node: a field takes one value.
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoided]
+    preferred = "preferredDuringSchedulingIgnoredDuringExecution"
+    node = affinity.get("nodeAffinity", {})
+    term = {"weight": 100, "preference": {"matchFields": fields}}
+    return {**affinity, "nodeAffinity": {**node, preferred: [*node.get(preferred, []), term]}}

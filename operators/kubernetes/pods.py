@@ -6,9 +6,11 @@ the pods that have ended.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from airflow.sdk.observability import stats
 
@@ -17,13 +19,34 @@ from chunkflow_core.spec.runner import KubernetesRunner, PodResources, parse_mem
 from operators.command_operator import raise_for
 from operators.commands import Command
 from operators.kubernetes.api import Pod, PodApi, RefusedError, TryLaterError
-from operators.kubernetes.ends import NEVER_RAN, TOLD_BY_EVENTS, Limits, Look, examine, vanished, with_events
+from operators.kubernetes.ends import NEVER_RAN, TOLD_BY_EVENTS, Limits, Look, examine, is_lost, vanished, with_events
 from operators.kubernetes.log import PodLog
 from operators.kubernetes.task_state import TaskState
 from operators.outcomes import Kind, Outcome, Retry
 
 _LOG_PATIENCE = 60.0
 """Seconds that the log of a pod that is still there may be out of reach."""
+_NO_PRIORITY = "it has no priority_class: pods of a higher priority may have taken its place"
+
+
+class _Trouble:
+    """Something that does not work for a while: said when it begins and when it is over."""
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log, self._what = log, what
+        self._since: float | None = None
+
+    def goes_on(self, why: Exception) -> None:
+        """It does not work."""
+        if self._since is None:
+            self._log.warning("%s: %s", self._what, why)
+            self._since = time.monotonic()
+
+    def is_over(self) -> None:
+        """It works."""
+        if self._since is not None:
+            self._log.info("no longer, after %.0f s: %s", time.monotonic() - self._since, self._what)
+            self._since = None
 
 
 class TaskPods:
@@ -72,8 +95,9 @@ class TaskPods:
             name = pod["metadata"]["name"]
             outcome = self._examine(pod).outcome
             if pod["metadata"].get("deletionTimestamp"):
-                continue
-            if name in dealt_with:
+                if is_lost(pod, self._api.now):
+                    self.dismiss(name, namespace)
+            elif name in dealt_with:
                 self.dismiss(name, namespace)
             elif (
                 outcome
@@ -126,21 +150,34 @@ class TaskPods:
             AirflowException: The cluster has not answered for long, or refuses.
         """
         answered, state = time.monotonic(), ""
+        away = _Trouble(self._log, f"can't look at pod {log.name}")
+        silent = _Trouble(self._log, f"the log of pod {log.name} is out of reach")
         while True:
             try:
                 look = self._look_and_log(log.name, log.namespace, state)
+                away.is_over()
                 answered, state = time.monotonic(), look.state
                 if look.outcome:
                     return look.outcome
                 if state == "running":
-                    self._show(log.read(self._api) or [])
+                    self._show_new(log, silent)
             except TryLaterError as later:
                 if time.monotonic() - answered > self._runner.api_timeout:
                     raise_for(Outcome(Kind.UNREACHABLE, Retry.COUNTED, str(later)))
-                self._log.warning("can't look at pod %s: %s", log.name, later)
+                away.goes_on(later)
             except RefusedError as refused:
                 raise_for(refused.outcome)
             time.sleep(interval)
+
+    def _show_new(self, log: PodLog, silent: _Trouble) -> None:
+        """Show what has come to a pod's log, if it can be read."""
+        try:
+            lines = log.read(self._api) or []
+        except TryLaterError as later:
+            silent.goes_on(later)
+            return
+        silent.is_over()
+        self._show(lines)
 
     def show_rest(self, log: PodLog, outcome: Outcome, copy: str, *, interval: float) -> None:
         """Show what was not yet shown of a pod's log.
@@ -156,15 +193,17 @@ class TaskPods:
             return
         deadline = time.monotonic() + _LOG_PATIENCE
         gone = outcome.retry is Retry.AT_ONCE or outcome.code is None
+        silent = _Trouble(self._log, f"the log of pod {log.name} is out of reach")
         while True:
             try:
                 new = log.read(self._api)
+                silent.is_over()
                 if new is not None and (log.lines or not gone):
                     self._show(new)
                     return
             except TryLaterError as later:
                 if not gone and time.monotonic() < deadline:
-                    self._log.info("the pod's log is out of reach: %s", later)
+                    silent.goes_on(later)
                     time.sleep(interval)
                     continue
             break
@@ -174,11 +213,11 @@ class TaskPods:
         """The outcome, with what the cluster's events tell about it."""
         if outcome.kind not in TOLD_BY_EVENTS:
             return outcome
-        try:
-            events = self._api.events(name, namespace)
-        except (TryLaterError, RefusedError):
-            return outcome
-        return with_events(outcome, events)
+        with contextlib.suppress(TryLaterError, RefusedError):
+            outcome = with_events(outcome, self._api.events(name, namespace))
+        if outcome.kind is Kind.DELETED and not self.resources.priority_class:
+            outcome = replace(outcome, message=f"{outcome.message}; {_NO_PRIORITY}")
+        return outcome
 
     def note_end(self, name: str, outcome: Outcome) -> None:
         """Count an end, and keep it where the task's state is shown."""

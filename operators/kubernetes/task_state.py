@@ -13,6 +13,8 @@ from airflow.sdk import Context
 from operators.outcomes import Outcome
 
 _KEPT_ENDS = 20
+_AVOIDED = 10
+"""How many nodes are avoided at most: a preference for none of them has to stay a short list."""
 MEMORY, INTERRUPTIONS, ENDS = "memory_bytes", "interruptions", "pod_ends"
 
 
@@ -61,6 +63,12 @@ class TaskState:
         """Names of pods whose end is in the state already."""
         return {str(end["pod"]) for end in self._get(ENDS, [])}
 
+    @property
+    def bad_nodes(self) -> list[str]:
+        """Names of nodes that pods of this task could not be started on, the last one last."""
+        found = [str(end["bad_node"]) for end in self._get(ENDS, []) if end.get("bad_node")]
+        return list(dict.fromkeys(reversed(found)))[:_AVOIDED][::-1]
+
     def add_end(self, pod: str, outcome: Outcome) -> None:
         """Append how a pod ended; the last of them are kept."""
         ends = self._get(ENDS, [])
@@ -71,5 +79,5 @@ class TaskState:
             "message": outcome.message,
             "try": self._try,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        } | ({"bad_node": outcome.bad_node} if outcome.bad_node else {})
         self._set(ENDS, [*ends, end][-_KEPT_ENDS:])

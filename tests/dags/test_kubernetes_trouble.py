@@ -201,6 +201,13 @@ def check_counting(log: str, more_than: int) -> None:
     assert re.findall(r"\[pod\] counting (\d+)", log) == [str(line) for line in range(int(counted))]
 
 
+def check_told_once(log: str, trouble: str) -> None:
+    """A task's log says when some trouble began and when it was over, nothing between."""
+    over = [line.startswith("no longer, after ") for line in log.splitlines() if trouble in line]
+    assert over == [False, True] * (len(over) // 2)
+    assert over
+
+
 def running(world: World, volume: str) -> list[str]:
     return [pod["metadata"]["name"] for pod in world.cluster.pods(volume) if pod["status"].get("phase") == "Running"]
 
@@ -244,6 +251,10 @@ UNSTARTABLE: dict[str, tuple[dict[str, Any], str]] = {
     "no-such-volume": (
         {"volumes": [{"mount": "BESIDE_MOODS", "secret": "nowhere"}], "start_timeout": PATIENCE},
         r"pod did not start \(worth a retry\): ContainerCreating; .*FailedMount: .*nowhere",
+    ),
+    "no-such-claim": (
+        {"volumes": [{"mount": "BESIDE_MOODS", "claim": "nowhere"}], "start_timeout": PATIENCE},
+        r"pod can't be set up \(a retry can't help\): there is no claim nowhere in the pod's namespace",
     ),
     "no-such-account": (
         {"service_account": "nobody"},
@@ -355,6 +366,10 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
         assert len(world.pods_of(name, task)) == 1
     (arguments,) = [pod.box["args"] for pod in cluster.created if pod.name in world.pods_of(name, "blend.0_0_1")]
     assert {"roi=[[0, 0, 0], [12, 24, 40]]", f"input.bounds=[[0, 0, 0], {list(SHAPE)}]"} <= set(arguments)
-    assert "patches inferred" in world.volumes.log(name, run, "infer.0_0_1", 1)
+    log = world.volumes.log(name, run, "infer.0_0_1", 1)
+    assert "patches inferred" in log
+    check_told_once(log, "is out of reach")
+    if not deferrable:
+        check_told_once(world.volumes.log(name, run, "infer.0_0_0", 1), "can't look at pod")
     check_counting(world.volumes.log(name, run, "infer.0_0_0", 1), more_than=12)
     world.check_no_pod_left(name)

@@ -20,6 +20,7 @@ SPOT = {
     ("kubernetes.azure.com/scalesetpriority", "spot"),
 }
 REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 ZONE_A = {"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["a"]}
 BIG = {"key": "lab/memory", "operator": "Gt", "values": ["512"]}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from operators.kubernetes.ends import Limits, Look, examine, vanished, with_events
+from operators.kubernetes.ends import Limits, Look, examine, is_lost, vanished, with_events
 from operators.outcomes import Kind, Outcome, Retry
 
 NOW = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
@@ -53,6 +54,10 @@ def disrupted(reason: str) -> list[dict[str, Any]]:
     return [condition("Ready", "False", "PodFailed"), condition("DisruptionTarget", "True", reason, "why")]
 
 
+def event(kind: str, reason: str, message: str, since: float) -> dict[str, Any]:
+    return {"type": kind, "reason": reason, "message": message, "lastTimestamp": ago(since)}
+
+
 def scheduled(since: float) -> list[dict[str, Any]]:
     return [condition("PodScheduled", "True", "", since=since)]
 
@@ -60,6 +65,29 @@ def scheduled(since: float) -> list[dict[str, Any]]:
 UNSCHEDULABLE = [
     condition("PodScheduled", "False", "Unschedulable", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
 ]
+
+
+NODE_FAULTS = (
+    'error during container init: error mounting "cgroup" to rootfs at "/sys/fs/cgroup": no such file or directory',
+    "error running prestart hook #0: exit status 1, stdout: , stderr: nvidia-container-cli: initialization error: load "
+    "library failed: libnvidia-ml.so.1: cannot open shared object file: no such file or directory",
+    'error running hook #0: exec: "nvidia-container-runtime-hook": executable file not found in $PATH',
+    'error mounting "/var/lib/kubelet/pods/1/volumes/x" to rootfs at "/data": permission denied',
+    "unable to retrieve OCI runtime error (open /run/log.json: no such file or directory): "
+    'exec: "nvidia-container-runtime": executable file not found in $PATH',
+)
+BAD_COMMANDS = (
+    'unable to start container process: exec: "/nothing": stat /nothing: no such file or directory',
+    'unable to start container process: error during container init: exec: "python": permission denied',
+    'level=error msg="unable to start container process: exec: \\"python\\": executable file not found in $PATH"',
+    "executable file `python` not found in $PATH: No such file or directory",
+    "exec /usr/bin/python: exec format error",
+)
+DENIALS = (
+    "pull access denied, repository does not exist or may require authorization: insufficient_scope",
+    "401 Unauthorized: manifest not found",
+    "403 Forbidden: repository does not exist",
+)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +155,22 @@ UNSCHEDULABLE = [
          Kind.STORAGE, Retry.COUNTED, 75, "exit code 75"),
         (pod("Failed", ended(128, "StartError", "nvidia-container-cli: device error")),
          Kind.NOT_STARTED, Retry.COUNTED, 128, "device"),
+        # What a node lacks sounds like what an image lacks.
+        *((pod("Failed", ended(128, "StartError", f"runc create failed: unable to start container process: {why}")),
+           Kind.NOT_STARTED, Retry.COUNTED, 128, "the next try prefers another node")
+          for why in NODE_FAULTS),
+        *((pod("Failed", ended(128, "StartError", f"container create failed: {why}")),
+           Kind.IMAGE, Retry.NEVER, 128, why)
+          for why in BAD_COMMANDS),
+        # A registry that denies does not say whether there is such an image.
+        *((pod("Pending", waiting("ImagePullBackOff", f"Back-off pulling image: {why}"), conditions=scheduled(601)),
+           Kind.IMAGE, Retry.COUNTED, None, why)
+          for why in DENIALS),
+        (pod("Pending", waiting("CreateContainerConfigError", "services have not yet been read at least once"),
+             conditions=scheduled(601)),
+         Kind.NOT_STARTED, Retry.COUNTED, None, "services"),
+        (pod("Failed", None, reason="UnexpectedAdmissionError", message="no healthy devices present"),
+         Kind.EVICTED, Retry.AT_ONCE, None, "healthy"),
         (pod("Failed", None, reason="Evicted",
              message="Pod ephemeral local storage usage exceeds the total limit of containers 1Gi."),
          Kind.EVICTED, Retry.AT_ONCE, None, "raise ephemeral_storage"),
@@ -227,7 +271,71 @@ def test_events_tell_about_pods_that_never_ran_or_are_gone() -> None:
     lost = vanished("p").outcome
     assert lost and lost.retry is Retry.AT_ONCE
     assert with_events(lost, events).message == "the pod p is gone, and its last status with it [FailedMount: no claim]"
-    many = [{"type": "Warning", "reason": "Failed", "message": str(number)} for number in range(5)]
-    assert with_events(lost, many).message.endswith(" [Failed: 2; Failed: 3; Failed: 4]"), "the last words"
     done = Outcome(Kind.STORAGE, Retry.COUNTED, "503", 75)
     assert with_events(done, events) == done
+
+
+EVENTS = [
+    event("Normal", "Scheduled", "assigned", 40),
+    event("Warning", "FailedScheduling", "0/3 nodes are available: 3 Insufficient cpu", 30),
+    event("Normal", "Pulling", "Pulling image", 10),
+    event("Warning", "Failed", "Failed to pull image: 500 Internal Server Error", 10),
+    event("Warning", "Failed", "Error: ErrImagePull", 10),
+    event("Normal", "BackOff", 'Back-off pulling image "x"', 5),
+    event("Warning", "Failed", "Error: ImagePullBackOff", 5),
+    event("Normal", "Killing", "Stopping container base", 1),
+    event("Normal", "SandboxChanged", "it will be killed and re-created", 1),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_most_telling_events_are_told_in_whatever_order_they_come(seed: int) -> None:
+    outcome = Outcome(Kind.IMAGE, Retry.COUNTED, "no image")
+    events = random.Random(seed).sample(EVENTS, len(EVENTS))
+
+    message = with_events(outcome, events).message
+
+    assert message.startswith("no image [FailedScheduling: 0/3 nodes are available: 3 Insufficient cpu; ")
+    assert "; Failed: Failed to pull image: 500 Internal Server Error; " in message
+    assert "ErrImagePull" not in message
+    assert "Back-off" not in message
+    assert message.count("; ") == 2
+
+
+def test_a_deleted_pod_was_preempted_if_an_event_says_so() -> None:
+    gone = vanished("p").outcome
+    assert gone
+    told = with_events(gone, [*EVENTS, event("Normal", "Preempted", "Preempted by pod 1 on node node4", 50)])
+    assert (told.kind, told.retry) == (Kind.PREEMPTED, Retry.AT_ONCE)
+    assert "[Preempted: Preempted by pod 1 on node node4; " in told.message
+
+
+@pytest.mark.parametrize(
+    ("object_", "lost"),
+    [
+        (pod("Running", {"running": {}}), False),
+        (pod("Running", {"running": {}}, deleted=59), False),
+        (pod("Running", {"running": {}}, deleted=61), True),
+        (pod("Pending", waiting("ContainerCreating"), deleted=61), True),
+        (pod("Failed", ended(137), deleted=61), False),
+        (pod("Running", {"running": {}}, deleted=11, conditions=disrupted("DeletionByTaintManager")), True),
+    ],
+)
+def test_lost(object_: dict[str, Any], lost: bool) -> None:
+    assert is_lost(object_, NOW) is lost
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('persistentvolumeclaim "nowhere" not found. not found', "there is no claim nowhere in the pod's namespace"),
+        ("pod has unbound immediate PersistentVolumeClaims. not found", "kubectl describe pvc data"),
+    ],
+)
+def test_a_claim_that_keeps_a_pod_from_its_node(text: str, said: str) -> None:
+    conditions = [condition("PodScheduled", "False", "Unschedulable", f"0/3 nodes are available: {text}")]
+    object_ = pod("Pending", conditions=conditions)
+    object_["spec"]["volumes"] = [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
+    outcome = examine(object_, LIMITS, NOW).outcome
+    assert outcome
+    assert said in outcome.message

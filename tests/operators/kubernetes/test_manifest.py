@@ -24,6 +24,7 @@ from tests.operators.kubernetes.manifests import (
     BIG,
     GI,
     KUBERNETES_VERSION,
+    PREFERRED,
     REQUIRED,
     SECTIONS,
     SPOT,
@@ -287,6 +288,19 @@ def test_spot_nodes_that_are_what_the_user_wants_too(place: str, tmp_path: Path)
 
 
 # -- templates
+
+
+@pytest.mark.parametrize("spot", ["never", "required"])
+def test_nodes_that_could_not_start_a_pod_are_taken_only_if_there_is_no_other(spot: str) -> None:
+    theirs = {"weight": 1, "preference": {"matchExpressions": [ZONE_A]}}
+    runner = make_runner(infer={"spot": spot, "affinity": {"nodeAffinity": {PREFERRED: [theirs]}}})
+    manifest = build(runner, avoided_nodes=["node-1", "node-2"])
+    kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    affinity = manifest["spec"]["affinity"]["nodeAffinity"]
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("node-1", "node-2")]
+    assert affinity[PREFERRED] == [theirs, {"weight": 100, "preference": {"matchFields": fields}}]
+    assert (REQUIRED in affinity) is (spot == "required")
+    assert "affinity" not in build(make_runner())["spec"]
 
 
 def test_a_template_is_kept_where_the_section_says_nothing(tmp_path: Path) -> None:
