@@ -40,8 +40,8 @@ def verify(
         workspace: What the steps of the volume share.
         box: Only the blocks that touch this box of voxels are looked at.
         blocks: Only these blocks are looked at.
-        seams: Number of windows across block faces, edges and corners to compute again, each from
-            all patches that touch it, and to compare bit for bit.
+        seams: Number of windows to compute again, most of them across block faces, edges and
+            corners, each from all patches that touch it, and to compare bit for bit.
         deep: Whether to read all storage chunks and donations, and compare them with their
             checksums.
         run: Name of a run. At least half of the windows are at blocks that it has done, or if there
@@ -55,7 +55,7 @@ def verify(
     else:
         boxes = [grid.block(index).box for index in blocks]
         box = Box.around(boxes) if boxes else Box(grid.roi.start, grid.roi.start)
-    audit = Audit(box=box, blocks=len(blocks))
+    audit = Audit(box=box, blocks=len(blocks), seed=seed)
     history = History(spec)
     last = history.fingerprint
     if last not in (None, spec.fingerprint):

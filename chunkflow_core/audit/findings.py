@@ -64,6 +64,8 @@ class Audit:
     """Number of blocks that were looked at."""
     seams: int = 0
     """Number of windows that were computed again."""
+    seed: int = 0
+    """What has chosen them: the same one chooses the same windows of the same blocks."""
     findings: list[Finding] = field(default_factory=list)
     """What is wrong; empty if all is well."""
 

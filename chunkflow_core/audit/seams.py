@@ -1,4 +1,7 @@
-"""Windows across the borders of blocks, computed again as one machine with endless memory would."""
+"""Windows of the output, computed again as one machine with endless memory would.
+
+Most of them lie across the borders of blocks.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,11 @@ WINDOW: Vector = (4, 32, 32)
 
 
 def windows(workspace: Workspace, stored: StoredAudit, count: int, run: str, seed: int) -> Iterator[Box]:
-    """Choose windows on the borders of complete blocks that have lower neighbours.
+    """Choose windows in complete blocks.
 
-    They are around points on the low faces, edges and corners. Every other one is at a block that
-    ``run`` has done, or else at one of those that were done last.
+    Every other one is at a block that ``run`` has done, or else at one of those that were done
+    last: across its low faces, edges and corners, if it has lower neighbours. Half of the rest are
+    so at any block, the others anywhere. No block comes again before all of its kind have come.
 
     Args:
         workspace: What the steps of the volume share.
@@ -41,17 +45,30 @@ def windows(workspace: Workspace, stored: StoredAudit, count: int, run: str, see
         seed: Chooses the windows.
     """
     chance = random.Random(seed)
-    inner = sorted(index for index in stored.complete if any(index))
-    recent = [index for index in inner if run and run in stored.runs[index]]
-    recent = recent or heapq.nlargest(max(1, count // 2), inner, key=lambda index: stored.finished[index])
-    for number in range(count if inner else 0):
-        yield _window(workspace, chance.choice(inner if number % 2 else recent), chance)
+    everywhere = sorted(stored.complete)
+    seamed = [index for index in everywhere if any(index)] or everywhere
+    recent = [index for index in seamed if run and run in stored.runs[index]]
+    recent = recent or heapq.nlargest(max(1, count // 2), seamed, key=lambda index: stored.finished[index])
+    at_recent, at_seams, anywhere = (_in_turn(blocks, chance) for blocks in (recent, seamed, everywhere))
+    for number in range(count if everywhere else 0):
+        if number % 2 == 0:
+            yield _window(workspace, next(at_recent), chance, across_faces=True)
+        elif chance.random() < 0.5:
+            yield _window(workspace, next(at_seams), chance, across_faces=True)
+        else:
+            yield _window(workspace, next(anywhere), chance, across_faces=False)
 
 
-def _window(workspace: Workspace, index: Vector, chance: random.Random) -> Box:
+def _in_turn(blocks: list[Vector], chance: random.Random) -> Iterator[Vector]:
+    """The blocks in a random order, again and again."""
+    while True:
+        yield from chance.sample(blocks, len(blocks))
+
+
+def _window(workspace: Workspace, index: Vector, chance: random.Random, *, across_faces: bool) -> Box:
     box, roi = workspace.spec.grid.block(index).box, workspace.spec.grid.roi
-    across = [a for a in range(3) if index[a] > 0]
-    across = chance.sample(across, chance.randint(1, len(across)))
+    across = [a for a in range(3) if across_faces and index[a] > 0]
+    across = chance.sample(across, chance.randint(1, len(across))) if across else []
     centre = [box.start[a] if a in across else chance.randrange(box.start[a], box.stop[a]) for a in range(3)]
     start = vector(c - w // 2 for c, w in zip(centre, WINDOW, strict=True))
     return Box(start, vector(a + w for a, w in zip(start, WINDOW, strict=True))) & roi

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import secrets
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     if options.repair:
         from chunkflow_core.audit.audit import repair
 
-        request = Request(blocks=repair(workspace, box=box, seams=options.seams))
+        request = Request(blocks=repair(workspace, box=box, seams=options.seams, seed=_seed(options)))
     else:
         request = Request(box, force=options.force, check_input=options.check_input)
     due = plan(spec, request, workspace.state(confirm=True))
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         asked = _asked(options.bbox, force=options.force, check_input=options.check_input, repair=options.repair)
         manifest.begin(spec, name, asked)
         _run(workspace, due, name, options.workers)
-        _verify(workspace, box, request.blocks, seams=options.seams, run=name)
+        _verify(workspace, box, request.blocks, seams=options.seams, seed=_seed(options), run=name)
         manifest.complete(spec, name, workspace.exchange.all_receipts())
     cleanup(spec)
     print(f"output: {spec.output.path}")
@@ -174,7 +175,7 @@ def repair(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     workspace = Workspace(spec)
-    undone = repair(workspace, box=box, seams=options.seams)
+    undone = repair(workspace, box=box, seams=options.seams, seed=_seed(options))
     due = plan(spec, Request(blocks=undone), workspace.state(confirm=True))
     _tell_plan(workspace, due, options.run, _asked(options.bbox, repair=True), as_json=options.json)
 
@@ -265,7 +266,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def _add_verify(add: Add) -> None:
-    parser = add("verify", verify, "Audit the output: storage chunks, receipts, and seams computed again.")
+    parser = add("verify", verify, "Audit the output: storage chunks, receipts, and windows computed again.")
     add_spec_arguments(parser)
     add_box_argument(parser)
     _add_seams(parser)
@@ -286,6 +287,7 @@ def verify(options: argparse.Namespace) -> None:
         Workspace(spec),
         box_of(options, spec.grid),
         seams=options.seams,
+        seed=_seed(options),
         deep=options.deep,
         run=options.run,
         begun=options.begun,
@@ -299,6 +301,7 @@ def _verify(
     blocks: Collection[Vector] | None = None,
     *,
     seams: int,
+    seed: int,
     deep: bool = False,
     run: str = "",
     begun: bool = False,
@@ -309,7 +312,9 @@ def _verify(
     grid = workspace.spec.grid
     audited = len(grid.blocks_touching(box or grid.roi) if blocks is None else blocks)
     with progress("verify", audited + seams, "steps") as step_done:
-        audit = verify(workspace, box=box, blocks=blocks, seams=seams, deep=deep, run=run, step_done=step_done)
+        audit = verify(
+            workspace, box=box, blocks=blocks, seams=seams, seed=seed, deep=deep, run=run, step_done=step_done
+        )
     if begun:
         audit.findings = [finding for finding in audit.findings if finding.kind != "not done"]
     if as_json:
@@ -317,7 +322,8 @@ def _verify(
     else:
         print(
             f"verified: {audit.blocks} blocks, {audit.storage_chunks} storage chunks, "
-            f"{audit.seams} seams computed again: {len(audit.findings)} findings"
+            f"{audit.seams} windows computed again{f' (seed {seed})' * (audit.seams > 0)}: "
+            f"{len(audit.findings)} findings"
         )
     if audit.findings:
         from chunkflow_core.audit.audit import advice
@@ -407,8 +413,19 @@ def _add_seams(parser: argparse.ArgumentParser, default: int = 2) -> None:
         type=not_negative,
         default=default,
         metavar="N",
-        help=f"seams between blocks to compute again (default: {default})",
+        help=f"windows to compute again, most of them at seams between blocks (default: {default})",
     )
+    parser.add_argument(
+        "--seed",
+        type=not_negative,
+        metavar="N",
+        help="choose the windows as an audit has that printed this seed (default: drawn anew each time)",
+    )
+
+
+def _seed(options: argparse.Namespace) -> int:
+    """What chooses the windows: what one audit overlooks another one may see."""
+    return secrets.randbits(32) if options.seed is None else options.seed
 
 
 def _add_plan_output(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from chunkflow_core.__main__ import main
+from chunkflow_core.audit import seams
 from chunkflow_core.audit.audit import repair, verify
 from chunkflow_core.audit.findings import Audit, Finding, advice
 from chunkflow_core.audit.seams import windows
@@ -71,7 +73,9 @@ def test_all_is_well_with_donations_and_without(volume: Volume, capsys: pytest.C
     assert not list(volume.exchange.rglob("donations/*/*"))
     capsys.readouterr()
     assert main(["verify", str(volume.path), "--seams", "8", "--deep"]) == 0
-    assert "8 blocks, 150 storage chunks, 8 seams computed again: 0 findings" in capsys.readouterr().out
+    assert re.search(
+        r"8 blocks, 150 storage chunks, 8 windows computed again \(seed \d+\): 0 findings", capsys.readouterr().out
+    )
 
 
 def test_what_is_told(volume: Volume, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +125,7 @@ def test_a_seam_that_is_wrong(volume: Volume, capsys: pytest.CaptureFixture[str]
     data = workspace.output.read(box)
     workspace.output.write(box, np.nextafter(data, np.float32(2)))
 
-    assert main(["verify", str(volume.path), "--seams", "12"]) == 65
+    assert main(["verify", str(volume.path), "--seams", "12", "--seed", "0"]) == 65
     assert "at the seam" in capsys.readouterr().err
 
 
@@ -143,6 +147,42 @@ def test_half_of_the_windows_are_where_there_is_something_new(volume: Volume) ->
     for seed in range(20):
         assert touching("second", 5, seed).count(LAST) >= 3
         assert touching("", 2, seed).count((0, 0, 1)) >= 1, "what was done last"
+
+
+def test_every_audit_looks_elsewhere(
+    volume: Volume, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    for given in ([], [], ["--seed", "7"]):
+        assert main(["verify", str(volume.path), "--seams", "2", "--json", *given]) == 0
+        seeds.append(json.loads(capsys.readouterr().out)["seed"])
+    assert seeds[0] != seeds[1], "drawn anew"
+    assert seeds[2] == 7
+
+    def drawn(seed: int, count: int) -> list[Box]:
+        return list(windows(workspace, stored, count, "", seed))
+
+    workspace = Workspace(volume.spec)
+    stored = StoredAudit(workspace, list(volume.spec.grid.indices()), Audit(), deep=False, mixed=False)
+    stored.run(lambda: None)
+    assert drawn(7, 4) == drawn(7, 4) != drawn(8, 4)
+    looked_at = {block for window in drawn(7, 40) for block in volume.spec.grid.blocks_touching(window)}
+    assert looked_at == set(volume.spec.grid.indices())
+    # A window of one voxel is where it was put.
+    monkeypatch.setattr(seams, "WINDOW", (1, 1, 1))
+    at_seam = [any(at in (0, 12, 24) and at for at in window.start) for window in drawn(7, 40)]
+    assert 20 < sum(at_seam) < 40, "mostly at seams, but not only"
+
+
+def test_a_volume_of_one_block_has_windows_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_volume(tmp_path, roi=[[0, 0, 0], [12, 24, 24]]))
+    assert main(["run", path, "--seams", "0"]) == 0
+    workspace = Workspace(load_spec(path))
+    whole = workspace.spec.grid.roi
+    workspace.output.write(whole, np.nextafter(workspace.output.read(whole), np.float32(2)))
+
+    assert main(["verify", path, "--seams", "1"]) == 65
+    assert "differ from a fresh computation" in capsys.readouterr().err
 
 
 def test_what_is_not_done_is_told_apart_from_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +216,9 @@ def test_a_part_is_audited_alone(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["run", spec, "--seams", "0"]) == 0
     other = ["--set", "input.padding=edge", "--set", "model.threads=2", "--accept-mixture"]
     assert main(["run", spec, *last, "--seams", "20", *other]) == 0
-    assert "1 blocks, 12 storage chunks, 20 seams computed again: 0 findings" in capsys.readouterr().out
+    assert re.search(
+        r"1 blocks, 12 storage chunks, 20 windows computed again \(seed \d+\): 0 findings", capsys.readouterr().out
+    )
     mixture = load_spec(spec, ["input.padding=edge", "model.threads=2"])
     rest = verify(Workspace(mixture), seams=0).findings
     assert {finding.kind for finding in rest} == {"not done"}, "those of the other model are no harm to be repaired"

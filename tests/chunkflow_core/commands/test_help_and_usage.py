@@ -17,12 +17,12 @@ Command = Callable[..., Any]
 
 REQUEST = ["SPEC", "--set", "--bbox", "--force", "--check-input"]
 OPTIONS = {
-    "run": [*REQUEST, "--workers", "--seams", "--overwrite", "--accept-mixture", "--repair"],
+    "run": [*REQUEST, "--workers", "--seams", "--seed", "--overwrite", "--accept-mixture", "--repair"],
     "plan": [*REQUEST, "--json", "--run"],
-    "repair": ["SPEC", "--set", "--bbox", "--seams", "--json", "--run"],
+    "repair": ["SPEC", "--set", "--bbox", "--seams", "--seed", "--json", "--run"],
     "prepare": ["SPEC", "--set", "--overwrite", "--accept-mixture", "--once", "--run", "--json"],
     "compile": ["SPEC", "--set", "--tolerance", "--patches", "--engines"],
-    "verify": ["SPEC", "--set", "--bbox", "--seams", "--deep", "--begun", "--run", "--json"],
+    "verify": ["SPEC", "--set", "--bbox", "--seams", "--seed", "--deep", "--begun", "--run", "--json"],
     "cleanup": ["SPEC", "--set"],
     "report": ["SPEC", "--set", "--run", "--json", "--picture", "--publish"],
     "picture": ["SPEC", "--set", "FILE.png", "--z"],
