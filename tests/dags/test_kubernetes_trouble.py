@@ -28,6 +28,7 @@ from tests.support.airflow.service import asked
 from tests.support.airflow.volumes import until
 from tests.support.airflow.world import ONE_BLOCK, World
 from tests.support.cluster.clusters import why_no_real_cluster
+from tests.support.cluster.images import NO_GPU_DRIVER
 from tests.support.volume import SHAPE
 
 pytestmark = pytest.mark.airflow
@@ -226,101 +227,6 @@ def processes(world: World, component: str, task: str) -> list[psutil.Process]:
     return ours
 
 
-PATIENCE = 2 if why_no_real_cluster() else 45
-"""Seconds. A real node takes some to say why a container can't be made."""
-
-UNSTARTABLE: dict[str, tuple[dict[str, Any], str]] = {
-    # volume: (runner, what the failed task says)
-    "no-such-image": (
-        {"image": "chunkflow.invalid/nothing:1", "start_timeout": PATIENCE},
-        r"image can't be run \(.*\): (Err)?ImagePull\w*: .*check runner.image",
-    ),
-    "no-such-node": (
-        {
-            "infer": {"cpu": 0.1, "memory": "64Mi", "gpu": 0, "node_selector": {"kind": "unobtainable"}},
-            "pending_timeout": PATIENCE,
-        },
-        r"no node for the pod \(worth a retry\): no node for \d+ s: 0/\d+ nodes are available: .*"
-        r"check what runner.infer",
-    ),
-    "no-such-secret": (
-        {"secret_env": {"KEY": {"secret": "nowhere", "key": "k"}}, "start_timeout": PATIENCE},
-        r"pod can't be set up \(a retry can't help\): CreateContainerConfigError: secret \\?.nowhere\\?. not found; "
-        r"check the Secrets",
-    ),
-    "no-such-volume": (
-        {"volumes": [{"mount": "BESIDE_MOODS", "secret": "nowhere"}], "start_timeout": PATIENCE},
-        r"pod did not start \(worth a retry\): ContainerCreating; .*FailedMount: .*nowhere",
-    ),
-    "no-such-claim": (
-        {"volumes": [{"mount": "BESIDE_MOODS", "claim": "nowhere"}], "start_timeout": PATIENCE},
-        r"pod can't be set up \(a retry can't help\): there is no claim nowhere in the pod's namespace",
-    ),
-    "no-such-account": (
-        {"service_account": "nobody"},
-        r"pod refused by the cluster \(a retry can.{1,2}t help\): HTTP 403: .*nobody",
-    ),
-}
-
-
-def test_pods_that_can_not_start_say_what_to_do(world: World) -> None:
-    beside = f"{Path(world.cluster.mount).parent}/nowhere".replace("//", "/")
-    for name, (runner, _) in UNSTARTABLE.items():
-        world.write(name, retries=0, shape=ONE_BLOCK, **json.loads(json.dumps(runner).replace("BESIDE_MOODS", beside)))
-    world.volumes.known(*UNSTARTABLE)
-    runs = {name: world.volumes.trigger(name) for name in UNSTARTABLE}
-    for name, (_, said) in UNSTARTABLE.items():
-        assert world.volumes.wait(name, runs[name], world.cluster.limit) == "failed"
-        tasks = world.volumes.tasks(name, runs[name])
-        assert (tasks["prepare"]["state"], tasks["prepare"]["try_number"]) == ("failed", 1)
-        until(partial(says, world, name, runs[name], said), 60)
-        world.check_no_pod_left(name)
-
-
-def says(world: World, name: str, run: str, words: str) -> bool:
-    """Whether the log of the preparation says something.
-
-    A task's state can be known before the last lines of its log are.
-    """
-    return bool(re.search(words, world.volumes.log(name, run, "prepare", 1)))
-
-
-def pods_command(world: World, volume: str, *options: str) -> str:
-    """What ``chunkflow-core pods`` prints."""
-    spec = str(world.volumes.folder / f"{volume}.yaml")
-    command = [sys.executable, "-m", "chunkflow_core", "pods", spec, *options]
-    if not world.cluster.double:
-        command += ["--namespace", world.cluster.namespace]
-    environment = os.environ | {"KUBECONFIG": str(world.cluster.kubeconfig)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def orphan_of(pod: dict[str, Any], volume: str) -> dict[str, Any]:
-    """A pod like another one, of a task of a run that is not there any more."""
-    meta, spec = pod["metadata"], pod["spec"]
-    container = {key: spec["containers"][0][key] for key in ("name", "image", "resources")}
-    annotations = {
-        "chunkflow/dag-id": volume,
-        "chunkflow/run-id": "long-ago",
-        "chunkflow/task-id": BLOCK,
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": ORPHAN, "labels": meta["labels"], "annotations": annotations},
-        "spec": {
-            "restartPolicy": "Never",
-            "terminationGracePeriodSeconds": 1,
-            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [
-                container
-                | {"securityContext": spec["containers"][0]["securityContext"]}
-                | {"command": ["python", "-c", "import time; time.sleep(600)"]}
-            ],
-        },
-    }
-
-
 @pytest.mark.parametrize(
     "deferrable", [pytest.param(True, id="deferrable"), pytest.param(False, id="sync", marks=pytest.mark.long)]
 )
@@ -373,3 +279,140 @@ def test_trouble_with_the_api(tmp_path: Path, world: World, deferrable: bool) ->
         check_told_once(world.volumes.log(name, run, "infer.0_0_0", 1), "can't look at pod")
     check_counting(world.volumes.log(name, run, "infer.0_0_0", 1), more_than=12)
     world.check_no_pod_left(name)
+
+
+PATIENCE = 2 if why_no_real_cluster() else 45
+"""Seconds. A real node takes some to say why a container can't be made."""
+
+UNSTARTABLE: dict[str, tuple[dict[str, Any], str]] = {
+    # volume: (runner, what the failed task says)
+    "no-such-image": (
+        {"image": "chunkflow.invalid/nothing:1", "start_timeout": PATIENCE},
+        r"image can't be run \(.*\): (Err)?ImagePull\w*: .*check runner.image",
+    ),
+    "no-such-node": (
+        {
+            "infer": {"cpu": 0.1, "memory": "64Mi", "gpu": 0, "node_selector": {"kind": "unobtainable"}},
+            "pending_timeout": PATIENCE,
+        },
+        r"no node for the pod \(worth a retry\): no node for \d+ s: 0/\d+ nodes are available: .*"
+        r"check what runner.infer",
+    ),
+    "no-such-secret": (
+        {"secret_env": {"KEY": {"secret": "nowhere", "key": "k"}}, "start_timeout": PATIENCE},
+        r"pod can't be set up \(a retry can't help\): CreateContainerConfigError: secret \\?.nowhere\\?. not found; "
+        r"check the Secrets",
+    ),
+    "no-such-volume": (
+        {"volumes": [{"mount": "BESIDE_MOODS", "secret": "nowhere"}], "start_timeout": PATIENCE},
+        r"pod did not start \(worth a retry\): ContainerCreating; .*FailedMount: .*nowhere",
+    ),
+    "no-such-claim": (
+        {"volumes": [{"mount": "BESIDE_MOODS", "claim": "nowhere"}], "start_timeout": PATIENCE},
+        r"pod can't be set up \(a retry can't help\): there is no claim nowhere in the pod's namespace",
+    ),
+    "no-such-account": (
+        {"service_account": "nobody"},
+        r"pod refused by the cluster \(a retry can.{1,2}t help\): HTTP 403: .*nobody",
+    ),
+}
+
+
+BROKEN = "broken-node"
+"""A volume whose pods may go to two nodes, of which one can't start any."""
+
+
+@pytest.fixture(scope="module")
+def unstartable(airflow_and_cluster: World) -> Iterator[dict[str, str]]:
+    """Runs of volumes whose pods can't start, all at once: the run's id by the volume's name.
+
+    Tests of it come last: one of the runs goes on after them.
+    """
+    world = airflow_and_cluster
+    beside = f"{Path(world.cluster.mount).parent}/nowhere".replace("//", "/")
+    for name, (runner, _) in UNSTARTABLE.items():
+        world.write(name, retries=0, shape=ONE_BLOCK, **json.loads(json.dumps(runner).replace("BESIDE_MOODS", beside)))
+    names = list(UNSTARTABLE)
+    if world.cluster.double:
+        world.cluster.double.break_node("node-18", NO_GPU_DRIVER)
+        near = {"key": "kubernetes.io/hostname", "operator": "In", "values": ["node-18", "node-19"]}
+        required = {"nodeSelectorTerms": [{"matchExpressions": [near]}]}
+        affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+        infer = world.cluster.runner_section({}, "")["infer"] | {"affinity": affinity}
+        world.write(BROKEN, shape=ONE_BLOCK, infer=infer)
+        names.append(BROKEN)
+    world.volumes.known(*names)
+    yield {name: world.volumes.trigger(name) for name in names}
+    if world.cluster.double:
+        world.cluster.double.node_back("node-18")
+    world.remove_all()
+
+
+def test_pods_that_can_not_start_say_what_to_do(airflow_and_cluster: World, unstartable: dict[str, str]) -> None:
+    world = airflow_and_cluster
+    for name, (_, said) in UNSTARTABLE.items():
+        run = unstartable[name]
+        assert world.volumes.wait(name, run, world.cluster.limit) == "failed"
+        tasks = world.volumes.tasks(name, run)
+        assert (tasks["prepare"]["state"], tasks["prepare"]["try_number"]) == ("failed", 1)
+        until(partial(says, world, name, run, said), 60)
+        world.check_no_pod_left(name)
+
+
+def test_a_node_that_can_not_start_pods_is_avoided(airflow_and_cluster: World, unstartable: dict[str, str]) -> None:
+    """Not the image's fault: the try counts, and the next one goes elsewhere."""
+    world = airflow_and_cluster
+    if world.cluster.double is None:
+        pytest.skip("only the double's nodes can be broken")
+    run = unstartable[BROKEN]
+    until(lambda: world.volumes.now(BROKEN, run, "prepare") == ("success", 2), world.cluster.limit)
+
+    said = r"pod did not start \(exit code 128, worth a retry\): node node-18 could not start .*libnvidia-ml"
+    assert re.search(said, world.volumes.log(BROKEN, run, "prepare", 1))
+    wanted = {"chunkflow/volume": BROKEN, "chunkflow/stage": "prepare"}
+    places = [pod.node for pod in world.cluster.double.created if wanted.items() <= pod.labels.items()]
+    assert places == ["node-18", "node-19"]
+
+
+def says(world: World, name: str, run: str, words: str) -> bool:
+    """Whether the log of the preparation says something.
+
+    A task's state can be known before the last lines of its log are.
+    """
+    return bool(re.search(words, world.volumes.log(name, run, "prepare", 1)))
+
+
+def pods_command(world: World, volume: str, *options: str) -> str:
+    """What ``chunkflow-core pods`` prints."""
+    spec = str(world.volumes.folder / f"{volume}.yaml")
+    command = [sys.executable, "-m", "chunkflow_core", "pods", spec, *options]
+    if not world.cluster.double:
+        command += ["--namespace", world.cluster.namespace]
+    environment = os.environ | {"KUBECONFIG": str(world.cluster.kubeconfig)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def orphan_of(pod: dict[str, Any], volume: str) -> dict[str, Any]:
+    """A pod like another one, of a task of a run that is not there any more."""
+    meta, spec = pod["metadata"], pod["spec"]
+    container = {key: spec["containers"][0][key] for key in ("name", "image", "resources")}
+    annotations = {
+        "chunkflow/dag-id": volume,
+        "chunkflow/run-id": "long-ago",
+        "chunkflow/task-id": BLOCK,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": ORPHAN, "labels": meta["labels"], "annotations": annotations},
+        "spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                container
+                | {"securityContext": spec["containers"][0]["securityContext"]}
+                | {"command": ["python", "-c", "import time; time.sleep(600)"]}
+            ],
+        },
+    }

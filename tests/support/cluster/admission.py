@@ -1,4 +1,4 @@
-"""What a pod must be for the server to take it, and what the server adds to it."""
+"""What an object must be for the server to take it, and what the server adds to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import kubernetes_validate
 
 from tests.support.cluster.objects import TOKEN_VOLUME, ApiError, Object, quantity, stamp
 
-POD_SCHEMA = "1.34"
+SCHEMA = "1.34"
+"""The version of Kubernetes that says which types objects have."""
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
@@ -36,41 +37,69 @@ def admit(
     Raises:
         ApiError: The server refuses the object; the text says why, as Kubernetes says it.
     """
-    pod: Object = _without_nulls(copy.deepcopy(given))
-    _check_types({"apiVersion": "v1", "kind": "Pod"} | pod)
-    if pod.get("kind", "Pod") != "Pod" or pod.get("apiVersion", "v1") != "v1":
-        raise ApiError(400, "the object provided is unrecognized (must be of type Pod)")
-    metadata, spec = pod.setdefault("metadata", {}), pod.get("spec") or {}
-    if metadata.get("namespace", namespace) != namespace:
-        raise ApiError(400, "the namespace of the provided object does not match the namespace sent on the request")
-    if not metadata.get("name") and metadata.get("generateName"):
-        letters = string.ascii_lowercase + string.digits
-        metadata["name"] = metadata["generateName"] + "".join(secrets.choice(letters) for _ in range(5))
-    name = metadata.get("name", "")
-    _check_references(spec, name, namespace, accounts, priorities)
-    if errors := [*_metadata_errors(metadata), *_spec_errors(spec)]:
-        joined = errors[0] if len(errors) == 1 else "[" + ", ".join(errors) + "]"
-        raise ApiError(422, f'Pod "{name}" is invalid: {joined}', name=name, kind="Pod")
-    pod |= {"apiVersion": "v1", "kind": "Pod"}
-    metadata |= {"namespace": namespace, "uid": str(uuid.uuid4()), "creationTimestamp": stamp(now)}
-    metadata |= {"resourceVersion": "0", "generation": 1}
-    for key in ("deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields"):
-        metadata.pop(key, None)
+    pod = _named(given, "Pod", "v1", namespace)
+    metadata, spec = pod["metadata"], pod.get("spec") or {}
+    _check_references(spec, metadata.get("name", ""), namespace, accounts, priorities)
+    _refuse(pod, [*_metadata_errors(metadata), *_spec_errors(spec)])
+    _stamp(metadata, now)
+    metadata["generation"] = 1
     pod["spec"] = _with_defaults(spec)
     pod["status"] = {"phase": "Pending", "qosClass": _quality(spec["containers"][0]["resources"])}
     return pod
 
 
-def _check_types(pod: Object) -> None:
+def admit_kept(given: Object, kind: str, api_version: str, namespace: str | None, *, now: float) -> Object:
+    """An object that is no pod as the server stores it; arguments and errors as for :func:`admit`.
+
+    ``namespace`` is None for what is in none.
+    """
+    item = _named(given, kind, api_version, namespace)
+    _refuse(item, [*_metadata_errors(item["metadata"])])
+    _stamp(item["metadata"], now)
+    return item
+
+
+def _named(given: Object, kind: str, api_version: str, namespace: str | None) -> Object:
+    """A copy of an object of the right types, with the name and the namespace that it gets."""
+    item: Object = {"kind": kind, "apiVersion": api_version} | _without_nulls(copy.deepcopy(given))
+    if (item["kind"], item["apiVersion"]) != (kind, api_version):
+        raise ApiError(400, f"the object provided is unrecognized (must be of type {kind})")
+    _check_types(item)
+    metadata = item.setdefault("metadata", {})
+    if metadata.get("namespace", namespace) != namespace:
+        raise ApiError(400, "the namespace of the provided object does not match the namespace sent on the request")
+    if namespace:
+        metadata["namespace"] = namespace
+    if not metadata.get("name") and metadata.get("generateName"):
+        letters = string.ascii_lowercase + string.digits
+        metadata["name"] = metadata["generateName"] + "".join(secrets.choice(letters) for _ in range(5))
+    return item
+
+
+def _refuse(item: Object, errors: list[str]) -> None:
+    if errors:
+        kind, name = item["kind"], item["metadata"].get("name", "")
+        joined = errors[0] if len(errors) == 1 else "[" + ", ".join(errors) + "]"
+        raise ApiError(422, f'{kind} "{name}" is invalid: {joined}', name=name, kind=kind)
+
+
+def _stamp(metadata: Object, now: float) -> None:
+    for key in ("deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields"):
+        metadata.pop(key, None)
+    metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": stamp(now), "resourceVersion": "0"}
+
+
+def _check_types(item: Object) -> None:
     # Validation takes 12 ms, and the pods of one test are alike: only what has other keys or types
     # is looked at again.
-    if (shape := repr(_shape(pod))) in _KNOWN_SHAPES:
+    if (shape := repr((item["kind"], _shape(item)))) in _KNOWN_SHAPES:
         return
     try:
-        kubernetes_validate.validate(pod, POD_SCHEMA)
+        kubernetes_validate.validate(item, SCHEMA)
     except kubernetes_validate.ValidationError as error:
-        where = ".".join(str(key) for key in error.path)
-        raise ApiError(400, f'Pod in version "v1" cannot be handled as a Pod: {where}: {error.message}') from error
+        where, kind, version = ".".join(map(str, error.path)), item["kind"], item["apiVersion"].rpartition("/")[2]
+        why = f'{kind} in version "{version}" cannot be handled as a {kind}: {where}: {error.message}'
+        raise ApiError(400, why) from error
     _KNOWN_SHAPES.add(shape)
 
 

@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -19,26 +19,20 @@ from typing import Any
 from aiohttp import web
 
 from tests.support.cluster.admission import admit
+from tests.support.cluster.budgets import check_eviction
 from tests.support.cluster.containers import Line
+from tests.support.cluster.discovery import BUDGETS, DISCOVERY, EVENTS, NAMESPACES, PODS, RESOURCES, Resource
+from tests.support.cluster.kept import Kept
 from tests.support.cluster.kubelet import Kubelet
 from tests.support.cluster.objects import ApiError, Object, field_selects, selects
 from tests.support.cluster.pods import Pod
 from tests.support.cluster.store import Change
 
 _LOOK_SECONDS = 1.0
-_VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "watch"]
-_VERSION = {
-    "major": "1",
-    "minor": "34",
-    "gitVersion": "v1.34.0",
-    "gitCommit": "0" * 40,
-    "gitTreeState": "clean",
-    "buildDate": "2025-08-27T10:00:00Z",
-    "goVersion": "go1.24.6",
-    "compiler": "gc",
-    "platform": "linux/amd64",
-}
-_KINDS = {"pods": "PodList", "events": "EventList"}
+_PATH = re.compile(
+    r"/(?:api|apis/(?P<group>[^/]+))/v1(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<part>.+))?)?/?"
+)
 _WAITING_WORDS = {
     "ErrImagePull": "image can't be pulled",
     "ImagePullBackOff": "trying and failing to pull image",
@@ -74,14 +68,13 @@ class Fault:
 class Api:
     """The API server.
 
-    ``namespaces``, ``accounts`` and ``priorities`` are the names of those there are; ``quota`` has
-    the name and the number of pods, by namespace.
+    ``kept`` has all objects beside pods and events, ``priorities`` are the names of the priority
+    classes there are; ``quota`` has the name and the number of pods, by namespace.
     """
 
     kubelet: Kubelet
+    kept: Kept
     token: str
-    namespaces: Collection[str]
-    accounts: Collection[str]
     priorities: Collection[str]
     quota: dict[str, tuple[str, int]]
     port: int = 0
@@ -169,46 +162,70 @@ class Api:
     # What is asked for
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        if request.method == "GET" and (found := _DISCOVERY.get(request.path.rstrip("/"))) is not None:
+        if request.method == "GET" and (found := DISCOVERY.get(request.path.rstrip("/"))) is not None:
             return web.json_response(found)
-        parts = request.path.strip("/").split("/")
-        namespace: str | None = None
-        if parts[:3] == ["api", "v1", "namespaces"] and len(parts) >= 4:
-            namespace, rest = parts[3], parts[4:]
-            if namespace not in self.namespaces:
-                raise ApiError(404, f'namespaces "{namespace}" not found', name=namespace, kind="namespaces")
-        elif parts[:2] == ["api", "v1"]:
-            rest = parts[2:]
-        else:
-            raise ApiError(404, "the server could not find the requested resource")
-        if rest == [] and namespace and request.method == "GET":
-            metadata = {"name": namespace, "uid": namespace, "creationTimestamp": None}
-            return web.json_response({"kind": "Namespace", "apiVersion": "v1", "metadata": metadata})
-        if len(rest) == 1 and rest[0] in _KINDS:
-            return await self._collection(request, rest[0], namespace)
-        if len(rest) >= 2 and rest[0] == "pods" and namespace:
-            return await self._single(request, namespace, rest[1], "/".join(rest[2:]))
-        raise ApiError(404, "the server could not find the requested resource")
+        path = _PATH.fullmatch(request.path)
+        resource = RESOURCES.get(path["plural"]) if path else None
+        if path is None or resource is None or resource.group != (path["group"] or ""):
+            raise _no_such_resource()
+        namespace, name = path["namespace"], path["name"]
+        if namespace is not None:
+            self.kept.check_namespace(namespace)
+        if name is None:
+            return await self._collection(request, resource, namespace)
+        if resource is EVENTS or resource.namespaced != (namespace is not None):
+            raise _no_such_resource()
+        if resource is PODS:
+            return await self._pod(request, namespace, name, path["part"] or "")
+        return await self._single(request, resource, namespace, name)
 
-    async def _collection(self, request: web.Request, collection: str, namespace: str | None) -> web.StreamResponse:
-        match request.method, collection:
-            case "GET", _ if _true(request.query.get("watch")):
-                return await self._watch(request, collection, namespace)
-            case "GET", _:
-                items = ",".join(self._texts(request, collection, namespace))
-                return _list(_KINDS[collection], self.kubelet.store.version, items)
-            case "POST", "pods" if namespace:
-                return self._create(await _body(request), namespace)
-            case "DELETE", "pods" if namespace:
-                options = await _body(request)
-                chosen = list(self._pods(request, namespace))
-                for pod in chosen:
-                    self.kubelet.delete(pod, _grace(request, options))
-                items = ",".join(pod.text_object for pod in chosen)
-                return _list("PodList", self.kubelet.store.version, items)
+    async def _collection(self, request: web.Request, resource: Resource, namespace: str | None) -> web.StreamResponse:
+        one_place = namespace is not None or not resource.namespaced
+        match request.method:
+            case "GET" if _true(request.query.get("watch")):
+                return await self._watch(request, resource, namespace)
+            case "GET":
+                return _list(resource, self.kubelet.store.version, self._texts(request, resource, namespace))
+            case "POST" if one_place and resource is not EVENTS:
+                body = await _body(request)
+                if not isinstance(body, dict):
+                    raise ApiError(400, f"the object provided is not of type {resource.kind}")
+                if resource is PODS:
+                    return self._create(body, namespace or "")
+                return web.json_response(self.kept.create(resource, body, namespace), status=201)
+            case "DELETE" if namespace is not None and resource is not EVENTS:
+                return self._delete_all(request, resource, namespace, await _body(request))
         raise _not_allowed()
 
-    async def _single(self, request: web.Request, namespace: str, name: str, part: str) -> web.StreamResponse:
+    def _delete_all(self, request: web.Request, resource: Resource, namespace: str, options: Any) -> web.Response:
+        if resource is PODS:
+            chosen = list(self._pods(request, namespace))
+            for pod in chosen:
+                self.kubelet.delete(pod, _grace(request, options))
+            return _list(PODS, self.kubelet.store.version, (pod.text_object for pod in chosen))
+        items = list(self._items(request, resource, namespace))
+        for item in items:
+            self.kept.delete(resource, namespace, item["metadata"]["name"])
+        return _list(resource, self.kubelet.store.version, map(json.dumps, items))
+
+    async def _single(
+        self, request: web.Request, resource: Resource, namespace: str | None, name: str
+    ) -> web.StreamResponse:
+        body = await _body(request)
+        item = self.kept.get(resource, namespace, name)
+        match request.method:
+            case "GET":
+                return web.json_response(item)
+            case "DELETE":
+                _check_precondition(body, item)
+                self.kept.delete(resource, namespace, name)
+                if resource is NAMESPACES:
+                    return web.json_response(item)
+                about = {"name": name, "kind": resource.plural, "uid": item["metadata"]["uid"]}
+                return web.json_response(_success(200) | {"details": about})
+        raise _not_allowed()
+
+    async def _pod(self, request: web.Request, namespace: str, name: str, part: str) -> web.StreamResponse:
         body = await _body(request)
         # Only now: it may have gone while the body came.
         pod = self.kubelet.store.pods.get((namespace, name))
@@ -224,26 +241,27 @@ class Api:
                     raise ApiError(415, "this cluster is a test double: merge patches only")
                 self.kubelet.patch(pod, body)
             case "DELETE", "":
-                wanted = (body.get("preconditions") or {}).get("uid")
-                if wanted not in (None, uid := pod.object["metadata"]["uid"]):
-                    raise ApiError(
-                        409, f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}"
-                    )
+                _check_precondition(body, pod.object)
                 self.kubelet.delete(pod, _grace(request, body))
             case "POST", "eviction":
-                message = "Eviction API: evicting"
-                grace = _grace(request, body.get("deleteOptions") or {})
-                self.kubelet.disrupt(pod, "EvictionByEvictionAPI", message, grace)
-                status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
-                return web.json_response(status, status=201)
+                return self._evict(request, pod, body)
             case _:
                 raise _not_allowed()
         return web.Response(text=pod.text_object, content_type="application/json")
 
-    def _create(self, body: Any, namespace: str) -> web.Response:
-        if not isinstance(body, dict) or not isinstance(body.get("spec"), dict):
+    def _evict(self, request: web.Request, pod: Pod, body: Object) -> web.Response:
+        beside = [other for other in self.kubelet.store.pods.values() if other.namespace == pod.namespace]
+        check_eviction(pod, self.kept.items(BUDGETS, pod.namespace), beside)
+        grace = _grace(request, body.get("deleteOptions") or {})
+        self.kubelet.disrupt(pod, "EvictionByEvictionAPI", "Eviction API: evicting", grace)
+        return web.json_response(_success(201), status=201)
+
+    def _create(self, body: Object, namespace: str) -> web.Response:
+        if not isinstance(body.get("spec"), dict):
             raise ApiError(400, "the object provided is not a pod")
-        item = admit(body, namespace, now=time.time(), accounts=self.accounts, priorities=self.priorities)
+        self.kept.check_namespace(namespace, PODS.plural, (body.get("metadata") or {}).get("name", ""))
+        accounts = self.kept.accounts(namespace)
+        item = admit(body, namespace, now=time.time(), accounts=accounts, priorities=self.priorities)
         if namespace in self.quota:
             name, limit = self.quota[namespace]
             used = sum(pod.namespace == namespace and not pod.over for pod in self.kubelet.store.pods.values())
@@ -261,9 +279,18 @@ class Api:
             if inside and selects(labels, pod.labels) and field_selects(fields, pod.object):
                 yield pod
 
-    def _texts(self, request: web.Request, collection: str, namespace: str | None) -> Iterator[str]:
-        if collection == "pods":
+    def _items(self, request: web.Request, resource: Resource, namespace: str | None) -> Iterator[Object]:
+        labels, fields = request.query.get("labelSelector", ""), request.query.get("fieldSelector", "")
+        for item in self.kept.items(resource, namespace):
+            if selects(labels, item["metadata"].get("labels") or {}) and field_selects(fields, item):
+                yield item
+
+    def _texts(self, request: web.Request, resource: Resource, namespace: str | None) -> Iterator[str]:
+        if resource is PODS:
             yield from (pod.text_object for pod in self._pods(request, namespace))
+            return
+        if resource is not EVENTS:
+            yield from map(json.dumps, self._items(request, resource, namespace))
             return
         fields = request.query.get("fieldSelector", "")
         events = self.kubelet.store.events
@@ -277,16 +304,15 @@ class Api:
 
     # Watches
 
-    async def _watch(self, request: web.Request, collection: str, namespace: str | None) -> web.StreamResponse:
+    async def _watch(self, request: web.Request, resource: Resource, namespace: str | None) -> web.StreamResponse:
         store, query = self.kubelet.store, request.query
         changes: asyncio.Queue[Change] = asyncio.Queue()
         version = query.get("resourceVersion") or "0"
         at = store.version
-        first = [f'{{"type":"ADDED","object":{text}}}' for text in self._texts(request, collection, namespace)]
+        first = [f'{{"type":"ADDED","object":{text}}}' for text in self._texts(request, resource, namespace)]
         if _true(query.get("sendInitialEvents")):
             metadata = {"resourceVersion": str(at), "annotations": {"k8s.io/initial-events-end": "true"}}
-            kind = _KINDS[collection].removesuffix("List")
-            bookmark = {"kind": kind, "apiVersion": "v1", "metadata": metadata}
+            bookmark = {"kind": resource.kind, "apiVersion": resource.api_version, "metadata": metadata}
             first.append(json.dumps({"type": "BOOKMARK", "object": bookmark}))
         elif version != "0":
             first = []
@@ -304,7 +330,7 @@ class Api:
                     change = await asyncio.wait_for(changes.get(), min(left, _LOOK_SECONDS))
                 except TimeoutError:
                     continue
-                if self._concerns(change, request, collection, namespace):
+                if self._concerns(change, request, resource, namespace):
                     line = f'{{"type":"{change.kind}","object":{change.text}}}\n'
                     await response.write(line.encode())
             await response.write_eof()
@@ -312,13 +338,13 @@ class Api:
             store.watchers.discard(changes)
         return response
 
-    def _concerns(self, change: Change, request: web.Request, collection: str, namespace: str | None) -> bool:
-        if change.collection != collection:
+    def _concerns(self, change: Change, request: web.Request, resource: Resource, namespace: str | None) -> bool:
+        if change.collection != resource.plural:
             return False
         item = json.loads(change.text)
         labels, fields = request.query.get("labelSelector", ""), request.query.get("fieldSelector", "")
         return (
-            namespace in (None, item["metadata"]["namespace"])
+            namespace in (None, item["metadata"].get("namespace"))
             and selects(labels, item["metadata"].get("labels") or {})
             and field_selects(fields, item)
         )
@@ -326,12 +352,13 @@ class Api:
     # Logs
 
     async def _log(self, request: web.Request, pod: Pod) -> web.StreamResponse:
+        await self._reach_node(request, pod)
         self._check_log(request, pod)
         query = request.query
         if pod.node is None:
             return web.Response(status=204)
         lines = list(pod.log.since(0))
-        at = pod.log.end
+        at, cuts = pod.log.end, pod.log.cuts
         if "tailLines" in query:
             lines = lines[max(len(lines) - int(_number(query["tailLines"])), 0) :]
         oldest = 0.0
@@ -347,26 +374,38 @@ class Api:
             await pod.log.more(at, _LOOK_SECONDS)
             if request.transport is None:
                 return response
+            if pod.log.cuts != cuts:
+                return _cut(request)
             lines, at = list(pod.log.since(at)), pod.log.end
             await _write(response, lines, stamped)
-        if _true(query.get("follow")) and pod.log.broken:
-            return _cut(request)
         await response.write_eof()
         return response
+
+    async def _reach_node(self, request: web.Request, pod: Pod) -> None:
+        place = self.kubelet.places.get(pod.node or "")
+        if place is None or place.kubelet.is_set():
+            return
+        why = "connect: connection refused"
+        if place.lost:
+            await asyncio.sleep(self.kubelet.timing.lost_log)
+            why = "i/o timeout"
+        address = f"{place.address}:10250"
+        options = f"?{request.query_string}" if request.query_string else ""
+        url = f"https://{address}/containerLogs/{pod.namespace}/{pod.name}/{pod.box['name']}{options}"
+        raise ApiError(500, f'Get "{url}": dial tcp {address}: {why}')
 
     def _check_log(self, request: web.Request, pod: Pod) -> None:
         box = pod.box["name"]
         container = request.query.get("container", box)
         if container != box:
             raise ApiError(400, f"container {container} is not valid for pod {pod.name}")
-        if pod.node is not None and self.kubelet.places[pod.node].lost:
-            address = f"https://127.0.0.1:10250/containerLogs/{pod.namespace}/{pod.name}/{container}"
-            raise ApiError(500, f'Get "{address}": dial tcp 127.0.0.1:10250: connect: no route to host')
         statuses = pod.object["status"].get("containerStatuses")
-        if pod.no_log and pod.over:
-            if statuses:
-                raise ApiError(500, pod.no_log)
+        if pod.over and not statuses:
             raise ApiError(400, f'container "{container}" in pod "{pod.name}" is not available')
+        if statuses and (end := statuses[0]["state"].get("terminated")) and "containerID" not in end:
+            raise ApiError(400, f'container "{container}" in pod "{pod.name}" is terminated')
+        if pod.no_log and pod.over:
+            raise ApiError(500, pod.no_log)
         if _true(request.query.get("previous")):
             raise ApiError(400, f'previous terminated container "{container}" in pod "{pod.name}" not found')
         if statuses and (waiting := statuses[0]["state"].get("waiting")):
@@ -393,7 +432,8 @@ def _cut(request: web.Request) -> web.Response:
 
 
 def _error(error: ApiError) -> web.Response:
-    headers = {"Retry-After": "1"} if error.code == 429 else {}
+    # A budget says no time: without it clients don't try again by themselves.
+    headers = {"Retry-After": "1"} if error.code == 429 and "causes" not in error.body["details"] else {}
     return web.json_response(error.body, status=error.code, headers=headers)
 
 
@@ -401,15 +441,31 @@ def _not_allowed() -> ApiError:
     return ApiError(405, "the server does not allow this method on the requested resource")
 
 
-def _list(kind: str, version: int, items: str) -> web.Response:
-    metadata = json.dumps({"resourceVersion": str(version)})
-    text = f'{{"kind":"{kind}","apiVersion":"v1","metadata":{metadata},"items":[{items}]}}'
-    return web.Response(text=text, content_type="application/json")
+def _no_such_resource() -> ApiError:
+    return ApiError(404, "the server could not find the requested resource")
+
+
+def _success(code: int) -> Object:
+    return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": code}
+
+
+def _check_precondition(options: Object, item: Object) -> None:
+    wanted = (options.get("preconditions") or {}).get("uid")
+    if wanted not in (None, uid := item["metadata"]["uid"]):
+        raise ApiError(409, f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}")
+
+
+def _list(resource: Resource, version: int, items: Iterable[str]) -> web.Response:
+    kind, metadata = f"{resource.kind}List", json.dumps({"resourceVersion": str(version)})
+    begin = f'{{"kind":"{kind}","apiVersion":"{resource.api_version}","metadata":{metadata},"items":['
+    return web.Response(text=f"{begin}{','.join(items)}]}}", content_type="application/json")
 
 
 async def _body(request: web.Request) -> Any:
     if not (text := await request.read()):
         return {}
+    if request.content_type == "application/vnd.kubernetes.protobuf":
+        raise ApiError(415, "this cluster is a test double: it takes JSON only (kubectl sends it with create -f)")
     try:
         return json.loads(text) or {}
     except ValueError as error:
@@ -438,24 +494,3 @@ async def _stream(request: web.Request, content_type: str) -> web.StreamResponse
 async def _write(response: web.StreamResponse, lines: list[Line], stamped: bool) -> None:
     if data := b"".join(line.stamped if stamped else line.text for line in lines):
         await response.write(data)
-
-
-def _resource(name: str, kind: str, verbs: list[str]) -> Object:
-    return {"name": name, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
-
-
-_DISCOVERY: dict[str, Object] = {
-    "/version": _VERSION,
-    "/api": {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []},
-    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
-    "/api/v1": {
-        "kind": "APIResourceList",
-        "groupVersion": "v1",
-        "resources": [
-            {**_resource("pods", "Pod", _VERBS), "shortNames": ["po"], "categories": ["all"]},
-            _resource("pods/log", "Pod", ["get"]),
-            {**_resource("pods/eviction", "Eviction", ["create"]), "group": "policy", "version": "v1"},
-            {**_resource("events", "Event", ["get", "list", "watch"]), "shortNames": ["ev"]},
-        ],
-    },
-}

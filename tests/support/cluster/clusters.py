@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ MOODS = Path(__file__).with_name("moods") / "sitecustomize.py"
 _IMAGE = "chunkflow:test"
 _HANGING = "mood: hang"
 _CONFIG_MAP = "chunkflow-test-moods"
+_DRAIN_SECONDS = 1.0
 
-
+REAL_MOUNTS = "/var/tmp"
+"""Folder below which pods of a real cluster find what is mounted for tests."""
 RESOURCES = {"cpu": 0.5, "memory": "1Gi", "memory_max": "2Gi", "ephemeral_storage": "2Gi"}
 
 
@@ -168,9 +171,42 @@ def delete(cluster: TestCluster, name: str) -> None:
 
 
 def drain(cluster: TestCluster, name: str) -> None:
-    """End a pod as ``kubectl drain`` does."""
+    """End a pod as ``kubectl drain`` does, which a disruption budget does not allow at first."""
+    core = cluster.api
+    policy = client.PolicyV1Api(core.api_client)
+    labels = core.read_namespaced_pod(name, cluster.namespace).metadata.labels
+    budget = client.V1PodDisruptionBudget(
+        metadata=client.V1ObjectMeta(name=name),
+        spec=client.V1PodDisruptionBudgetSpec(min_available=1, selector=client.V1LabelSelector(match_labels=labels)),
+    )
+    policy.create_namespaced_pod_disruption_budget(cluster.namespace, budget)
+    try:
+        assert not _evicted(cluster, name), f"the disruption budget did not keep pod {name}"
+    finally:
+        policy.delete_namespaced_pod_disruption_budget(name, cluster.namespace)
+    evict_when_allowed(cluster, name)
+
+
+def evict_when_allowed(cluster: TestCluster, name: str) -> None:
+    """End a pod by the API as soon as no disruption budget forbids it, asking again and again."""
+    end = time.monotonic() + cluster.limit
+    while not _evicted(cluster, name):
+        if time.monotonic() > end:
+            raise TimeoutError(f"for {cluster.limit:g} s a disruption budget kept pod {name}")
+        time.sleep(_DRAIN_SECONDS)
+
+
+def _evicted(cluster: TestCluster, name: str) -> bool:
+    """Ask the API to evict a pod: whether no disruption budget forbids it; one that is gone is."""
     body = client.V1Eviction(metadata=client.V1ObjectMeta(name=name, namespace=cluster.namespace))
-    cluster.api.create_namespaced_pod_eviction(name, cluster.namespace, body)
+    try:
+        cluster.api.create_namespaced_pod_eviction(name, cluster.namespace, body)
+    except client.ApiException as error:
+        if error.status not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.NOT_FOUND):
+            raise
+        gone: bool = error.status == HTTPStatus.NOT_FOUND
+        return gone
+    return True
 
 
 def preempt(cluster: TestCluster, name: str) -> None:
@@ -262,7 +298,8 @@ def the_real_one() -> Iterator[TestCluster]:
         namespace=namespace,
         image=os.environ["CHUNKFLOW_TEST_IMAGE"],
         storage=place,
-        mount="/moods",
+        # Not at the root: the double as a real cluster has no file system of its own for each pod.
+        mount=f"{REAL_MOUNTS}/chunkflow-moods-{uuid.uuid4().hex[:8]}",
         runner=json.loads(os.environ.get("CHUNKFLOW_TEST_RUNNER", "{}")),
     )
     api = cluster.api

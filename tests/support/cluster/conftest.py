@@ -19,7 +19,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     clusters: list[Cluster] = []
 
     def make(**options: Any) -> Cluster:
-        cluster = Cluster(tmp_path / str(len(clusters)) / "kubeconfig", images=[IMAGE], timing=QUICK, **options)
+        options = {"timing": QUICK} | options
+        cluster = Cluster(tmp_path / str(len(clusters)) / "kubeconfig", images=[IMAGE], **options)
         clusters.append(cluster.__enter__())
         return cluster
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ import psutil
 
 from operators import launch
 from operators.service.processes import is_alive
+from tests.support.cluster.images import CANNOT_START
 from tests.support.nursery import Child, Nursery, module_of
 
 _LAUNCH_SECONDS = 0.005
 _KILL_SECONDS = 10.0
+_LOOKS, _LOOK_SECONDS = 3, 0.002
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -55,8 +58,8 @@ class Log:
         self.lines: deque[Line] = deque()
         self.dropped = 0
         self.closed = False
-        self.broken = False
-        """Whether the connection to the node is gone, so that readers get no proper end."""
+        self.cuts = 0
+        """How often the connection to the node broke: readers of before get no proper end."""
         self._limit = limit
         self._size = 0
         self._last = 0
@@ -82,9 +85,14 @@ class Log:
             self.dropped += 1
         self._wake()
 
-    def close(self, broken: bool = False) -> None:
-        """Say that nothing more will come, or that nobody will hear of it (``broken``)."""
-        self.closed, self.broken = True, broken
+    def close(self) -> None:
+        """Say that nothing more will come."""
+        self.closed = True
+        self._wake()
+
+    def cut(self) -> None:
+        """Break the connections of all who read."""
+        self.cuts += 1
         self._wake()
 
     def since(self, start: int) -> Iterator[Line]:
@@ -303,11 +311,23 @@ class Session:
         The kernel drops all others. A thread that waits for signals does not show them as blocked;
         those that it has started do.
         """
+        if self._has("SigCgt", number):
+            return True
+        # A shell blocks all signals for a moment when it starts a command.
+        for _ in range(_LOOKS):
+            if not self._has("SigBlk", number):
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
+    def _has(self, mask: str, number: int) -> bool:
         with contextlib.suppress(OSError):
-            for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
-                for line in status.read_text().splitlines():
-                    if line.startswith(("SigCgt:", "SigBlk:")) and int(line.split()[1], 16) >> (number - 1) & 1:
-                        return True
+            for file in Path(f"/proc/{self.pid}/task").glob("*/status"):
+                status = dict(line.split(":", 1) for line in file.read_text().splitlines())
+                # D: it waits for a new process to become a command.
+                passing = mask == "SigBlk" and status["State"].split()[0] == "D"
+                if int(status[mask], 16) >> (number - 1) & 1 and not passing:
+                    return True
         return False
 
     def kill(self) -> None:
@@ -355,6 +375,17 @@ class Session:
     def _line(self, text: bytes) -> None:
         self._log.append(text)
         self._on_line(text)
+
+
+def cannot_run(program: str, environment: Mapping[str, str], folder: Path) -> str | None:
+    """What the runtime says of a missing program or working folder; None: all is there."""
+    if not folder.is_dir():
+        return f'{CANNOT_START}chdir to cwd ("{folder}") set in config.json failed: no such file or directory: unknown'
+    if shutil.which(program, path=environment.get("PATH", "")) is None:
+        missing = f"stat {program}: no such file or directory"
+        where = missing if "/" in program else "executable file not found in $PATH"
+        return f'{CANNOT_START}exec: "{program}": {where}: unknown'
+    return None
 
 
 def memory_of(sessions: Collection[int]) -> dict[int, dict[int, int]]:

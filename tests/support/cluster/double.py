@@ -1,22 +1,12 @@
 """A Kubernetes cluster that a test can start, break and look into.
 
-::
-
-    with Cluster(tmp_path / "kubeconfig", images={"chunkflow:test"}) as cluster:
-        cluster.add_secret("bucket", {"key": "abc"})
-        cluster.add_rule("log contains half way", "evict", match={"app": "infer"}, times=1)
-        …                       # kubectl, the clients, Airflow: with KUBECONFIG=cluster.kubeconfig
-        cluster.wait("my-pod", "Succeeded")
-        assert cluster.most_running({"block": "0_0_0"}) == 1
-
-The API is real HTTP, pods are real processes. What is faked, and how faithfully, is told in
+The API is real HTTP, pods are real processes. An example, and what is faked how faithfully, are in
 ``README.md`` beside this file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
 import itertools
 import json
@@ -33,14 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import yaml
-
 from tests.support.cluster.api import Api, Fault, Request
+from tests.support.cluster.discovery import ACCOUNTS, CONFIG_MAPS, NAMESPACES, SECRETS
+from tests.support.cluster.disks import watch_disks
+from tests.support.cluster.kept import Kept
 from tests.support.cluster.kubelet import Kubelet
-from tests.support.cluster.objects import Node, self_signed
+from tests.support.cluster.nodes import Nodes
+from tests.support.cluster.objects import Node, self_signed, write_kubeconfig
 from tests.support.cluster.pods import Pod
-from tests.support.cluster.rules import LOG_CONTAINS, MOMENTS, Rule
-from tests.support.cluster.scheduler import Place
+from tests.support.cluster.rules import LOG_CONTAINS, MOMENTS, Match, Rule, matcher
 from tests.support.cluster.timing import Timing
 from tests.support.nursery import Nursery
 
@@ -49,7 +40,6 @@ __all__ = ["Cluster", "Fault", "Node", "Pod", "Request", "Rule", "Timing"]
 _TWO_NODES = (Node("node-a"), Node("node-b"))
 _POLL_SECONDS = 0.02
 Result = TypeVar("Result")
-Match = Callable[[dict[str, Any]], bool] | Mapping[str, str] | str | None
 
 
 class Cluster:
@@ -114,12 +104,17 @@ class Cluster:
             child_oom=child_oom,
             nursery=nursery,
         )
-        namespaces = set(namespaces)
+        namespaces, accounts = list(namespaces), list(service_accounts)
+        self._nodes = Nodes(self._kubelet)
+        self._kept = Kept(self._kubelet)
+        for namespace in namespaces:
+            self._kept.add(NAMESPACES, None, namespace)
+            for account in accounts:
+                self._kept.add(ACCOUNTS, namespace, account)
         self._api = Api(
             self._kubelet,
+            self._kept,
             token=secrets.token_urlsafe(),
-            namespaces=namespaces,
-            accounts=set(service_accounts),
             priorities=set(priority_classes),
             quota={} if quota is None else dict.fromkeys(namespaces, ("pods", quota)),
             port=port,
@@ -135,7 +130,7 @@ class Cluster:
     def __enter__(self) -> Self:
         self._thread.start()
         self._ready.result()
-        self._write_kubeconfig()
+        write_kubeconfig(self.kubeconfig, self.url, self.token, self._certificate)
         return self
 
     def __exit__(
@@ -158,25 +153,12 @@ class Cluster:
     async def _run(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._kubelet.start()
+        self._kubelet.spawn(watch_disks(self._kubelet))
         await self._api.start()
         self._ready.set_result(None)
         await self._stopping.wait()
         self._kubelet.stop()
         await self._api.stop()
-
-    def _write_kubeconfig(self) -> None:
-        name, authority = "double", base64.b64encode(self._certificate).decode()
-        content = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": name,
-            "clusters": [{"name": name, "cluster": {"server": self.url, "certificate-authority-data": authority}}],
-            "users": [{"name": name, "user": {"token": self._api.token}}],
-            "contexts": [{"name": name, "context": {"cluster": name, "user": name, "namespace": "default"}}],
-        }
-        self.kubeconfig.parent.mkdir(parents=True, exist_ok=True)
-        self.kubeconfig.write_text(yaml.safe_dump(content))
-        self.kubeconfig.chmod(0o600)
 
     def _do(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function in the cluster's thread, which alone may touch its state."""
@@ -190,7 +172,7 @@ class Cluster:
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
 
     def _find(self, name: str) -> Pod:
-        for namespace in self._api.namespaces:
+        for namespace in self._kept.namespaces:
             if pod := self._kubelet.store.pods.get((namespace, name)):
                 return pod
         raise KeyError(f"there is no pod {name!r}")
@@ -248,11 +230,12 @@ class Cluster:
         return self._do(lambda: self._newest(name).text)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The events about pods of that name."""
+        """The events about pods of that name, in order; the API gives those of a second in any."""
 
         def read() -> list[dict[str, Any]]:
             events = self._kubelet.store.events
-            return [dict(event) for key in events if key[1] == name for event in events[key].values()]
+            found = [dict(event) for key in events if key[1] == name for event in events[key].values()]
+            return sorted(found, key=lambda event: event["metadata"]["name"])
 
         return self._do(read)
 
@@ -306,11 +289,11 @@ class Cluster:
 
     def add_secret(self, name: str, data: Mapping[str, str | bytes], namespace: str = "default") -> None:
         """Add or replace a secret; pods that wait for it go on."""
-        self._do(self._kubelet.contents.secrets.__setitem__, (namespace, name), _as_bytes(data))
+        self._do(self._kept.add, SECRETS, namespace, name, _as_bytes(data))
 
     def add_config_map(self, name: str, data: Mapping[str, str | bytes], namespace: str = "default") -> None:
         """Add or replace a config map; pods that wait for it go on."""
-        self._do(self._kubelet.contents.config_maps.__setitem__, (namespace, name), _as_bytes(data))
+        self._do(self._kept.add, CONFIG_MAPS, namespace, name, _as_bytes(data))
 
     def add_claim(self, name: str, folder: Path, namespace: str = "default") -> None:
         """Add a claim: a folder of this machine, which pods mount at its own path."""
@@ -318,14 +301,21 @@ class Cluster:
 
     def add_node(self, node: Node) -> None:
         """Add a node; pods that found no place are tried again."""
-        self._do(self._kubelet.places.__setitem__, node.name, Place(node))
+        self._do(self._kubelet.scheduler.add, node)
+
+    def add_image(self, image: str, root: bool = False) -> None:
+        """Have an image that can be pulled; ``root``: its own user is root."""
+        self._do(self._kubelet.images.add, image)
+        if root:
+            self._do(self._kubelet.root_images.add, image)
 
     def set_image(self, image: str, trouble: str | None = "not found", seconds: float | None = None) -> None:
         """Have pulls of an image fail.
 
         Args:
             image: The image's name.
-            trouble: What the registry says; None: pulls succeed again.
+            trouble: What the registry says, such as the texts of ``images.py``; None: pulls
+                succeed again.
             seconds: For how long from now; after that pulls succeed. None: for good.
         """
 
@@ -349,18 +339,23 @@ class Cluster:
 
         self._do(change)
 
-    def evict(self, name: str, disruption_target: bool = True, container_statuses: bool = True) -> None:
-        """Have the kubelet evict the pod: kill it at once.
+    def evict(
+        self, name: str, disruption_target: bool = True, container_statuses: bool = True, log: bool | None = None
+    ) -> None:
+        """Have the kubelet evict the pod, which gets SIGTERM and a moment to end.
 
-        The object stays, with phase Failed and reason Evicted; the log is gone. ``ValueError``: the
-        pod has ended.
+        The object stays, with phase Failed and reason Evicted. ``ValueError``: the pod has ended.
 
         Args:
             name: The pod's name.
-            disruption_target: Set that condition; it isn't for too much ephemeral storage.
-            container_statuses: Keep the containers in the status.
+            disruption_target: For lack of memory, with that condition; else for too much
+                ephemeral storage, without.
+            container_statuses: Tell how the container ended; else it is killed at once, and the
+                kubelet does not find it any more (ContainerStatusUnknown).
+            log: Whether the log can be read afterwards; None: if the container is found.
         """
-        self._on_pod(self._kubelet.evict, name, disruption_target, container_statuses)
+        readable = container_statuses if log is None else log
+        self._on_pod(self._kubelet.evict, name, disruption_target, container_statuses, readable)
 
     def preempt(self, name: str) -> None:
         """Have the scheduler take the place away: condition DisruptionTarget, then a delete."""
@@ -393,19 +388,37 @@ class Cluster:
         Its pods are asked to end; then they are Failed with reason Terminated, and their objects
         stay.
         """
-        self._do(lambda: self._kubelet.shut_down(self._kubelet.places[node]))
+        self._do(self._nodes.shut_down, node)
 
     def lose_node(self, node: str) -> None:
-        """Cut the node's power: processes die, and the API learns only that the node isn't ready.
+        """Cut the node's power: processes die, and nobody hears of it.
 
-        After ``timing.toleration`` its pods get a deletionTimestamp. They stay Terminating until
+        After ``timing.unready`` the node and its pods are not ready, and after
+        ``timing.toleration`` the pods get a deletionTimestamp. They stay Terminating until
         :meth:`node_back`, or a delete without grace.
         """
-        self._do(lambda: self._kubelet.lose(self._kubelet.places[node]))
+        self._do(self._nodes.lose, node)
+
+    def break_node(self, node: str, message: str) -> None:
+        """Have containers on the node fail to start (StartError), until :meth:`node_back`.
+
+        ``message`` is what the container runtime says, such as ``images.NO_GPU_DRIVER``.
+        """
+        self._do(lambda: setattr(self._kubelet.places[node], "broken", message))
+
+    def restart_kubelet(self, node: str, seconds: float) -> None:
+        """Take the node's kubelet away for so long; pods run on, and their ends are told later.
+
+        For ``timing.services`` after that, it can't make containers.
+        """
+        self._do(self._nodes.restart_kubelet, node, seconds)
 
     def node_back(self, node: str) -> None:
-        """Have the node back: pods that were deleted meanwhile go, others of before are Failed."""
-        self._do(lambda: self._kubelet.back(self._kubelet.places[node]))
+        """Have the node back and whole.
+
+        Pods that were deleted meanwhile go, others of before are Failed.
+        """
+        self._do(self._nodes.back, node)
 
     def add_rule(
         self, when: str, action: str | Callable[..., Any], match: Match = None, times: int = 1, **arguments: Any
@@ -429,7 +442,7 @@ class Cluster:
         if when not in MOMENTS and not when.startswith(LOG_CONTAINS):
             raise ValueError(f"when={when!r}: expected 'log contains TEXT' or one of {', '.join(MOMENTS)}")
         method = getattr(self, action) if isinstance(action, str) else action
-        rule = Rule(when, functools.partial(method, **arguments), _matcher(match), times)
+        rule = Rule(when, functools.partial(method, **arguments), matcher(match), times)
         self._do(self._kubelet.rules.add, rule)
         return rule
 
@@ -466,9 +479,13 @@ class Cluster:
         """Take the API away: connections are cut, new ones refused; pods run on."""
         self._do(self._api.leave)
 
-    def resume(self) -> None:
-        """Have the API back, on the same port."""
+    def resume(self, nodes_not_ready: float = 0.0) -> None:
+        """Have the API back, on the same port.
+
+        For ``nodes_not_ready`` seconds it has not heard of the nodes: no pod finds one.
+        """
         assert self._loop is not None
+        self._do(self._nodes.miss_all, nodes_not_ready)
         if threading.current_thread() is self._thread:
             self._kubelet.spawn(self._api.listen())
         else:
@@ -477,13 +494,3 @@ class Cluster:
 
 def _as_bytes(data: Mapping[str, str | bytes]) -> dict[str, bytes]:
     return {key: value.encode() if isinstance(value, str) else value for key, value in data.items()}
-
-
-def _matcher(match: Match) -> Callable[[Pod], bool]:
-    if match is None:
-        return lambda pod: True
-    if isinstance(match, str):
-        return lambda pod: re.search(match, pod.name) is not None
-    if callable(match):
-        return lambda pod: match(pod.object)
-    return lambda pod: match.items() <= pod.labels.items()

@@ -1,4 +1,4 @@
-"""The cluster's kubelets and controllers, which take pods through their lives.
+"""The cluster's kubelets, which take pods through their lives.
 
 Everything here runs in one thread, the cluster's own, so that nothing needs a lock.
 """
@@ -8,19 +8,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import time
 from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.cluster.containers import Container, Keeper, Log, Session, Sleeping, memory_of
-from tests.support.cluster.objects import ApiError, Node, Object, good_image, merged, quantity, stamp
+from tests.support.cluster.containers import Container, Keeper, Log, Session, Sleeping, cannot_run, memory_of
+from tests.support.cluster.images import NOT_FOUND, Reference, malformed
+from tests.support.cluster.objects import ApiError, Node, Object, merged, quantity, stamp
 from tests.support.cluster.pods import Contents, NotReady, Pod, environment_of, expanded, mount, unmount
 from tests.support.cluster.rules import Rules
-from tests.support.cluster.scheduler import Place, Scheduler
-from tests.support.cluster.status import NEVER_STARTED, set_condition, set_container, set_readiness, terminated, waiting
+from tests.support.cluster.scheduler import Place, Scheduler, refusal
+from tests.support.cluster.status import (
+    NEVER_STARTED,
+    set_by_kubelet,
+    set_condition,
+    set_container,
+    terminated,
+    waiting,
+)
 from tests.support.cluster.store import Store
 from tests.support.cluster.timing import Timing
 from tests.support.nursery import Nursery
@@ -30,7 +37,7 @@ _MESSAGE_LINES, _MESSAGE_BYTES = 80, 2048
 
 
 class Kubelet:
-    """The kubelets of all nodes, and the controllers that end pods: one object for a cluster."""
+    """The kubelets of all nodes, and what else ends single pods: one object for a cluster."""
 
     def __init__(
         self,
@@ -53,6 +60,8 @@ class Kubelet:
         self.places = self.scheduler.places
         self.image_trouble: dict[str, tuple[str, float]] = {}
         """What pulls of an image say, and the monotonic time until which they do, by image."""
+        self.root_images: set[str] = set()
+        """Images whose processes run as root if nobody says otherwise."""
         self.created: list[Pod] = []
         self._measured: dict[Pod, Session] = {}
         """Running pods with a limit of memory."""
@@ -110,14 +119,8 @@ class Kubelet:
         return pod
 
     async def _live(self, pod: Pod) -> None:
-        await asyncio.sleep(self.timing.schedule)
-        while pod.node is None:
-            self.scheduler.place(pod)
-            if pod.node is None:
-                await asyncio.sleep(self.timing.back_off)
-        self.rules.fire("scheduled", pod)
-        if deadline := pod.spec.get("activeDeadlineSeconds"):
-            self.spawn(self._enforce_deadline(pod, deadline))
+        if not await self._on_node(pod):
+            return
         environment = await self._prepare(pod)
         if container := self._start(pod, environment):
             await self._report_running(pod)
@@ -127,16 +130,50 @@ class Kubelet:
             pod.log.close()
             self.rules.fire("ended", pod)
             await asyncio.sleep(self.timing.log_lead)
+            kubelet = self._place(pod).kubelet
+            at_once = pod.told_to_end or not kubelet.is_set()
+            await kubelet.wait()
             self._terminated(pod, code)
-            await asyncio.sleep(self.timing.phase)
-        self._over(pod)
+            if not at_once:
+                self.store.changed(pod)
+                await asyncio.sleep(self.timing.phase)
+        else:
+            self.store.changed(pod)
+        self.over(pod)
+
+    async def _on_node(self, pod: Pod) -> bool:
+        """Bring the pod to a node; whether that one takes it."""
+        if (name := pod.spec.get("nodeName")) is None:
+            await asyncio.sleep(self.timing.schedule)
+            while pod.node is None:
+                self.scheduler.place(pod)
+                if pod.node is None:
+                    await asyncio.sleep(self.timing.back_off)
+        elif name not in self.places:
+            await asyncio.Event().wait()
+        elif refused := refusal(pod.object, self.places[name]):
+            await self.places[name].kubelet.wait()
+            pod.ending = dict(zip(("reason", "message"), refused, strict=True))
+            pod.object["status"] |= {"startTime": stamp(time.time()), "observedGeneration": 1}
+            self.store.event(pod, *refused, warning=True)
+            self.over(pod)
+            return False
+        else:
+            self.scheduler.take(pod, self.places[name])
+        self.rules.fire("scheduled", pod)
+        if deadline := pod.spec.get("activeDeadlineSeconds"):
+            self.spawn(self._enforce_deadline(pod, deadline))
+        await self._place(pod).kubelet.wait()
+        return True
+
+    def _place(self, pod: Pod) -> Place:
+        return self.places[pod.node or ""]
 
     # Start of a container
 
     async def _prepare(self, pod: Pod) -> dict[str, str]:
-        pod.object["status"] |= {"hostIP": "127.0.0.1", "podIP": "127.0.0.1", "startTime": stamp(time.time())}
-        set_condition(pod, "Initialized", True)
-        set_readiness(pod, False, "ContainersNotReady", "containers with unready status: [base]")
+        address = self._place(pod).address
+        pod.object["status"] |= {"hostIP": address, "hostIPs": [{"ip": address}], "startTime": stamp(time.time())}
         self._show_waiting(pod, "ContainerCreating")
         while True:
             try:
@@ -147,10 +184,12 @@ class Kubelet:
                 await asyncio.sleep(self.timing.back_off)
                 continue
             break
+        pod.sandbox = True
+        pod.object["status"] |= {"podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}
         await self._pull(pod)
         while True:
             try:
-                environment = environment_of(pod, self.contents, self.environment)
+                environment = self._configured(pod)
                 break
             except NotReady as missing:
                 self._show_waiting(pod, "CreateContainerConfigError", str(missing))
@@ -161,13 +200,24 @@ class Kubelet:
             self.store.event(pod, "Failed", f"Error: {problem}", warning=True)
             await asyncio.Event().wait()
         await asyncio.sleep(self.timing.create)
+        await self._place(pod).kubelet.wait()
+        return environment
+
+    def _configured(self, pod: Pod) -> dict[str, str]:
+        """The container's environment. ``NotReady``: the container can't be set up."""
+        if time.monotonic() < self._place(pod).services_known:
+            raise NotReady("services have not yet been read at least once, cannot construct envvars")
+        environment = environment_of(pod, self.contents, self.environment)
+        security = (pod.spec.get("securityContext") or {}) | (pod.box.get("securityContext") or {})
+        if pod.box["image"] in self.root_images and security.get("runAsNonRoot") and "runAsUser" not in security:
+            whole = f"{pod.name}_{pod.namespace}({pod.object['metadata']['uid']})"
+            why = f'(pod: "{whole}", container: {pod.box["name"]})'
+            raise NotReady(f"container has runAsNonRoot and image will run as root {why}")
         return environment
 
     async def _pull(self, pod: Pod) -> None:
         image = pod.box["image"]
-        if not good_image(image):
-            parsed = f'couldn\'t parse image name "{image}": invalid reference format'
-            why = f'Failed to apply default image tag "{image}": {parsed}'
+        if why := malformed(image):
             self._show_waiting(pod, "InvalidImageName", why)
             self.store.event(pod, "InspectFailed", why, warning=True)
             await asyncio.Event().wait()
@@ -181,7 +231,7 @@ class Kubelet:
             self.store.event(pod, "Pulling", f'Pulling image "{image}"')
             if trouble is None:
                 break
-            why = f'failed to pull and unpack image "{image}": failed to resolve reference "{image}": {trouble}'
+            why = Reference.of(image).failed(trouble)
             self._show_waiting(pod, "ErrImagePull", why)
             self.store.event(pod, "Failed", f'Failed to pull image "{image}": {why}', warning=True)
             await asyncio.sleep(self.timing.back_off)
@@ -194,7 +244,7 @@ class Kubelet:
         text, until = self.image_trouble.get(image, ("", 0.0))
         if time.monotonic() < until:
             return text
-        return None if image in self.images else f"{image}: not found"
+        return None if image in self.images else NOT_FOUND
 
     def _start(self, pod: Pod, environment: dict[str, str]) -> Container | None:
         """Run the container; None if the command can't be run."""
@@ -202,7 +252,7 @@ class Kubelet:
         if pod.sleep is not None:
             pod.container = Sleeping(pod.sleep, pod.log)
         else:
-            own = self.folder / f"{pod.name}-{pod.object['metadata']['uid'][:8]}"
+            own = self.folder / pod.folder_name
             for part in ("home", "tmp", "work"):
                 (own / part).mkdir(parents=True)
             environment = {
@@ -213,8 +263,9 @@ class Kubelet:
             parts = [*pod.box["command"], *(pod.box.get("args") or [])]
             argv = [expanded(part, environment) for part in parts]
             cwd = Path(pod.box.get("workingDir") or own / "work")
-            if problem := _cannot_run(argv[0], environment, cwd):
-                self._show(pod, terminated(128, "StartError", problem, NEVER_STARTED))
+            if problem := self._place(pod).broken or cannot_run(argv[0], environment, cwd):
+                set_by_kubelet(pod, False, "PodFailed")
+                set_container(pod, terminated(128, "StartError", problem, NEVER_STARTED))
                 self.store.event(pod, "Failed", f"Error: {problem}", warning=True)
                 pod.log.close()
                 return None
@@ -229,52 +280,60 @@ class Kubelet:
     async def _report_running(self, pod: Pod) -> None:
         if isinstance(pod.container, Session):
             await pod.container.executed()
-        set_readiness(pod, True)
+        set_by_kubelet(pod, True)
         pod.object["status"]["phase"] = "Running"
-        self._show(pod, {"running": {"startedAt": stamp(pod.started or 0)}})
+        self.show(pod, {"running": {"startedAt": stamp(pod.started or 0)}})
         self.store.event(pod, "Started", f"Started container {pod.box['name']}")
         self.rules.fire("running", pod)
 
     # Status
 
-    def _show(self, pod: Pod, state: Object) -> None:
+    def show(self, pod: Pod, state: Object) -> None:
         """Set the container's state, and have all who watch the pod see it."""
         set_container(pod, state)
         self.store.changed(pod)
 
     def _show_waiting(self, pod: Pod, reason: str, message: str = "") -> None:
-        self._show(pod, waiting(reason, message))
+        set_by_kubelet(pod, False, "ContainersNotReady", f"containers with unready status: [{pod.box['name']}]")
+        self.show(pod, waiting(reason, message))
 
     def _terminated(self, pod: Pod, code: int) -> None:
         reason = "OOMKilled" if pod.out_of_memory else ("Error" if code else "Completed")
         message = ""
+        if pod.out_of_sight:
+            self._lost_sight(pod)
+            return
         if code and pod.box["terminationMessagePolicy"] == "FallbackToLogsOnError":
             message = pod.log.tail(_MESSAGE_LINES, _MESSAGE_BYTES)
-        set_readiness(pod, False, "PodFailed" if code else "PodCompleted")
-        self._show(pod, terminated(code, reason, message, stamp(pod.started or 0), stamp(pod.ended or 0)))
+        set_by_kubelet(pod, False, "PodFailed" if code else "PodCompleted")
+        set_container(pod, terminated(code, reason, message, stamp(pod.started or 0), stamp(pod.ended or 0)))
 
-    def _over(self, pod: Pod) -> None:
+    def over(self, pod: Pod) -> None:
         """Give the pod its last phase: Succeeded or Failed."""
         if pod.done.is_set():
             return
         status = pod.object["status"]
         states = [container["state"] for container in status.get("containerStatuses") or []]
         if pod.node is not None and any("terminated" not in state for state in states):
-            unknown = "The container could not be located when the pod was terminated"
-            self._show(pod, terminated(137, "ContainerStatusUnknown", unknown, NEVER_STARTED))
+            self._lost_sight(pod)
             states = [container["state"] for container in status["containerStatuses"]]
         succeeded = bool(states) and states[0]["terminated"]["exitCode"] == 0 and not pod.ending
         ending = dict(pod.ending)
-        if ending.pop("bare", False):
-            del status["containerStatuses"]
         if disruption := ending.pop("disruption", None):
             set_condition(pod, "DisruptionTarget", True, *disruption)
         status |= {"phase": "Succeeded" if succeeded else "Failed"} | ending
+        pod.sandbox = False
+        if states:
+            set_by_kubelet(pod, False, "PodCompleted" if succeeded else "PodFailed")
         pod.done.set()
         unmount(pod, self._mounts_in_use)
         self.scheduler.release(pod)
         self.store.changed(pod)
         self.rules.fire("finished", pod)
+
+    def _lost_sight(self, pod: Pod) -> None:
+        unknown = "The container could not be located when the pod was terminated"
+        set_container(pod, terminated(137, "ContainerStatusUnknown", unknown, NEVER_STARTED))
 
     # Memory
 
@@ -307,7 +366,7 @@ class Kubelet:
         grace = pod.spec["terminationGracePeriodSeconds"] if grace is None else grace
         metadata = pod.object["metadata"]
         if grace == 0 or pod.node is None or pod.over:
-            self._remove(pod)
+            self.remove(pod)
             return
         if "deletionTimestamp" in metadata:
             # Only ever sooner.
@@ -315,26 +374,32 @@ class Kubelet:
                 metadata["deletionTimestamp"] = stamp(time.time() + grace)
                 metadata["deletionGracePeriodSeconds"] = int(grace)
                 self.store.changed(pod)
-                self.spawn(self._end_with_grace(pod, grace))
+                self.spawn(self.end_with_grace(pod, grace))
             return
         metadata["deletionTimestamp"] = stamp(time.time() + grace)
         metadata["deletionGracePeriodSeconds"] = int(grace)
+        metadata["generation"] += 1
         self.store.changed(pod)
         self.rules.fire("deleting", pod)
-        if not self.places[pod.node].lost:
+        if not self._place(pod).lost:
             self.spawn(self._delete(pod, grace))
 
     async def _delete(self, pod: Pod, grace: float) -> None:
-        await self._end_with_grace(pod, grace)
+        await self.end_with_grace(pod, grace)
         await asyncio.sleep(self.timing.linger)
-        if not self.places[pod.node or ""].lost:
-            self._remove(pod)
+        if not self._place(pod).lost:
+            self.remove(pod)
 
-    async def _end_with_grace(self, pod: Pod, grace: float) -> None:
-        """Send SIGTERM, and SIGKILL if need be; return when the phase tells of the end."""
+    async def end_with_grace(self, pod: Pod, grace: float) -> None:
+        """Send SIGTERM, and SIGKILL if need be; return when the phase tells of the end.
+
+        If the node's kubelet is away, this begins when it is back.
+        """
+        await self._place(pod).kubelet.wait()
+        pod.told_to_end = True
         if pod.container is None:
             self._cancel(pod)
-            self._over(pod)
+            self.over(pod)
             return
         if pod.ended is None:
             self.store.event(pod, "Killing", f"Stopping container {pod.box['name']}")
@@ -348,7 +413,8 @@ class Kubelet:
         if pod.life is not None:
             pod.life.cancel()
 
-    def _remove(self, pod: Pod) -> None:
+    def remove(self, pod: Pod) -> None:
+        """Take the object away, and kill what runs."""
         if pod.gone:
             return
         pod.gone = True
@@ -365,84 +431,45 @@ class Kubelet:
 
     async def _enforce_deadline(self, pod: Pod, seconds: float) -> None:
         waiting = asyncio.create_task(pod.done.wait())
-        if (await asyncio.wait({waiting}, timeout=seconds))[0] or pod.gone or self.places[pod.node or ""].lost:
+        if (await asyncio.wait({waiting}, timeout=seconds))[0] or pod.gone or self._place(pod).lost:
             return
         message = "Pod was active on the node longer than the specified deadline"
         pod.ending = {"reason": "DeadlineExceeded", "message": message}
         self.store.event(pod, "DeadlineExceeded", message)
-        await self._end_with_grace(pod, pod.spec["terminationGracePeriodSeconds"])
+        await self.end_with_grace(pod, pod.spec["terminationGracePeriodSeconds"])
 
-    def evict(self, pod: Pod, disruption_target: bool, container_statuses: bool) -> None:
+    def evict(self, pod: Pod, disruption_target: bool, container_statuses: bool, log: bool) -> None:
         """Evict the pod as ``Cluster.evict`` says. ``ValueError``: it has ended."""
         if pod.over:
             raise ValueError(f"pod {pod.name!r} has ended ({pod.phase}): it can't be evicted")
         message = "The node was low on resource: memory. Threshold quantity: 100Mi, available: 50Mi. "
         if not disruption_target:
             message = "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. "
-        pod.ending = {"reason": "Evicted", "message": message, "bare": not container_statuses}
+        pod.ending = {"reason": "Evicted", "message": message}
         if disruption_target:
             pod.ending["disruption"] = ("TerminationByKubelet", message)
-        pod.no_log = f"unable to retrieve container logs for containerd://{pod.object['metadata']['uid']}"
+        if not log:
+            pod.no_log = f"unable to retrieve container logs for containerd://{pod.object['metadata']['uid']}"
         self.store.event(pod, "Evicted", message, warning=True)
-        self._kill_or_finish(pod)
+        pod.out_of_sight = not container_statuses
+        self.spawn(self.end_with_grace(pod, self.timing.eviction if container_statuses else 0.0))
 
-    def _kill_or_finish(self, pod: Pod) -> None:
-        if pod.container is not None:
+    def cut_off(self, pod: Pod) -> None:
+        """Kill what runs in the pod, with nobody there to tell of it."""
+        pod.cut_off = True
+        self._cancel(pod)
+        self._measured.pop(pod, None)
+        if pod.container is not None and pod.ended is None:
             pod.container.kill()
-        elif not pod.over:
-            self._cancel(pod)
-            self._over(pod)
+            pod.ended = time.time()
+        pod.log.cut()
+        pod.log.close()
 
     def disrupt(self, pod: Pod, reason: str, message: str, grace: float | None = None) -> None:
         """Delete a pod for a reason that its condition DisruptionTarget tells."""
-        set_condition(pod, "DisruptionTarget", True, reason, message)
+        set_condition(pod, "DisruptionTarget", True, reason, message, observed=reason != "EvictionByEvictionAPI")
         self.store.changed(pod)
         self.delete(pod, grace)
-
-    def shut_down(self, place: Place) -> None:
-        """Shut the node down as ``Cluster.shutdown_node`` says."""
-        place.shut_down = True
-        message = "Pod was terminated in response to imminent node shutdown."
-        for pod in list(place.pods):
-            pod.ending = {"reason": "Terminated", "message": message}
-            pod.ending["disruption"] = ("TerminationByKubelet", message)
-            self.spawn(self._end_with_grace(pod, self.timing.shutdown))
-
-    def lose(self, place: Place) -> None:
-        """Cut the node's power as ``Cluster.lose_node`` says."""
-        place.lost = True
-        for pod in list(place.pods):
-            self._cancel(pod)
-            self._measured.pop(pod, None)
-            if pod.container is not None and pod.ended is None:
-                pod.container.kill()
-                pod.ended = time.time()
-            pod.log.close(broken=True)
-            set_condition(pod, "Ready", False, "NodeNotReady")
-            self.store.changed(pod)
-            self.store.event(pod, "NodeNotReady", "Node is not ready", warning=True, component="node-controller")
-        self.spawn(self._give_up(place))
-
-    async def _give_up(self, place: Place) -> None:
-        await asyncio.sleep(self.timing.toleration)
-        if place.lost:
-            for pod in list(place.pods):
-                message = "Taint manager: deleting due to NoExecute taint"
-                self.disrupt(pod, "DeletionByTaintManager", message)
-
-    def back(self, place: Place) -> None:
-        """Have the node back as ``Cluster.node_back`` says."""
-        place.lost = place.shut_down = False
-        for pod in list(place.pods):
-            self.spawn(self._recover(pod))
-
-    async def _recover(self, pod: Pod) -> None:
-        if pod.started is not None and "running" in pod.object["status"]["containerStatuses"][0]["state"]:
-            self._show(pod, terminated(255, "Unknown", "", stamp(pod.started)))
-        self._over(pod)
-        if "deletionTimestamp" in pod.object["metadata"]:
-            await asyncio.sleep(self.timing.linger)
-            self._remove(pod)
 
     # Patches
 
@@ -466,16 +493,3 @@ class Kubelet:
             else:
                 pod.object["metadata"].pop(key, None)
         self.store.changed(pod)
-
-
-def _cannot_run(program: str, environment: Mapping[str, str], folder: Path) -> str | None:
-    began = (
-        "failed to create containerd task: failed to create shim task: OCI runtime create failed: runc create failed: "
-        "unable to start container process: "
-    )
-    if not folder.is_dir():
-        return f'{began}chdir to cwd ("{folder}") set in config.json failed: no such file or directory: unknown'
-    if shutil.which(program, path=environment.get("PATH", "")) is None:
-        where = "no such file or directory" if "/" in program else "executable file not found in $PATH"
-        return f'{began}error during container init: exec: "{program}": {where}: unknown'
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import ipaddress
 import re
@@ -12,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,10 +31,6 @@ SLEEP = "double/sleep"
 TOKEN_VOLUME = "kube-api-access"
 """How the name begins of the volume that the server adds to each pod, with the account's token."""
 
-_IMAGE = re.compile(
-    r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
-    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
-)
 _LABELS_SELECTED = re.compile(
     r"\s*(?:(?P<absent>!\s*[^\s,!=()]+)"
     r"|(?P<set>[^\s,!=()]+)\s+(?P<operator>in|notin)\s*\((?P<values>[^)]*)\)"
@@ -111,11 +109,6 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def good_image(name: str) -> bool:
-    """Whether the name of an image can be one."""
-    return _IMAGE.fullmatch(name) is not None
-
-
 def self_signed(folder: Path) -> tuple[bytes, ssl.SSLContext]:
     """A new certificate for 127.0.0.1 (PEM), and the server's side of it.
 
@@ -141,6 +134,22 @@ def self_signed(folder: Path) -> tuple[bytes, ssl.SSLContext]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(chain)
     return certificate, context
+
+
+def write_kubeconfig(file: Path, url: str, token: str, certificate: bytes) -> None:
+    """Write a kubeconfig for an API at an address, with a bearer token."""
+    name, authority = "double", base64.b64encode(certificate).decode()
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": name,
+        "clusters": [{"name": name, "cluster": {"server": url, "certificate-authority-data": authority}}],
+        "users": [{"name": name, "user": {"token": token}}],
+        "contexts": [{"name": name, "context": {"cluster": name, "user": name, "namespace": "default"}}],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(content))
+    file.chmod(0o600)
 
 
 # Selectors

@@ -43,6 +43,14 @@ class Pod:
     out_of_memory: bool = False
     no_log: str | None = None
     """Why the node has no log of the pod any more; None while it has."""
+    cut_off: bool = False
+    """Whether the pod was on a node when that lost its power."""
+    out_of_sight: bool = False
+    """Whether the node will not find the container when it looks for its end."""
+    sandbox: bool = False
+    """Whether the pod has what its container is started in."""
+    told_to_end: bool = False
+    """Whether the kubelet ends the pod: its status then tells of the end in one step."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when nothing runs in the pod any more and its phase says so."""
     released: bool = False
@@ -52,6 +60,11 @@ class Pod:
     def name(self) -> str:
         """The pod's name."""
         return str(self.object["metadata"]["name"])
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the folder that has the pod's own folders."""
+        return f"{self.name}-{self.object['metadata']['uid'][:8]}"
 
     @property
     def namespace(self) -> str:

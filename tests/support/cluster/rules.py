@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from tests.support.cluster.pods import Pod
 
 MOMENTS = ("created", "scheduled", "running", "ended", "finished", "deleting", "gone")
 """The moments of a pod's life that a rule can name."""
+Match = Callable[[dict[str, Any]], bool] | Mapping[str, str] | str | None
+"""Which pods: a function of the object, labels, a regular expression in the name; None: all."""
 LOG_CONTAINS = "log contains "
 """How ``when`` of a rule begins that waits for a line of the log; the text in that line follows."""
 
@@ -33,6 +36,17 @@ class Rule:
         if moment == "log":
             return self.when.startswith(LOG_CONTAINS) and self.when.removeprefix(LOG_CONTAINS) in line
         return self.when == moment
+
+
+def matcher(match: Match) -> Callable[[Pod], bool]:
+    """Whether a rule's ``match`` is about a pod."""
+    if match is None:
+        return lambda pod: True
+    if isinstance(match, str):
+        return lambda pod: re.search(match, pod.name) is not None
+    if callable(match):
+        return lambda pod: match(pod.object)
+    return lambda pod: match.items() <= pod.labels.items()
 
 
 class Rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from tests.support.cluster.objects import Node, Object, Resources, quantity
 from tests.support.cluster.pods import Contents, Pod
 from tests.support.cluster.store import Store
 
+_OTHER_NODE = "didn't match Pod's node affinity/selector"
+
 
 @dataclass
 class Place:
@@ -19,13 +22,25 @@ class Place:
     node: Node
     used: Resources = field(default_factory=dict)
     pods: set[Pod] = field(default_factory=set)
+    address: str = ""
+    """The node's address in the cluster."""
     lost: bool = False
     shut_down: bool = False
+    not_ready: bool = False
+    """Whether the API says so: some time after the last sign of life."""
+    kubelet: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while the node's kubelet works."""
+    services_known: float = 0.0
+    """Monotonic time from which on the kubelet can make containers."""
+    broken: str | None = None
+    """What the container runtime says of each start; None: it works."""
+    absence: asyncio.Task[None] | None = None
+    """What happens while the kubelet is away."""
 
     @property
     def taints(self) -> list[Mapping[str, str]]:
         """The node's own taints, and those that its state adds."""
-        gone = [{"key": "node.kubernetes.io/unreachable", "effect": "NoSchedule"}] if self.lost else []
+        gone = [{"key": "node.kubernetes.io/unreachable", "effect": "NoSchedule"}] if self.not_ready else []
         down = [{"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}] if self.shut_down else []
         return [*self.node.taints, *gone, *down]
 
@@ -34,21 +49,28 @@ class Scheduler:
     """Gives pods places on nodes, and takes them away."""
 
     def __init__(self, nodes: Iterable[Node], store: Store, contents: Contents) -> None:
-        self.places = {node.name: Place(node) for node in nodes}
+        self.places: dict[str, Place] = {}
         self._store, self._contents = store, contents
+        for node in nodes:
+            self.add(node)
+
+    def add(self, node: Node) -> None:
+        """Add a node, whose kubelet works."""
+        place = Place(node, address=f"10.0.0.{len(self.places) + 1}")
+        place.kubelet.set()
+        self.places[node.name] = place
 
     def place(self, pod: Pod) -> None:
-        """Put the pod on the emptiest node that it fits on.
+        """Put the pod on the node that it prefers of those that it fits on, else on the emptiest.
 
         If there is none, its condition PodScheduled and an event say why.
         """
         reasons, lack_of_room = [], 0
         if missing := self._missing_claim(pod):
-            available = f"0/{len(self.places)} nodes are available: "
-            helpless = f"{len(self.places)} Preemption is not helpful for scheduling"
-            message = f"{available}{missing}. preemption: {available}{helpless}."
+            message = f"0/{len(self.places)} nodes are available: {missing}. not found"
         else:
-            for place in sorted(self.places.values(), key=lambda place: len(place.pods)):
+            order = sorted(self.places.values(), key=lambda at: (-preference(pod.object, at.node), len(at.pods)))
+            for place in order:
                 why, roomless = unfit(pod.object, place.node, place.taints, place.used)
                 if not why:
                     self._bind(pod, place)
@@ -70,13 +92,17 @@ class Scheduler:
                     return f'persistentvolumeclaim "{name}" not found'
         return None
 
-    def _bind(self, pod: Pod, place: Place) -> None:
+    def take(self, pod: Pod, place: Place) -> None:
+        """Have the pod on the node, with all that it takes of it."""
         place.pods.add(pod)
         for name, amount in requests_of(pod.object).items():
             place.used[name] = place.used.get(name, 0.0) + amount
         pod.node = place.node.name
+
+    def _bind(self, pod: Pod, place: Place) -> None:
+        self.take(pod, place)
         pod.object["spec"]["nodeName"] = pod.node
-        status.set_condition(pod, "PodScheduled", True)
+        status.set_condition(pod, "PodScheduled", True, observed=False)
         self._store.changed(pod)
         message = f"Successfully assigned {pod.namespace}/{pod.name} to {pod.node}"
         self._store.event(pod, "Scheduled", message, component="default-scheduler")
@@ -99,32 +125,65 @@ def requests_of(pod: Object) -> Resources:
 
 
 def unfit(pod: Object, node: Node, taints: Iterable[Mapping[str, str]], used: Resources) -> tuple[list[str], bool]:
-    """Why the pod can't be on the node, and whether it is only for lack of room.
+    """Why the pod can't be on the node, and whether room can be made for it.
 
     An empty list says that it can.
     """
-    spec = pod["spec"]
     for taint in taints:
-        if taint["effect"] != "PreferNoSchedule" and not _tolerated(taint, spec["tolerations"]):
-            return [f"node(s) had untolerated taint {{{taint['key']}: {taint.get('value', '')}}}"], False
-    labels = node.all_labels
-    selector = spec.get("nodeSelector") or {}
-    affinity = (spec.get("affinity") or {}).get("nodeAffinity") or {}
-    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms")
-    if any(labels.get(key) != value for key, value in selector.items()) or (
-        terms and not any(_term_matches(term, labels) for term in terms)
-    ):
-        return ["node(s) didn't match Pod's node affinity/selector"], False
+        if taint["effect"] != "PreferNoSchedule" and not tolerated(taint, pod["spec"]["tolerations"]):
+            return ["node(s) had untolerated taint(s)"], False
+    if not wanted(pod, node):
+        return [f"node(s) {_OTHER_NODE}"], False
+    short = lacking(pod, node, used)
+    texts = ["Too many pods" if name == "pods" else f"Insufficient {name}" for name in short]
+    return texts, not lacking(pod, node, {})
+
+
+def lacking(pod: Object, node: Node, used: Resources) -> list[str]:
+    """Names of the resources of which the node has too little for the pod, beside those used."""
     room = node.room
-    lacking = [
-        "Too many pods" if name == "pods" else f"Insufficient {name}"
+    return [
+        name
         for name, amount in requests_of(pod).items()
         if used.get(name, 0.0) + amount > room.get(name, math.inf if name == "ephemeral-storage" else 0.0) + 1e-9
     ]
-    return lacking, True
 
 
-def _tolerated(taint: Mapping[str, str], tolerations: list[Object]) -> bool:
+def wanted(pod: Object, node: Node) -> bool:
+    """Whether the node is one that the pod's selector and required affinity allow."""
+    selector = pod["spec"].get("nodeSelector") or {}
+    if any(node.all_labels.get(key) != value for key, value in selector.items()):
+        return False
+    required = _affinity(pod).get("requiredDuringSchedulingIgnoredDuringExecution") or {}
+    terms = required.get("nodeSelectorTerms")
+    return not terms or any(_term_matches(term, node) for term in terms)
+
+
+def preference(pod: Object, node: Node) -> int:
+    """The sum of the weights of the preferred terms that the node matches."""
+    terms = _affinity(pod).get("preferredDuringSchedulingIgnoredDuringExecution") or []
+    return sum(term["weight"] for term in terms if _term_matches(term["preference"], node))
+
+
+def refusal(pod: Object, place: Place) -> tuple[str, str] | None:
+    """Reason and text with which the node's kubelet refuses a pod; None: it takes it."""
+    if not wanted(pod, place.node):
+        return "NodeAffinity", f"Pod was rejected: Predicate NodeAffinity failed: node(s) {_OTHER_NODE}"
+    for name in lacking(pod, place.node, place.used):
+        factor = 1000 if name == "cpu" else 1
+        amounts = (requests_of(pod)[name], place.used.get(name, 0.0), place.node.room.get(name, 0.0))
+        requested, used, capacity = (round(amount * factor) for amount in amounts)
+        numbers = f"requested: {requested}, used: {used}, capacity: {capacity}"
+        return f"OutOf{name}", f"Pod was rejected: Node didn't have enough resource: {name}, {numbers}"
+    return None
+
+
+def _affinity(pod: Object) -> Object:
+    return (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
+
+
+def tolerated(taint: Mapping[str, str], tolerations: Iterable[Object]) -> bool:
+    """Whether one of the tolerations is for the taint."""
     return any(
         toleration.get("effect") in (None, "", taint["effect"])
         and toleration.get("key") in (None, "", taint["key"])
@@ -133,8 +192,11 @@ def _tolerated(taint: Mapping[str, str], tolerations: list[Object]) -> bool:
     )
 
 
-def _term_matches(term: Object, labels: Mapping[str, str]) -> bool:
-    return bool(term.get("matchExpressions")) and all(_expression(part, labels) for part in term["matchExpressions"])
+def _term_matches(term: Object, node: Node) -> bool:
+    fields = {"metadata.name": node.name}
+    found = [_expression(part, node.all_labels) for part in term.get("matchExpressions") or []]
+    found += [_expression(part, fields) for part in term.get("matchFields") or []]
+    return bool(found) and all(found)
 
 
 def _expression(part: Object, labels: Mapping[str, str]) -> bool:
@@ -168,4 +230,4 @@ def no_place(reasons: list[list[str]], lack_of_room: int) -> str:
     preemption = [f"{lack_of_room} No preemption victims found for incoming pod"] if lack_of_room else []
     preemption += [f"{helpless} Preemption is not helpful for scheduling"] if helpless else []
     available = f"0/{nodes} nodes are available: "
-    return f"{available}{why}. preemption: {available}{', '.join(preemption)}."
+    return f"{available}{why}. no new claims to deallocate, preemption: {available}{', '.join(preemption)}."

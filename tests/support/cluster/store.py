@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import secrets
 import time
 from collections import deque
@@ -36,12 +37,13 @@ class Store:
         """Events by (namespace, pod's name), then by (reason, message)."""
         self.history: deque[Change] = deque(maxlen=_HISTORY)
         self.watchers: set[asyncio.Queue[Change]] = set()
+        self._random = random.Random(1)
 
     def changed(self, pod: Pod, kind: str = "MODIFIED") -> None:
         """Tell watchers that the pod's object has changed; of one that is gone nobody hears."""
         if pod.gone and kind != "DELETED":
             return
-        pod.text_object = self._note("pods", kind, pod.object)
+        pod.text_object = self.note("pods", kind, pod.object)
 
     def event(self, pod: Pod, reason: str, message: str, warning: bool = False, component: str = "kubelet") -> None:
         """Add an event about the pod; the same one again is counted."""
@@ -50,14 +52,15 @@ class Store:
         known = events.get((reason, message))
         if known is not None and known["involvedObject"]["uid"] == pod.object["metadata"]["uid"]:
             known |= {"count": known["count"] + 1, "lastTimestamp": now}
-            self._note("events", "MODIFIED", known)
+            self.note("events", "MODIFIED", known)
             return
         about = {key: pod.object["metadata"][key] for key in ("name", "namespace", "uid", "resourceVersion")}
         event = {
             "apiVersion": "v1",
             "kind": "Event",
             "metadata": {
-                "name": f"{pod.name}.{secrets.token_hex(8)}",
+                # The order of names is that of the events.
+                "name": f"{pod.name}.{time.time_ns():x}",
                 "namespace": pod.namespace,
                 "uid": secrets.token_hex(16),
                 "creationTimestamp": now,
@@ -75,9 +78,19 @@ class Store:
             "reportingInstance": pod.node or "",
         }
         events[reason, message] = event
-        self._note("events", "ADDED", event)
+        self._shuffle(events)
+        self.note("events", "ADDED", event)
 
-    def _note(self, collection: str, kind: str, item: Object) -> str:
+    def _shuffle(self, events: dict[tuple[str, str], Object]) -> None:
+        """Put the events of the newest second into any order, as a server lists them."""
+        newest = list(events.values())[-1]["firstTimestamp"]
+        keys = [key for key, event in events.items() if event["firstTimestamp"] == newest]
+        self._random.shuffle(keys)
+        for key in keys:
+            events[key] = events.pop(key)
+
+    def note(self, collection: str, kind: str, item: Object) -> str:
+        """Give an object its next version, and tell watchers of it; the object as JSON."""
         self.version += 1
         item["metadata"]["resourceVersion"] = str(self.version)
         text = json.dumps(item)

@@ -6,6 +6,7 @@ It is asked by the clients that the project and its users have.
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import json
 import os
@@ -14,25 +15,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import kubernetes
 import kubernetes_asyncio
 import pytest
-from kubernetes.client import CoreV1Api
+import yaml
+from kubernetes.client import CoreV1Api, PolicyV1Api
 
+from tests.support.cluster import clusters
 from tests.support.cluster.client import (
     IMAGE,
+    QUICK,
     api_of,
+    condition,
     create,
     log_of,
     manifest,
     refusal,
     wait_for_log,
+    waits_for,
 )
 from tests.support.cluster.double import Cluster
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and process file descriptors are Linux's")
+
+SLOW_ACCOUNTS = replace(QUICK, schedule=0.3)
 
 
 def test_refusals(start: Callable[..., Cluster]) -> None:
@@ -146,7 +156,7 @@ def test_asynchronous_client(cluster: Cluster, api: CoreV1Api) -> None:
             events = await core.list_namespaced_event(
                 "default", field_selector=selector, resource_version_match="NotOlderThan", resource_version="0"
             )
-            assert [event.reason for event in events.items][-1] == "Started"
+            assert "Started" in {event.reason for event in events.items}
             seen = []
             watch = kubernetes_asyncio.watch.Watch()
             version = events.metadata.resource_version
@@ -193,6 +203,179 @@ def test_kubectl(cluster: Cluster) -> None:
     cluster.wait("two", "Running")
     kubectl(cluster, "delete", "pod", "two", "--grace-period=0", "--force")
     assert cluster.pod("two") is None
+
+
+def new_namespace(api: CoreV1Api, name: str) -> None:
+    """Make a namespace and wait until it takes pods."""
+    api.create_namespace({"metadata": {"name": name}})
+    watch = kubernetes.watch.Watch()
+    for event in watch.stream(api.list_namespaced_service_account, name, timeout_seconds=20):
+        if event["object"].metadata.name == "default":
+            return
+    raise AssertionError("the namespace got no account")
+
+
+def test_a_namespace_comes_with_an_account_and_goes_with_all_that_is_in_it(start: Callable[..., Cluster]) -> None:
+    cluster = start(timing=SLOW_ACCOUNTS)
+    api = api_of(cluster)
+    made = api.create_namespace({"metadata": {"name": "lab"}})
+    assert (made.metadata.name, made.status.phase) == ("lab", "Active")
+    assert refusal(lambda: api.create_namespace({"metadata": {"name": "lab"}}))[:2] == (409, "AlreadyExists")
+    why = 'pods "early" is forbidden: error looking up service account lab/default: serviceaccount "default" not found'
+    assert refusal(lambda: api.create_namespaced_pod("lab", manifest("early"))) == (403, "Forbidden", why)
+    new_namespace(api, "other")
+    api.create_namespaced_pod("other", manifest("one"))
+    api.create_namespaced_secret("other", {"metadata": {"name": "kept"}})
+    wait_for_log(cluster, "one", "up\n")
+
+    api.delete_namespace("other")
+
+    assert api.read_namespace("other").status.phase == "Terminating"
+    why = "unable to create new content in namespace other because it is being terminated"
+    late = {"metadata": {"name": "late"}}
+    for create_late, kind in (
+        (lambda: api.create_namespaced_pod("other", manifest("late")), "pods"),
+        (lambda: api.create_namespaced_secret("other", late), "secrets"),
+    ):
+        assert refusal(create_late) == (403, "Forbidden", f'{kind} "late" is forbidden: {why}')
+    watch = kubernetes.watch.Watch()
+    selected = {"field_selector": "metadata.name=other", "timeout_seconds": 20}
+    assert any(event["type"] == "DELETED" for event in watch.stream(api.list_namespace, **selected))
+    assert cluster.log("one") == "up\nbye\n" and cluster.pod("one") is None
+    assert refusal(lambda: api.read_namespace("other")) == (404, "NotFound", 'namespaces "other" not found')
+    assert {space.metadata.name for space in api.list_namespace().items} == {"default", "lab"}
+    new_namespace(api, "other")
+    assert [secret.metadata.name for secret in api.list_secret_for_all_namespaces().items] == []
+    assert refusal(lambda: api.delete_namespace("default"))[:2] == (403, "Forbidden")
+
+
+def test_secrets_and_config_maps_made_by_the_api_are_those_that_pods_get(cluster: Cluster, tmp_path: Path) -> None:
+    api = api_of(cluster)
+    new_namespace(api, "lab")
+    text, core = {"KEY": base64.b64encode(b"secret").decode()}, {"apiVersion": "v1"}
+    (tmp_path / "objects.yaml").write_text(
+        yaml.safe_dump_all(
+            [
+                {"kind": "Secret", "metadata": {"name": "s"}, "data": text, "stringData": {"B": "b"}} | core,
+                {"kind": "ServiceAccount", "metadata": {"name": "worker"}} | core,
+            ]
+        )
+    )
+    kubernetes.utils.create_from_yaml(api.api_client, str(tmp_path / "objects.yaml"), namespace="lab")
+    api.create_namespaced_config_map("lab", {"metadata": {"name": "c"}, "data": {"C": "plain"}})
+    cluster.add_secret("made-by-test", {"D": b"\xff"}, "lab")
+
+    secret = api.read_namespaced_secret("s", "lab")
+    assert (secret.data, secret.type, secret.string_data) == ({**text, "B": "Yg=="}, "Opaque", None)
+    assert api.read_namespaced_secret("made-by-test", "lab").data == {"D": "/w=="}
+    sources = {"envFrom": [{"secretRef": {"name": "s"}}, {"configMapRef": {"name": "c"}}]}
+    body = manifest("one", ["sh", "-c", "echo $KEY $B $C"], container=sources, serviceAccountName="worker")
+    api.create_namespaced_pod("lab", body)
+    cluster.wait("one", "Succeeded")
+    assert cluster.log("one") == "secret b plain\n"
+
+    api.delete_namespaced_secret("s", "lab")
+    assert refusal(lambda: api.read_namespaced_secret("s", "lab")) == (404, "NotFound", 'secrets "s" not found')
+    api.create_namespaced_pod("lab", manifest("two", container=sources))
+    cluster.wait("two", waits_for("CreateContainerConfigError"))
+    for bad, code in (
+        ({"data": {"KEY": "c2Vj*cmV0"}}, 400),
+        ({"stringData": {"KEY": 1}}, 400),
+        ({"stringData": {"a b": "c"}}, 422),
+        ({"metadata": {"name": "Bad_Name"}}, 422),
+        ({"metadata": {"name": "x", "namespace": "default"}}, 400),
+    ):
+        body = {"metadata": {"name": "x"}} | bad
+        assert refusal(functools.partial(api.create_namespaced_secret, "lab", body))[0] == code, bad
+
+
+def test_kubectl_makes_and_deletes_what_pods_refer_to(cluster: Cluster) -> None:
+    literal = "--from-literal=KEY=secret"
+    for what in (
+        ["namespace", "lab"],
+        ["secret", "generic", "s", literal, "--namespace=lab"],
+        ["configmap", "c", literal, "--namespace=lab"],
+        ["serviceaccount", "worker", "--namespace=lab"],
+        ["pdb", "p", "--selector=a=b", "--min-available=1", "--namespace=lab"],
+    ):
+        body = kubectl(cluster, "create", *what, "--dry-run=client", "-o", "json")
+        said = kubectl(cluster, "create", "--validate=false", "-f", "-", content=body)
+        assert said.endswith(f"/{json.loads(body)['metadata']['name']} created\n")
+    template = "-o=jsonpath={.data.KEY}"
+    assert kubectl(cluster, "get", "secret", "s", "--namespace=lab", template) == "c2VjcmV0"
+    assert kubectl(cluster, "get", "cm", "c", "--namespace=lab", template) == "secret"
+    assert "serviceaccount/worker\n" in kubectl(cluster, "get", "sa", "--namespace=lab", "-o", "name")
+    pdb = "poddisruptionbudget.policy/p"
+    assert kubectl(cluster, "get", "pdb", "--all-namespaces", "-o", "name") == f"{pdb}\n"
+    assert "deleted" in kubectl(cluster, "delete", "secret", "s", "--namespace=lab")
+    kubectl(cluster, "delete", "namespace", "lab")
+    assert kubectl(cluster, "get", "namespaces", "-o", "name") == "namespace/default\n"
+
+
+def budget(name: str = "one-stays", **spec: Any) -> dict[str, Any]:
+    selector = {"matchLabels": {"app": "infer"}, "matchExpressions": [{"key": "done", "operator": "DoesNotExist"}]}
+    return {"metadata": {"name": name}, "spec": {"selector": selector} | spec}
+
+
+def test_an_eviction_waits_for_the_disruption_budget(cluster: Cluster, api: CoreV1Api) -> None:
+    policy = PolicyV1Api(api.api_client)
+    policy.create_namespaced_pod_disruption_budget("default", budget(minAvailable=1))
+    for name, app in (("a", "infer"), ("b", "infer"), ("c", "blend")):
+        create(api, name, labels={"app": app})
+    create(api, "over", ["true"], labels={"app": "infer"})  # what has ended does not count
+    cluster.wait("over", "Succeeded")
+    for name in "abc":
+        wait_for_log(cluster, name, "up\n")
+    whole = clusters.TestCluster(cluster.kubeconfig, "default", IMAGE, "", "", {}, double=cluster)
+    for name in "bc":  # one more than has to stay, and one that the budget isn't about
+        clusters.evict_when_allowed(whole, name)
+        assert condition(cluster.wait(name, "gone"), "DisruptionTarget")["reason"] == "EvictionByEvictionAPI"
+
+    body = {"metadata": {"name": "a"}}
+    why = "Cannot evict pod as it would violate the pod's disruption budget."
+    with pytest.raises(kubernetes.client.ApiException) as refused:
+        api.create_namespaced_pod_eviction("a", "default", body)
+    assert (refused.value.status, "Retry-After" in refused.value.headers) == (429, False)
+    answer = json.loads(refused.value.body)
+    cause = "The disruption budget one-stays needs 1 healthy pods and has 1 currently"
+    assert (answer["message"], answer["details"]["causes"][0]["message"]) == (why, cause)
+
+    def asked(name: str) -> int:
+        return sum(request.path.endswith(f"/{name}/eviction") for request in cluster.requests)
+
+    waiting = threading.Thread(target=clusters.evict_when_allowed, args=[whole, "a"])
+    before = asked("a")
+    waiting.start()
+    cluster.wait("a", lambda _: asked("a") >= before + 2)
+    policy.delete_namespaced_pod_disruption_budget("one-stays", "default")
+    cluster.wait("a", "gone")
+    waiting.join(10)
+    assert not waiting.is_alive()
+    clusters.evict_when_allowed(whole, "a")  # as kubectl: one that is gone is no error
+
+    create(api, "d", labels={"app": "infer"})
+    wait_for_log(cluster, "d", "up\n")
+    clusters.drain(whole, "d")
+    cluster.wait("d", "gone")
+    assert asked("d") == 2 and not policy.list_namespaced_pod_disruption_budget("default").items
+
+
+def test_what_a_budget_can_not_count_it_forbids(cluster: Cluster, api: CoreV1Api) -> None:
+    policy, labels = PolicyV1Api(api.api_client), {"app": "infer"}
+    create(api, "a", labels=labels)
+    wait_for_log(cluster, "a", "up\n")
+    policy.create_namespaced_pod_disruption_budget("default", budget(maxUnavailable=1))
+    body = {"metadata": {"name": "a"}}
+    assert refusal(lambda: api.create_namespaced_pod_eviction("a", "default", body))[0] == 429
+    policy.create_namespaced_pod_disruption_budget("default", budget("second", minAvailable=0))
+    why = "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support."
+    refused = refusal(lambda: api.create_namespaced_pod_eviction("a", "default", body))
+    assert refused == (500, "InternalError", why)
+    # What does not run is no loss.
+    create(api, "b", labels=labels, container={"image": "no.such/image:1"})
+    cluster.wait("b", waits_for("ImagePullBackOff"))
+    api.create_namespaced_pod_eviction("b", "default", {"metadata": {"name": "b"}})
+    cluster.wait("b", "gone")
 
 
 @pytest.mark.long

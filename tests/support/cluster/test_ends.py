@@ -20,16 +20,20 @@ from kubernetes.client import CoreV1Api
 from tests.support.cluster.client import (
     FOREVER,
     IMAGE,
+    POLITE,
     QUICK,
     api_of,
     condition,
     create,
+    log_of,
     manifest,
+    reasons,
     refusal,
     state,
     wait_for_log,
 )
 from tests.support.cluster.double import Cluster
+from tests.support.cluster.images import NO_GPU_DRIVER
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sessions and process file descriptors are Linux's")
 
@@ -97,19 +101,26 @@ def test_memory(start: Callable[..., Cluster]) -> None:
 
 
 def test_evicted_by_the_kubelet(cluster: Cluster, api: CoreV1Api) -> None:
-    for name in ("full", "bare"):
-        create(api, name, FOREVER)
-        cluster.wait(name, "Running")
-    cluster.evict("full")
-    cluster.evict("bare", disruption_target=False, container_statuses=False)
-    pod = cluster.wait("full", "Failed")
-    assert pod["status"]["reason"] == "Evicted" and state(pod)["terminated"]["exitCode"] == 137
+    for name, command in (("polite", POLITE), ("deaf", FOREVER), ("lost", POLITE)):
+        create(api, name, command)
+        wait_for_log(cluster, name, "up\n")
+    cluster.evict("polite")
+    cluster.evict("deaf", log=False)
+    cluster.evict("lost", disruption_target=False, container_statuses=False)
+    pod = cluster.wait("polite", "Failed")
+    assert pod["status"]["reason"] == "Evicted" and state(pod)["terminated"]["exitCode"] == 7
     assert pod["status"]["message"].startswith("The node was low on resource: memory.")
     assert condition(pod, "DisruptionTarget")["reason"] == "TerminationByKubelet"
-    assert refusal(lambda: api.read_namespaced_pod_log("full", "default"))[0] == 500
-    pod = cluster.wait("bare", "Failed")
-    assert not condition(pod, "DisruptionTarget") and "containerStatuses" not in pod["status"]
-    assert refusal(lambda: api.read_namespaced_pod_log("bare", "default"))[0] == 400
+    assert log_of(api, "polite") == "up\nbye\n"
+    assert state(cluster.wait("deaf", "Failed"))["terminated"]["exitCode"] == 137
+    code, _, why = refusal(lambda: api.read_namespaced_pod_log("deaf", "default"))
+    assert code == 500 and why.startswith("unable to retrieve container logs for containerd://")
+    pod = cluster.wait("lost", "Failed")
+    end = state(pod)["terminated"]
+    assert (end["reason"], end["exitCode"]) == ("ContainerStatusUnknown", 137)
+    assert not condition(pod, "DisruptionTarget")
+    code, _, why = refusal(lambda: api.read_namespaced_pod_log("lost", "default"))
+    assert (code, why) == (400, 'container "base" in pod "lost" is terminated')
     kubernetes_validate.validate(pod, "1.34", strict=True)
 
 
@@ -148,10 +159,14 @@ def test_node_loss(cluster: Cluster, api: CoreV1Api) -> None:
     cluster.lose_node(node)
     with pytest.raises(Exception, match=r"(?i)connection broken|incomplete|prematurely"):
         b"".join(following.stream())
-    pod = cluster.pod("one") or {}
-    assert pod["status"]["phase"] == "Running" and condition(pod, "Ready")["status"] == "False"
+    # Nobody knows at first, and a pod may still be sent there.
+    assert condition(cluster.pod("one") or {}, "Ready")["status"] == "True"
+    asked = time.monotonic()
     code, _, why = refusal(lambda: api.read_namespaced_pod_log("one", "default"))
-    assert code == 500 and why.startswith('Get "https://') and why.endswith("connect: no route to host")
+    assert code == 500 and why.startswith('Get "https://10.0.0.') and why.endswith(":10250: i/o timeout")
+    assert time.monotonic() - asked > QUICK.lost_log
+    pod = cluster.wait("one", lambda pod: condition(pod, "Ready")["status"] == "False")
+    assert not {"reason", "message"} & set(condition(pod, "Ready")) and pod["status"]["phase"] == "Running"
     pod = cluster.wait("one", lambda pod: "deletionTimestamp" in pod["metadata"])
     assert condition(pod, "DisruptionTarget")["reason"] == "DeletionByTaintManager"
     assert pod["status"]["phase"] == "Running" and "running" in state(pod)
@@ -161,6 +176,47 @@ def test_node_loss(cluster: Cluster, api: CoreV1Api) -> None:
     assert cluster.pod("one") is None
     cluster.node_back(node)
     assert state(cluster.wait("two", "gone"))["terminated"]["exitCode"] == 255
+
+
+def test_kubelet_restart(cluster: Cluster, api: CoreV1Api) -> None:
+    create(api, "one")
+    wait_for_log(cluster, "one", "up\n")
+    following = api.read_namespaced_pod_log("one", "default", follow=True, _preload_content=False)
+    cluster.restart_kubelet(cluster.node_of("one") or "", 1.0)
+    with pytest.raises(Exception, match=r"(?i)connection broken|incomplete|prematurely"):
+        b"".join(following.stream())
+    code, _, why = refusal(lambda: api.read_namespaced_pod_log("one", "default"))
+    assert code == 500 and why.endswith(":10250: connect: connection refused")
+    # It ends once there is somebody to end it.
+    cluster.delete_pod("one", grace=5)
+    assert cluster.log("one") == "up\n"
+    assert state(cluster.wait("one", "gone"))["terminated"]["exitCode"] == 7
+
+
+def test_a_node_that_starts_nothing(cluster: Cluster, api: CoreV1Api) -> None:
+    for node in ("node-a", "node-b"):
+        cluster.break_node(node, NO_GPU_DRIVER)
+    create(api, "one")
+    pod = cluster.wait("one", "Failed")
+    end = state(pod)["terminated"]
+    assert (end["exitCode"], end["reason"], end["message"]) == (128, "StartError", NO_GPU_DRIVER)
+    assert log_of(api, "one") == ""
+    cluster.node_back(pod["spec"]["nodeName"])
+    create(api, "two", ["true"], nodeName=pod["spec"]["nodeName"])
+    cluster.wait("two", "Succeeded")
+    # Nobody looked for a node.
+    assert reasons(cluster, "two") == ["Pulling", "Pulled", "Created", "Started"]
+
+
+def test_no_nodes_after_an_outage_of_the_api(cluster: Cluster, api: CoreV1Api) -> None:
+    cluster.pause()
+    cluster.resume(nodes_not_ready=0.5)
+    create(api, "one", ["true"])
+    pod = cluster.wait("one", lambda pod: bool(condition(pod, "PodScheduled")))
+    assert condition(pod, "PodScheduled")["message"].startswith(
+        "0/2 nodes are available: 2 node(s) had untolerated taint(s). no new claims to deallocate, "
+    )
+    cluster.wait("one", "Succeeded")
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from kubernetes.client import CoreV1Api
 
 from tests.support.cluster.client import (
+    FOREVER,
     api_of,
     condition,
     create,
@@ -46,15 +47,32 @@ def test_life(cluster: Cluster, api: CoreV1Api) -> None:
         ("Succeeded", "terminated"),
     ]
     assert {condition(pod, "PodScheduled").get("status") for pod in seen} == {None, "True"}
-    assert state(seen[-1])["terminated"] | {"startedAt": 0, "finishedAt": 0} == {
-        "exitCode": 0, "reason": "Completed", "startedAt": 0, "finishedAt": 0,
-    }  # fmt: skip
+    end = state(seen[-1])["terminated"]
+    assert set(end) == {"exitCode", "reason", "startedAt", "finishedAt", "containerID"}
+    assert (end["exitCode"], end["reason"]) == (0, "Completed")
     assert reasons(cluster, "one") == ["Scheduled", "Pulling", "Pulled", "Created", "Started"]
     assert log_of(api, "one") == "out\nerr\n"
     for pod in {pod["metadata"]["resourceVersion"]: pod for pod in seen}.values():
         kubernetes_validate.validate(pod, "1.34", strict=True)
     started, ended = cluster.created[0].started, cluster.created[0].ended
     assert started and ended and ended - started > 0.2
+
+
+def test_events_of_a_second_come_in_any_order(cluster: Cluster, api: CoreV1Api) -> None:
+    names = [f"pod-{number}" for number in range(6)]
+    for name in names:
+        create(api, name, annotations={"double/sleep": "0"})
+    for name in names:
+        cluster.wait(name, "Succeeded")
+    told = {name: reasons(cluster, name) for name in names}
+    assert set(map(tuple, told.values())) == {("Scheduled", "Pulling", "Pulled", "Created", "Started")}
+    listed = {}
+    for name in names:
+        events = api.list_namespaced_event("default", field_selector=f"involvedObject.name={name}").items
+        times = [event.first_timestamp for event in events]
+        assert times == sorted(times)
+        listed[name] = [event.reason for event in events]
+    assert all(sorted(listed[name]) == sorted(told[name]) for name in names) and listed != told
 
 
 def test_log_ends_before_the_status(cluster: Cluster, api: CoreV1Api) -> None:
@@ -106,13 +124,14 @@ def test_scheduling(start: Callable[..., Cluster]) -> None:
     assert cluster.wait("first", "Running")["spec"]["nodeName"] == "large"
     create(api, "second", ["true"], container=gpu, tolerations=toleration)
     expected = {
-        "second": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. "
-        "preemption: 0/2 nodes are available: 2 No preemption victims found for incoming pod.",
-        "untolerated": "0/2 nodes are available: 1 Insufficient nvidia.com/gpu, "
-        "1 node(s) had untolerated taint {gpu: yes}. "
+        "second": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. no new claims to deallocate, "
         "preemption: 0/2 nodes are available: 1 No preemption victims found for incoming pod, "
         "1 Preemption is not helpful for scheduling.",
+        "untolerated": "0/2 nodes are available: 1 Insufficient nvidia.com/gpu, "
+        "1 node(s) had untolerated taint(s). no new claims to deallocate, "
+        "preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling.",
         "elsewhere": "0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector. "
+        "no new claims to deallocate, "
         "preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling.",
     }
     create(api, "untolerated", container=gpu)
@@ -128,6 +147,39 @@ def test_scheduling(start: Callable[..., Cluster]) -> None:
     assert cluster.wait("chosen", "Succeeded")["spec"]["nodeName"] == "large"
     cluster.delete_pod("first")
     cluster.wait("second", "Succeeded")
+
+
+def test_preferred_nodes(start: Callable[..., Cluster]) -> None:
+    cluster = start(nodes=[Node(name, cpu="4", labels={"zone": name[0]}) for name in ("a1", "a2", "b1")])
+    api = api_of(cluster)
+
+    def place(name: str, preferred: Mapping[int, dict[str, Any]], required: dict[str, Any] | None = None) -> str | None:
+        terms = [{"weight": weight, "preference": term} for weight, term in preferred.items()]
+        affinity: dict[str, Any] = {"preferredDuringSchedulingIgnoredDuringExecution": terms}
+        if required:
+            affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": [required]}
+        request = {"resources": {"requests": {"cpu": "2"}}}
+        create(api, name, FOREVER, container=request, affinity={"nodeAffinity": affinity})
+        cluster.wait(name, lambda pod: bool(condition(pod, "PodScheduled")))
+        return cluster.node_of(name)
+
+    def unlike(*names: str) -> dict[str, Any]:
+        return {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": list(names)}]}
+
+    zone_a = {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}
+    # Against the emptiest node, and each in the order that would be wrong without it.
+    assert place("one", {10: unlike("a1", "a2")}) == "b1"
+    assert place("two", {10: unlike("a1"), 1: zone_a}) == "a2"
+    # The weights add up.
+    assert place("three", {10: unlike("a1"), 30: zone_a}) == "a2"
+    # What is preferred is only that: where all else is full, an avoided node will do.
+    assert place("four", {10: unlike("a1", "a2")}) == "b1"
+    assert place("five", {100: unlike("a1")}) == "a1"
+    # What is required is more.
+    assert place("six", {}, unlike("a1")) is None
+    expected = "0/3 nodes are available: 1 node(s) didn't match Pod's node affinity/selector, 2 Insufficient cpu."
+    assert condition(cluster.pod("six") or {}, "PodScheduled")["message"].startswith(expected)
+    assert place("seven", {}, unlike("a2", "b1")) == "a1"
 
 
 def test_images(cluster: Cluster, api: CoreV1Api) -> None:

@@ -21,7 +21,15 @@ class Timing:
     """From the terminated status until the phase is Succeeded or Failed [0–1]."""
     linger: float = 0.3
     """From the end of a deleted pod until the object is gone [0.7]."""
+    unready: float = 0.3
+    """From a node's last sign of life until the API shows it and its pods as not ready [50]."""
     toleration: float = 1.0
-    """From the loss of a node until its pods are marked for deletion [300]."""
+    """From then until its pods are marked for deletion [300]."""
+    lost_log: float = 0.5
+    """Until a request for a log on a lost node fails [3–30]."""
+    services: float = 0.3
+    """From the start of a kubelet until it can make containers [0–13]."""
+    eviction: float = 1.0
+    """What an evicted pod gets to end in [1]."""
     shutdown: float = 1.0
     """What pods get to end in when their node shuts down [30]."""

@@ -2,26 +2,24 @@
 
 ``CHUNKFLOW_MOODS`` is JSON. For the name of a block's task, or of a step, it says what the first,
 second, … process does instead of its work, such as ``{"infer.0_0_0": ["exit 75", "hang"]}``. Which
-one is next is remembered below the storage address ``CHUNKFLOW_MOODS_URL``.
+one is next is remembered below the storage address ``CHUNKFLOW_MOODS_URL``, any that the project
+takes, with the credentials that it would find.
+
+Every Python in the pod imports this at its start. So what only a process with a mood needs is
+imported where it is needed.
 
 - ``exit N``: end with that code
 - ``kill N``: get that signal
 - ``memory MB``: take so much memory, then hang
-- ``disk MB``: fill so much of the node's disk, then hang
+- ``disk MB``: fill so much of the node's disk, in the folder for temporary files, then hang
 - ``hang``: do nothing for an hour
 - ``count``: count aloud, half a second apart, until the file ``go-TASK`` is at that address; say
   how far, then do the work
 """
 
-import json
 import os
-import pathlib
 import sys
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cloudfiles import CloudFiles
 
 _STAGES = {"chunkflow_core.inference_and_donate": "infer", "chunkflow_core.receive_and_blend": "blend"}
 
@@ -38,21 +36,22 @@ def _mood() -> tuple[str, str] | None:
         task = next(word for word in arguments if not word.startswith("-"))
     else:
         return None
+    import json
+
     moods = json.loads(os.environ["CHUNKFLOW_MOODS"]).get(task, [])
-    if not moods:
+    if not moods or (count := len(_noted(f"{task}-"))) >= len(moods):
         return None
-    files = _files()
-    count = len(list(files.list(prefix=f"{task}-")))
-    if count >= len(moods):
-        return None
-    files.put(f"{task}-{count}", b"")
+    from chunkflow_core.storage.files import put_file
+
+    put_file(os.environ["CHUNKFLOW_MOODS_URL"], f"{task}-{count}", b"")
     return task, str(moods[count])
 
 
-def _files() -> "CloudFiles":
-    from cloudfiles import CloudFiles
+def _noted(beginning: str) -> list[str]:
+    """The files at the address whose names begin so."""
+    from chunkflow_core.storage.files import open_files
 
-    return CloudFiles(os.environ["CHUNKFLOW_MOODS_URL"], progress=False)
+    return list(open_files(os.environ["CHUNKFLOW_MOODS_URL"]).list(prefix=beginning))
 
 
 def _behave(task: str, mood: str) -> None:
@@ -67,12 +66,14 @@ def _behave(task: str, mood: str) -> None:
         kept = [b"\x01" * 2**20 for _ in range(int(number))]
         time.sleep(len(kept))
     if action == "disk":
-        with pathlib.Path("/tmp/filled").open("wb") as file:
+        import tempfile
+
+        with tempfile.NamedTemporaryFile(delete=False) as file:
             for _ in range(int(number)):
                 file.write(os.urandom(2**20))
     if action == "count":
-        files, lines = _files(), 0
-        while not files.exists(f"go-{task}"):
+        lines = 0
+        while f"go-{task}" not in _noted(f"go-{task}"):
             print(f"counting {lines}", flush=True)
             lines += 1
             time.sleep(0.5)
