@@ -4,7 +4,7 @@
   ``post_process``) and a checkpoint, as chunkflow takes them;
 - a ``.py`` file with ``class PatchInferencer``, made with ``(weights, output_patch_mask)`` or
   ``(weights)``, called with a numpy batch; it gets a mask of ones, as the blending is done here;
-- TorchScript, and ``torch.export`` programs (``.pt2``).
+- TorchScript, and ``torch.export`` programs (``.pt2``), which need ``model.trust``.
 """
 
 from __future__ import annotations
@@ -117,6 +117,11 @@ def _from_archive(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
     if spec.model.weights:
         raise SpecError(f"model.weights: only for networks in a .py file; {path} has its weights inside")
     if path.suffix == ".pt2":
+        if not spec.model.trust:  # torch.export.load unpickles the archive's sample inputs, whatever they are
+            raise SpecError(
+                f"model.path: {path} is a .pt2 archive: loading it can run code that it carries. If you know where it "
+                "comes from, set model.trust: true"
+            )
         return Model(torch.export.load(path).module().to(device))
     torch.jit.set_fusion_strategy([])  # or GPUs run later patches otherwise than the first ones
     return Model(torch.jit.load(str(path), map_location=device).eval())  # type: ignore[no-untyped-call]

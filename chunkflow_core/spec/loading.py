@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -24,6 +24,9 @@ from chunkflow_core.spec.volume import VolumeSpec
 from chunkflow_core.spec.yaml_text import parse_yaml, problem_in_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_ALIAS = re.compile(r"\*[\w-]")
+_LARGEST = 1_000_000
+"""Characters that the aliases or the variables of a spec may stand for; nobody writes as many."""
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
@@ -42,7 +45,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
         return _load_from_environment(str(path), overrides)
     path = Path(path)
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
+        data = _parsed(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise SpecError(f"{path}: cannot read the volume spec: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -51,6 +54,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
         raise SpecError(f"{path}: expected keys and values (name, input, output, …), got {data!r:.60}")
     for override in overrides:
         _apply(data, override)
+    _check_variables(data, str(path))
     return parse_spec(_substitute(data, str(path)), source=str(path), folder=str(path.resolve().parent))
 
 
@@ -87,7 +91,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise SpecError(f"--set {override}: expected key=value, such as model.threads=2")
     try:
-        value = parse_yaml(text)
+        value = _parsed(text, f"--set {key}")
     except (yaml.YAMLError, UnicodeEncodeError) as error:  # the latter: bytes of a command line that are no text
         value = text  # such as @daily or */5 * * * *, which in YAML would need quotes
         if text.startswith(("[", "{", '"', "'")):
@@ -100,6 +104,59 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise SpecError(f"--set {override}: {parent} is a value, it has no keys below it")
     data[last] = value
+
+
+def _parsed(text: str, source: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        YAMLError: The text can't be read.
+        SpecError: Its aliases stand for too much.
+    """
+    if _ALIAS.search(text):
+        _check_aliases(text, source)
+    return parse_yaml(text)
+
+
+def _check_aliases(text: str, source: str) -> None:
+    """Refuse a text whose aliases stand for more than anybody writes.
+
+    Ten lines of nine aliases each can stand for 9¹⁰ values. What each anchor stands for is counted
+    once, as the text goes by, and before anything is built of it: merge keys (``<<``) are written
+    out by the parser itself.
+    """
+    total, sizes = 0, dict[str | None, int]()
+    begun: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            total += sizes.get(event.anchor, 0)  # an anchor that isn't there, or not complete, is told later
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = 1 + len(event.value)
+            total += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            begun.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = begun.pop()
+            sizes[anchor] = total - before
+        if total > _LARGEST:
+            raise SpecError(f"{source}: with its aliases (*name) written out, it has more than {_LARGEST} characters")
+
+
+def _check_variables(data: dict[str, Any], source: str) -> None:
+    """Refuse a spec whose variables stand for more than anybody writes."""
+    names = (name for text in _texts(data) for name in _VARIABLE.findall(text))
+    if sum(len(os.environ.get(name, "")) for name in names) > _LARGEST:
+        raise SpecError(f"{source}: its environment variables stand for more than {_LARGEST} characters")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts among values, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _substitute(value: Any, where: str) -> Any:
@@ -135,7 +192,10 @@ def _explain(error: Any) -> str:
     # of a whole section: the message begins with the key
     if error["type"] == "value_error" and isinstance(value, dict) and _fields(location, kind):
         return f"{key}.{message}" if key else message
-    shown = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):  # a key that JSON doesn't know, such as a date
+        shown = repr(value)
     return f"{key}: {shown if len(shown) < 80 else shown[:77] + '...'}: {message[:1].lower() + message[1:]}"
 
 

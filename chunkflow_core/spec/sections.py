@@ -5,14 +5,26 @@ They say keys, types and defaults, and what of each section can be checked by it
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.storage.addresses import check_address, check_writable, is_fetchable
+
+_FARTHEST, _NARROWEST = 2.0**126, 2.0**-100
+"""Largest number of ``output.range``, and least difference of its numbers.
+
+Sums are computed in float32, which ends at 2¹²⁸. With R the power of two that bounds the range (see
+``ExactStep``), sums within ±2R and the range's width, at most 2R, have to be less than that. At the
+other end, R is at least half of the width, 2⁻¹⁰¹. So the step's reciprocal, 2²³/R, is less than
+2¹²⁸; a weighted value that counts, of half a step or more, is above 2⁻¹²⁶, below which float32 has
+fewer bits; and 255 over the width, by which ``uint8`` is scaled, is finite.
+"""
 
 
 def _three_integers(value: Any) -> Any:
@@ -40,9 +52,25 @@ def _two_corners(value: Any) -> Any:
 
 def _low_and_high(value: Any) -> Any:
     ok = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) in (int, float) for v in value)
-    if not ok or not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] < value[1]):
+    if not ok or not -math.inf < value[0] < value[1] < math.inf:
         raise ValueError("expected [low, high], two finite numbers, low < high")
-    return tuple(map(float, value))
+    if max(map(abs, value)) > _FARTHEST:
+        raise ValueError("expected numbers that float32 sums can hold, from -2^126 to 2^126 (8.5e37)")
+    low, high = map(float, value)
+    if float(np.float32(high)) - float(np.float32(low)) < _NARROWEST:
+        raise ValueError("expected numbers that differ in float32, by 2^-100 (7.9e-31) or more")
+    return low, high
+
+
+def _of_json(value: Any) -> Any:
+    """The value, if JSON can tell it, as fingerprints and pods need; else ``ValueError``."""
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected texts, numbers, true, false, null, lists and keys with values; write others in quotes ({error})"
+        ) from error
+    return value
 
 
 def _key_or_index(value: Any) -> Any:
@@ -228,8 +256,10 @@ class ModelSpec(Section):
     training. It needs ``batch_size: 1``.
     """
     trust: bool = False
-    """Whether checkpoints are allowed that run code when they are loaded (pickles)."""
-    options: dict[str, Any] = {}
+    """Whether files are allowed that can run code when they are loaded: checkpoints that are
+    pickles, and ``.pt2`` archives.
+    """
+    options: Annotated[dict[str, Any], BeforeValidator(_of_json)] = {}
     """What only one engine knows, such as OpenVINO's own settings."""
 
     @model_validator(mode="after")

@@ -53,6 +53,8 @@ def check_address(value: Any) -> Any:
 
     The path of a local one has to be absolute.
     """
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("expected a storage path without the character \\0, which no storage takes")
     if isinstance(value, str) and (_PROTOCOL.fullmatch(value) or _has_alias(value)):
         return value
     if isinstance(value, str) and re.match(rf"({PRECOMPUTED})?s3://https?:", value):

@@ -9,6 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chunkflow_core.errors import MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.storage.addresses import PRECOMPUTED
@@ -73,7 +75,7 @@ def read_info(path: str) -> dict[str, Any]:
         info: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise MissingInputError(f"{path}: the layer's info file is not JSON: {error}") from error
-    if not isinstance(info, dict) or not info.get("scales"):
+    if not isinstance(info, dict) or not isinstance(info.get("scales"), list) or not info["scales"]:
         raise MissingInputError(f"{path}: the info file is not that of a precomputed layer, it lists no scales")
     return info
 
@@ -101,14 +103,35 @@ def read_scale(path: str, mip: int) -> LayerScale:
 
 
 def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
-    start = vector(reversed(scale.get("voxel_offset", [0, 0, 0])))
-    size = vector(reversed(scale["size"]))
+    start = _three("voxel_offset", scale.get("voxel_offset", [0, 0, 0]), positive=False)
+    size = _three("size", scale["size"])
+    channels, dtype, resolution = info["num_channels"], info["data_type"], scale["resolution"]
+    encoding = "sharded" if scale.get("sharding") else scale.get("encoding", "raw")
+    if type(channels) is not int or channels < 1:
+        raise ValueError(f"num_channels is {channels!r}, expected an integer >= 1")
+    for key, text in {"data_type": dtype, "key": scale["key"], "encoding": encoding}.items():
+        if not isinstance(text, str) or "\0" in text:
+            raise ValueError(f"{key} is {text!r}, expected a text")
+    if not _are_three(resolution, int, float):
+        raise ValueError(f"resolution is {resolution!r}, expected three numbers")
+    np.dtype(dtype)  # TypeError for one that isn't known
     return LayerScale(
         bounds=Box(start, vector(a + n for a, n in zip(start, size, strict=True))),
-        resolution=tuple(reversed(scale["resolution"])),
-        chunk=vector(reversed(scale["chunk_sizes"][0])),
-        dtype=info["data_type"],
-        channels=info["num_channels"],
-        encoding="sharded" if scale.get("sharding") else scale.get("encoding", "raw"),
+        resolution=tuple(reversed(resolution)),
+        chunk=_three("chunk_sizes", scale["chunk_sizes"][0]),
+        dtype=dtype,
+        channels=channels,
+        encoding=encoding,
         info=info,
     )
+
+
+def _three(key: str, values: Any, *, positive: bool = True) -> Vector:
+    """Three integers of an ``info``, xyz there and zyx here; ``ValueError`` if they are none."""
+    if not _are_three(values, int) or (positive and min(values) < 1):
+        raise ValueError(f"{key} is {values!r}, expected three integers" + " >= 1" * positive)
+    return vector(reversed(values))
+
+
+def _are_three(values: Any, *types: type) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(type(value) in types for value in values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.errors import MissingInputError
+from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.exchange import donations
 from chunkflow_core.exchange.codec import compress, decompress
 from chunkflow_core.exchange.folder import Exchange
@@ -244,3 +246,25 @@ def test_codec_gives_back_the_bits(shape: tuple[int, int, int]) -> None:
     again = decompress(compress(sums), 2, shape)
 
     assert again.tobytes() == sums.tobytes()
+
+
+def test_what_is_not_of_the_size_of_its_box_is_refused_before_it_takes_memory() -> None:
+    sums = np.ones((2, 4, 8, 8), np.float32)
+    content = zstandard.decompress(compress(sums))
+    wrong = {
+        "larger": zstandard.compress(content + bytes(4)),
+        "smaller": zstandard.compress(content[:-4]),
+        "a gigabyte": zstandard.compress(bytes(1 << 30)),
+        "no size said": zstandard.ZstdCompressor(write_content_size=False).compress(content),
+        "something after it": compress(sums) + b"more",
+        "cut off": compress(sums)[:-4],
+        "of another kind": b"nothing of the kind",
+    }
+    tracemalloc.start()
+    try:
+        for what, payload in wrong.items():
+            with pytest.raises(DataError, match="a donation "):
+                decompress(payload, 2, (4, 8, 8))
+            assert tracemalloc.get_traced_memory()[1] < 2**20, what
+    finally:
+        tracemalloc.stop()

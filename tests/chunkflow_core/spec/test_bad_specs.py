@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,17 @@ BAD: dict[str, tuple[dict[Any, Any], list[str]]] = {
     "range empty": ({"output": {"path": "file:///o", "range": [1, 1]}}, ["output.range", "low < high"]),
     "range not a number": ({"output": {"path": "file:///o", "range": [float("nan"), 1]}}, ["output.range", "finite"]),
     "range infinite": ({"output": {"path": "file:///o", "range": [0, float("inf")]}}, ["output.range", "finite"]),
+    "range beyond float32": (
+        {"output": {"path": "file:///o", "range": [0, 1e39]}},
+        ["output.range", "1e+39", "float32"],
+    ),
+    "range of which sums end float32": (
+        {"output": {"path": "file:///o", "range": [-1.1 * 2.0**126, 0]}},
+        ["output.range", "-2^126 to 2^126"],
+    ),
+    "range beyond float64": ({"output": {"path": "file:///o", "range": [0, 10**400]}}, ["output.range", "2^126"]),
+    "range too narrow": ({"output": {"path": "file:///o", "range": [0, 1e-33]}}, ["output.range", "1e-33", "2^-100"]),
+    "range of one float32": ({"output": {"path": "file:///o", "range": [1, 1 + 1e-9]}}, ["output.range", "differ"]),
     "range of one value": ({"output": {"path": "file:///o", "range": [1]}}, ["output.range", "[1]", "[low, high]"]),
     "range of texts": (
         {"output": {"path": "file:///o", "range": ["0", "1"]}},
@@ -85,6 +97,18 @@ BAD: dict[str, tuple[dict[Any, Any], list[str]]] = {
         ["model.precision", "fp16", "'float16'"],
     ),
     "unknown output of the model": ({"model": {"engine": "identity", "output": [1]}}, ["model.output", "[1]", "index"]),
+    "date among the model's options": (
+        {"model": {"engine": "identity", "options": {"since": datetime.date(2020, 1, 1)}}},
+        ["model.options", "2020-01-01", "in quotes"],
+    ),
+    "bytes deep among the model's options": (
+        {"model": {"engine": "identity", "options": {"a": [1, {"b": b"x"}]}}},
+        ["model.options", "bytes", "in quotes"],
+    ),
+    "date as a key": (
+        {"patch_size": {datetime.date(2020, 1, 1): 8}},
+        ["patch_size", "2020, 1, 1", "three integers"],
+    ),
     "variable not set": (
         {"input": {"path": "file:///${CHUNKFLOW_TEST_NOT_SET}"}},
         ["input.path", "CHUNKFLOW_TEST_NOT_SET", "not set"],
@@ -92,6 +116,10 @@ BAD: dict[str, tuple[dict[Any, Any], list[str]]] = {
     "path without protocol": ({"input": {"path": "/data/em"}}, ["input.path", "/data/em", "file:///"]),
     "path with one slash": ({"exchange": {"path": "file:/data/ex"}}, ["exchange.path", "file:/data/ex", "file:///"]),
     "relative path": ({"output": {"path": "file://data/out"}}, ["output.path", "file://data/out", "file:///"]),
+    "character of no path": (
+        {"input": {"path": "file:///data\0/em"}},
+        ["input.path", r"file:///data\u0000/em", r"without the character \0"],
+    ),
     "unknown protocol": ({"input": {"path": "zarr://data/em"}}, ["input.path", "zarr://data/em"]),
     "output onto the input": (
         {"input": {"path": "file:///d/em"}, "output": {"path": "file:///d/em/"}},
@@ -177,6 +205,39 @@ def test_bytes_that_are_no_text(tmp_path: Path, chunkflow: Command) -> None:
     path = tmp_path / "picture.yaml"
     path.write_bytes(b"\x89PNG\r\n\x1a\n\xff")
     check_told(chunkflow("plan", path), path, "not valid YAML", "utf-8")
+
+
+def bomb(first: str, line: str) -> str:
+    """Ten lines, each of which names the one before nine times."""
+    lines = [f"x{i}: &x{i} {line.format(', '.join([f'*x{i - 1}'] * 9))}" for i in range(1, 10)]
+    return "\n".join([f"x0: &x0 {first}", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    ("first", "line"),
+    [("[1, 1]", "[{}]"), ("{a: 1, b: 2}", "{{<<: [{}]}}"), ("text", "{{a: [{}]}}")],
+    ids=["lists", "merge keys", "texts"],
+)
+def test_aliases_that_stand_for_gigabytes(tmp_path: Path, chunkflow: Command, first: str, line: str) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(bomb(first, line))
+    check_told(chunkflow("plan", path), path, "aliases", "1000000 characters")
+
+
+def test_aliases_of_a_set_that_stand_for_gigabytes(make_spec: MakeSpec) -> None:
+    levels = [f"&x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 10)]
+    with pytest.raises(SpecError, match=r"--set model\.options: with its aliases"):
+        load_spec(make_spec(), [f"model.options={{a: [&x0 [1, 1], {', '.join(levels)}]}}"])
+
+
+def test_variables_that_stand_for_gigabytes(
+    make_spec: MakeSpec, chunkflow: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHUNKFLOW_TEST_LONG", "x" * 100_000)
+    path = make_spec(model={"engine": "identity", "options": {"a": ["${CHUNKFLOW_TEST_LONG}" * 6, {"b": 6}]}})
+    assert len(load_spec(path).model.options["a"][0]) == 600_000
+    path = make_spec(model={"engine": "identity", "options": {"a": [{"b": "${CHUNKFLOW_TEST_LONG}" * 6}] * 2}})
+    check_told(chunkflow("plan", path), path, "environment variables", "1000000 characters")
 
 
 def test_missing_file_and_folder_instead_of_file(tmp_path: Path, chunkflow: Command) -> None:

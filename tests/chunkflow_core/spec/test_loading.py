@@ -43,6 +43,14 @@ def test_merge_keys(make_spec: MakeSpec) -> None:
     assert load_spec(path).runner.retries == 3
 
 
+def test_aliases(make_spec: MakeSpec) -> None:
+    options = "&a {start: *s, same: [*s, *s]}"
+    spec = load_spec(make_spec(), [f"model.options={{first: &s [6, 12, 12], again: {options}, more: [*a, *a]}}"])
+    corner = [6, 12, 12]
+    again = {"start": corner, "same": [corner, corner]}
+    assert spec.model.options == {"first": corner, "again": again, "more": [again, again]}
+
+
 def test_bytes_of_a_command_line_that_are_no_text(make_spec: MakeSpec) -> None:
     with pytest.raises(SpecError, match="name"):
         load_spec(make_spec(), ["name=\udcff"])

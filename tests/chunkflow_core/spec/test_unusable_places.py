@@ -59,6 +59,47 @@ def test_info_that_is_not_of_a_layer(
 
 
 @pytest.mark.parametrize(
+    ("change", "scale", "piece"),
+    [
+        ({"data_type": "uint24"}, {}, "data type 'uint24' not understood"),
+        ({"data_type": None}, {}, "data_type is None"),
+        ({"num_channels": "1"}, {}, "num_channels is '1', expected an integer >= 1"),
+        ({"num_channels": 0}, {}, "num_channels is 0"),
+        ({"scales": 7}, {}, "lists no scales"),
+        ({}, {"size": [0, 0, 0]}, "size is [0, 0, 0], expected three integers >= 1"),
+        ({}, {"size": [40.5, 48, 20]}, "size is [40.5, 48, 20]"),
+        ({}, {"chunk_sizes": [[0, 16, 8]]}, "chunk_sizes is [0, 16, 8]"),
+        ({}, {"chunk_sizes": []}, "mip 0 can't be understood"),
+        ({}, {"voxel_offset": [0, 0, "0"]}, "voxel_offset is [0, 0, '0'], expected three integers)"),
+        ({}, {"key": None}, "key is None"),
+        ({}, {"key": "a\0b"}, r"key is 'a\x00b'"),
+        ({}, {"encoding": 5}, "encoding is 5, expected a text"),
+        ({}, {"resolution": ["a", 1, 1]}, "resolution is ['a', 1, 1], expected three numbers"),
+        ({}, {"resolution": [4, 4]}, "resolution is [4, 4]"),
+    ],
+)
+def test_info_that_is_nearly_of_a_layer(
+    make_spec: MakeSpec,
+    random_layer: Path,
+    tmp_path: Path,
+    chunkflow: Command,
+    change: dict[str, Any],
+    scale: dict[str, Any],
+    piece: str,
+) -> None:
+    layer = tmp_path / "em"
+    layer.mkdir()
+    info = json.loads((random_layer / "info").read_text())
+    info["scales"][0] |= scale
+    (layer / "info").write_text(json.dumps(info | change))
+    outcome = chunkflow("prepare", make_spec(input={"path": f"file://{layer}"}))
+    assert outcome.returncode == 66, outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+    assert f"file://{layer}: the info file is not that of a precomputed layer" in outcome.stderr
+    assert piece in outcome.stderr
+
+
+@pytest.mark.parametrize(
     "roi", [[[20, 0, 0], [40, 48, 40]], [[0, 0, 0], [20, 49, 40]], [[-1, 0, 0], [20, 48, 40]]], ids=str
 )
 def test_roi_past_the_input_layer(make_spec: MakeSpec, chunkflow: Command, roi: list[list[int]]) -> None:

@@ -224,7 +224,7 @@ def torchscript(folder: Path, net: Net) -> Section:
 def exported(folder: Path, net: Net) -> Section:
     program = torch.export.export(net, (torch.zeros(1, 1, *PATCH),))
     torch.export.save(program, folder / "model.pt2")
-    return pytorch(path="model.pt2", weights=...)
+    return pytorch(path="model.pt2", weights=..., trust=True)
 
 
 FORMS = [
