@@ -15,8 +15,8 @@ from typing import cast
 from chunkflow_core.audit.findings import Audit, FindingKind
 from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.exchange.folder import group_of
-from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage, merged
-from chunkflow_core.exchange.receipts import DonationEntry, Receipt
+from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt, agreed
 from chunkflow_core.lattice.blocks import Block, Donation, given_box
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.planning.planner import Done
@@ -132,9 +132,9 @@ class StoredAudit:
         for block, several in current.items():
             for name in outdated.pop(block, {}):
                 self._bad_receipt(name, block, "a receipt from before the ROI grew stands beside the one that counts")
-            if mark := merged([receipt.mark for receipt in several.values()]):
-                self._marks[stage][block] = mark
-                found[block] = next(reversed(several.values()))
+            if counting := agreed(list(several.values())):
+                self._marks[stage][block] = counting.mark
+                found[block] = counting
                 continue
             for name in several:
                 self._bad_receipt(name, block, f"{len(several)} receipts of the same stage disagree")

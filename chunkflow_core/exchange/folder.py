@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
-from chunkflow_core.errors import DataError, MissingInputError
+from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange import donations, receipts
 from chunkflow_core.exchange.marks import STAGES, Mark, Stage, merged, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
@@ -33,7 +34,7 @@ from chunkflow_core.lattice.boxes import Vector, ceil_to, indices, vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.disk import PARTIAL
-from chunkflow_core.storage.files import open_files, put_file, storage_errors
+from chunkflow_core.storage.files import is_on_disk, open_files, put_file, storage_errors
 
 _TRIAL = "trial.json"
 _UNDONE = "repair.json"
@@ -160,7 +161,7 @@ class Exchange:
         it.
         """
         found = [receipt for receipt in self._parsed(self._receipt_names(stage, block)) if receipt]
-        return found[-1] if found and merged([receipt.mark for receipt in found]) else None
+        return receipts.agreed(found)
 
     def receipts(self, stage: Stage, groups: Iterable[Vector] | None = None) -> dict[Vector, Receipt]:
         """All receipts of a stage that count, or those of some groups, by block.
@@ -174,7 +175,8 @@ class Exchange:
         for receipt in self._parsed(names):
             if receipt and receipt.block in grid and grid.block(receipt.block).box.key == receipt.box:
                 by_block[receipt.block].append(receipt)
-        return {block: found[-1] for block, found in by_block.items() if merged([r.mark for r in found])}
+        counting = {block: receipts.agreed(found) for block, found in by_block.items()}
+        return {block: receipt for block, receipt in counting.items() if receipt is not None}
 
     def all_receipts(self) -> list[Receipt]:
         """All intact receipts of both stages."""
@@ -202,7 +204,11 @@ class Exchange:
                     block, mark = self._block(box), parse_mark(stage, text)
                     if mark is not None and group_of(block) == group:
                         found[block].append(mark)
-        marks = {block: several[0] if len(several) == 1 else merged(several) for block, several in found.items()}
+        marks: dict[Vector, Mark | None] = {}
+        for block, several in found.items():
+            # Names that agree may be of attempts that have read something else: the files tell.
+            counts = len(several) == 1 or self.receipt(stage, block) is not None
+            marks[block] = merged(several) if counts else None
         return {block: mark for block, mark in marks.items() if mark is not None}
 
     def put_signature(self, receipt: Receipt, signature: str) -> None:
@@ -214,14 +220,24 @@ class Exchange:
         self.delete_files([name])
 
     def retract(self, stage: Stage, block: Vector) -> None:
-        """Delete a block's receipts, before anything that they vouch for is changed."""
-        self.delete_files(self._names_of(block, _receipts(stage, group_of(block))))
+        """Delete a block's receipts, before anything that they vouch for is changed.
+
+        A disk is looked at again. An object store has answered for each deletion, and another
+        listing would be another request a block.
+
+        Raises:
+            StorageError: A receipt is there afterwards.
+        """
+        listing = partial(self._names_of, block, _receipts(stage, group_of(block)))
+        self._delete_all(listing, look_again=is_on_disk(self.path))
 
     def delete_receipts(self) -> int:
-        """Delete all receipts, those of blends first, and return how many there were."""
-        names = [name for stage in reversed(STAGES) for name in self._list(f"receipts/{stage}/")]
-        self.delete_files(names)
-        return len(names)
+        """Delete all receipts, those of blends first, and return how many there were.
+
+        Raises:
+            StorageError: A receipt is there afterwards.
+        """
+        return self._delete_all(lambda: [n for stage in reversed(STAGES) for n in self._list(f"receipts/{stage}/")])
 
     def groups(self) -> Iterator[Vector]:
         """All groups of the volume's blocks."""
@@ -296,6 +312,22 @@ class Exchange:
         """Delete stored files, by name."""
         with storage_errors(f"deleting files in {self.path}"):
             self._files.delete(list(names))
+
+    def _delete_all(self, listing: Callable[[], list[str]], *, look_again: bool = True) -> int:
+        """Delete what a listing names, look whether any is left, and return how many there were.
+
+        A receipt that stays, or that another attempt leaves meanwhile, would vouch for what is
+        going to be replaced.
+        """
+        if not (names := listing()):
+            return 0
+        self.delete_files(names)
+        if look_again and (left := listing()):
+            raise StorageError(
+                f"{self.path}: {len(names)} files have been deleted, and there are {len(left)}, such as {left[0]}. "
+                "Another attempt may have written them meanwhile: run again when it has ended"
+            )
+        return len(names)
 
     def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
         for group, names in self._list_groups(folder, groups):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage, consumed_digest, given_places
+from chunkflow_core.exchange.marks import (
+    BlendingMark,
+    InferenceMark,
+    Mark,
+    Stage,
+    consumed_digest,
+    given_places,
+    merged,
+)
 from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.storage.digests import checksum, short_digest
 
@@ -123,6 +132,16 @@ def unpack(content: bytes | None, fingerprint: str) -> Receipt | None:
         return Receipt(**{**fields, **lists})
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def agreed(several: Sequence[Receipt]) -> Receipt | None:
+    """The last of a block's receipts, if all say that the same was read, given and written.
+
+    None if they disagree: attempts that have overlapped, each with another input, can leave some of
+    each other's storage chunks.
+    """
+    said = {(receipt.content, receipt.mask, tuple(sorted(receipt.written.items()))) for receipt in several}
+    return several[-1] if len(said) == 1 and merged([receipt.mark for receipt in several]) else None
 
 
 def why_not(content: bytes, fingerprint: str) -> str:

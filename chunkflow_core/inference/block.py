@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.inference.content import Content
-from chunkflow_core.inference.mask import Mask
+from chunkflow_core.inference.mask import Mask, MaskWindow
 from chunkflow_core.inference.on_cpu import OnCpu
 from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.inference.reading import BlockReading, Reader, joined
@@ -190,6 +190,11 @@ class BlockRun:
     def content(self) -> Content:
         """Digest of what has been read: of all the block's input once its last piece has come."""
         return self._reading.content
+
+    @property
+    def mask(self) -> MaskWindow | None:
+        """The mask over all voxels that the block's patches touch; None if there is no mask."""
+        return self._reading.mask
 
     def pieces(self) -> Generator[FinalPiece, None, None]:
         """Run the patches, and yield each piece as soon as it is final, in order of z."""

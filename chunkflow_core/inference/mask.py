@@ -16,6 +16,7 @@ could fall on either side.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.files import storage_errors
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.layer_reader import open_layer
@@ -65,10 +67,26 @@ class MaskWindow:
         """
         return self.present[np.ix_(*self._index(box))]
 
+    def cut(self, box: Box) -> MaskWindow:
+        """The part of the window that covers a box: what reading the mask there would have given.
+
+        Raises:
+            ValueError: The box leaves the window.
+        """
+        parts = self._index(box)
+        present = self.present[tuple(slice(part[0], part[-1] + 1) for part in parts)]
+        return MaskWindow(box, present, tuple(part - part[0] for part in parts))
+
     def _index(self, box: Box) -> list[NDArray[np.intp]]:
         if box not in self.box:
             raise ValueError(f"the box {box} is not inside the mask's window {self.box}")
         return [index[part] for index, part in zip(self.index, box.slices(self.box.start), strict=True)]
+
+
+def mask_digest(windows: Iterable[MaskWindow]) -> str:
+    """Digest of the mask in some windows; empty if there are none."""
+    contents = [window.present.tobytes() for window in windows]
+    return short_digest(b"".join(contents)) if contents else ""
 
 
 class Mask:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
 from chunkflow_core.inference.augmentation import Transform, contributions
-from chunkflow_core.inference.mask import Mask
+from chunkflow_core.inference.mask import Mask, MaskWindow
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.kernels import take_scaled
 from chunkflow_core.lattice.slab import Slab
@@ -45,13 +45,18 @@ class Patches:
         """The input voxels that a patch needs."""
         return self.grid.patch_box(position).grown(self.spec.halo, self.spec.halo)
 
-    def inside_mask(self, positions: Iterable[Vector]) -> list[Vector]:
-        """The patches among these that a voxel of the mask touches; all if there is no mask."""
+    def inside_mask(self, positions: Iterable[Vector], window: MaskWindow | None = None) -> list[Vector]:
+        """The patches among these that a voxel of the mask touches; all if there is no mask.
+
+        Args:
+            positions: Positions in the lattice, zyx.
+            window: The mask over all of these patches, if it has been read already.
+        """
         positions = list(positions)
         if self.mask is None or not positions:
             return positions
         boxes = [self.grid.patch_box(position) & self.grid.roi for position in positions]
-        window = self.mask.window(Box.around(boxes))
+        window = window or self.mask.window(Box.around(boxes))
         return [position for position, box in zip(positions, boxes, strict=True) if window.touches(box)]
 
     def is_skipped(self, position: Vector, planes: Planes) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.inference.content import Content
+from chunkflow_core.inference.mask import MaskWindow
 from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
@@ -50,9 +51,18 @@ class BlockReading:
         """Lattice positions of the block's patches that the mask touches, by tier."""
         (first, *low), (stop, *high) = self._block.first_patch, self._block.stop_patch
         return [
-            self._patches.inside_mask(list(indices(vector((z, *low)), vector((z + 1, *high)))))
+            self._patches.inside_mask(list(indices(vector((z, *low)), vector((z + 1, *high)))), self.mask)
             for z in range(first, stop)
         ]
+
+    @cached_property
+    def mask(self) -> MaskWindow | None:
+        """The mask over all voxels that the block's patches touch; None if there is no mask.
+
+        It is read once: what chooses patches, what is written, and what is digested are the same.
+        """
+        mask, grid = self._patches.mask, self._patches.grid
+        return self._timings.measure("read", mask.window, self._block.reach & grid.roi) if mask else None
 
     @cached_property
     def whole(self) -> Box:
@@ -84,8 +94,8 @@ class BlockReading:
     def _steps(self) -> Generator[Planes, None, None]:
         """Read what is needed in steps, and add it to ``content``."""
         patches = self._patches
-        if patches.mask is not None:
-            self.content.add_mask(patches.mask.window(self._block.reach & patches.grid.roi))
+        if self.mask is not None:
+            self.content.add_mask(self.mask)
         steps = (step for step in self._cut() if any(z in self._used for z in range(step.start[0], step.stop[0])))
         return read_ahead(
             steps, lambda box: self._timings.measure("read", self._read, box), patches.spec.input.prefetch

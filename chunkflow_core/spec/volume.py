@@ -194,9 +194,30 @@ class VolumeSpec(Section):
             "block": self.block_size,
             "chunk": self.storage_chunk,
             "model": model,
-            "files": [_digest(path) for path in self.model_files],
+            "files": self._file_digests,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _file_digests(self) -> list[str]:
+        """Digests of the model's files, as they were when the fingerprint was made."""
+        return [_digest(path) for path in self.model_files]
+
+    def check_model_files(self) -> None:
+        """Check that the model's files are still those of the fingerprint.
+
+        Call it after they have been loaded: what was replaced before that is noticed.
+
+        Raises:
+            SpecError: One of them has been replaced since.
+            MissingInputError: One of them is gone.
+        """
+        known = self._file_digests
+        if [_digest(path) for path in self.model_files] != known:
+            raise SpecError(
+                f"the files of the model have changed since the fingerprint {self.fingerprint} was made of them: start "
+                "the run again, and replace model files only between runs"
+            )
 
     def block_digest(self, index: Vector) -> str:
         """Hash of what decides a block's numbers.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.errors import MissingInputError
+from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange.codec import decompress
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
+from chunkflow_core.inference.mask import MaskWindow, mask_digest
 from chunkflow_core.lattice.blocks import Block, Donation
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.slab import convert
@@ -37,7 +39,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
         SpecError: Another spec has claimed the output layer.
         MissingInputError: A donor has no receipt, or a donation isn't there.
         DataError: A donation is not what its donor wrote.
-        StorageError: The storage does not answer.
+        StorageError: The storage does not answer, or a donor was done again meanwhile.
     """
     started = perf_counter()
     spec, exchange = workspace.spec, workspace.exchange
@@ -45,37 +47,51 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
     if not spec.grid.has_frame(index):
         return StageResult(None, up_to_date=True)
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
-    mask = workspace.frame_mask(block)
-    consumed = {receipt.box: receipt.given(index, mask) for receipt in donors}
+    windows = workspace.frame_windows(block)
+    consumed = {receipt.box: receipt.given(index, mask_digest(windows)) for receipt in donors}
     done = exchange.receipt("blend", index)
     current = done is not None and done.geometry == spec.block_digest(index) and done.consumed == consumed
     if done is not None and current and (why != "forced" or (run and done.run == run)):
         return StageResult(done, up_to_date=True)
     work = StageWork(workspace, "blend", block, run, before=done, started=started)
     wanted = [pair for receipt in donors for pair in _donations(workspace, receipt, block)]
-    payloads = work.timings.measure("read", exchange.get_donations, wanted)
+    try:
+        payloads = work.timings.measure("read", exchange.get_donations, wanted)
+    except (DataError, MissingInputError) as error:
+        if [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)] == donors:
+            raise
+        raise StorageError(f"block {index}: a donor was done again while its donations were read: {error}") from error
     work.timings.count("bytes read", sum(map(len, payloads.values())))
     workspace.check_claim()
     work.retract()
-    written = _blend(work, [donation for donation, _ in wanted if donation.key in payloads], payloads)
+    written = _blend(work, [donation for donation, _ in wanted if donation.key in payloads], payloads, windows)
     return work.complete(written=written, voxels=sum(box.voxels for box in block.frame), consumed=consumed)
 
 
-def _blend(work: StageWork, donations: list[Donation], payloads: dict[str, bytes]) -> dict[str, str]:
+def _blend(
+    work: StageWork, donations: list[Donation], payloads: dict[str, bytes], windows: list[MaskWindow]
+) -> dict[str, str]:
     """Add up donations and write the block's frame, piece by piece.
+
+    Args:
+        work: The stage.
+        donations: Those that are not all zeros.
+        payloads: Their content, by key.
+        windows: The mask over each box of the frame; none if there is no mask.
 
     Returns:
         Names of the storage chunks written, with digests of their voxels.
     """
     spec, block = work.workspace.spec, work.block
     values, written = ExactStep(*spec.output.range), dict[str, str]()
+    masks: Sequence[MaskWindow | None] = windows or [None] * len(block.frame)
     for piece in spec.grid.pieces(block):
-        boxes = [box for box in (frame & piece.box for frame in block.frame) if box]
+        boxes = [(frame & piece.box, mask) for frame, mask in zip(block.frame, masks, strict=True) if frame & piece.box]
         touching = [donation for donation in donations if boxes and donation.box & piece.box]
         given = work.timings.measure("stitch", _decompressed, spec.output.channels, touching, payloads)
-        for box in boxes:
+        for box, mask in boxes:
             sums = work.timings.measure("stitch", _sum, spec.output.channels, box, given)
-            written |= work.write(box, partial(convert, sums, spec.output.dtype, values))
+            written |= work.write(box, partial(convert, sums, spec.output.dtype, values), mask)
         work.tell_progress(piece.box)
     return written
 

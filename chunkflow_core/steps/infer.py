@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from chunkflow_core.exchange.codec import compress
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.inference.block import FinalPiece
+from chunkflow_core.inference.mask import MaskWindow, mask_digest
 from chunkflow_core.lattice.blocks import Donation
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.planning.reasons import Reason
@@ -43,7 +44,7 @@ def inference_and_donate(
         run: Name of the run.
         why: The planner's reason why the block is due. With ``input``, it is done if its input is
             not what its receipt says; with any other, unless its receipt is of the same run;
-            without a reason, if it has no receipt.
+            or its input has changed since; without a reason, if it has no receipt.
         patch_done: Called after each patch.
 
     Raises:
@@ -59,8 +60,6 @@ def inference_and_donate(
     workspace.check_claim()  # and again later, since a block can take hours
     work = StageWork(workspace, "infer", spec.grid.block(index), run, before=done)
     signature = workspace.inputs.signature(index)  # before anything is read: what changes meanwhile is noticed later
-    mask = workspace.frame_mask(work.block)
-    work.retract()
     block_run = workspace.inference.run(work.block, work.timings, patch_done)
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         leaving = _LeavingPieces(work, pool)
@@ -68,7 +67,9 @@ def inference_and_donate(
             leaving.wait()  # so that no more than one piece is in memory
             if final.piece.core:
                 workspace.check_claim()
-            leaving.start(final)
+            if not leaving.begun:
+                work.retract()
+            leaving.start(final, block_run.mask)
             work.tell_progress(final.piece.box)
         leaving.wait()
     counts = work.timings.counts
@@ -84,7 +85,7 @@ def inference_and_donate(
         donations=tuple(leaving.donated),
         signature=signature,
         content=block_run.content.digest,
-        mask=mask,
+        mask=mask_digest(workspace.frame_windows(work.block, block_run.mask)),
     )
 
 
@@ -94,7 +95,8 @@ def _is_enough(workspace: Workspace, done: Receipt, run: str, why: Reason | None
         return True
     if why == "input":
         return workspace.inputs.confirm(done)
-    return run != "" and done.run == run and workspace.exchange.has_donations(done)
+    of_this_run = run != "" and done.run == run and workspace.exchange.has_donations(done)
+    return of_this_run and workspace.inputs.unchanged(done)
 
 
 class _LeavingPieces:
@@ -104,18 +106,20 @@ class _LeavingPieces:
         self.donated: list[DonationEntry] = []
         self.written: dict[str, str] = {}
         """Names of storage chunks, with digests of their voxels."""
+        self.begun = False
+        """Whether anything has left."""
         self._work, self._pool = work, pool
         self._donating: list[Future[DonationEntry]] = []
         self._writing: list[Future[dict[str, str]]] = []
 
-    def start(self, final: FinalPiece) -> None:
-        """Start to write and donate what has become final."""
-        workspace, timings, core = self._work.workspace, self._work.timings, final.piece.core
+    def start(self, final: FinalPiece, mask: MaskWindow | None) -> None:
+        """Start to write and donate what has become final; ``mask`` is the block's, if any."""
+        self.begun = True
+        workspace, core = self._work.workspace, final.piece.core
         for donation in final.piece.donations:
             self._donating.append(self._pool.submit(_donate, self._work, donation, final.sums.sum(donation.box)))
-        window = timings.measure("read", workspace.mask.window, core) if workspace.mask and core else None
         for row in workspace.output.rows(core):
-            self._writing.append(self._pool.submit(self._work.write, row, final.sums.converted(row), window))
+            self._writing.append(self._pool.submit(self._work.write, row, final.sums.converted(row), mask))
 
     def wait(self) -> None:
         """Wait for all that was started."""

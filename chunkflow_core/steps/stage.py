@@ -65,7 +65,7 @@ class StageWork:
         Args:
             box: A union of storage chunks.
             converted: Gives the voxels, ``(channels, z, y, x)`` in the output's dtype.
-            window: The mask over the box, if it has been read already.
+            window: The mask over the box or more, if it has been read already.
 
         Returns:
             Names of the storage chunks written, with digests of their voxels.

@@ -19,7 +19,6 @@ from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import open_output
 from chunkflow_core.steps.provenance import check_claim
-from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 
 
@@ -85,16 +84,30 @@ class Workspace:
             data[:, ~(window or self.mask.window(box)).voxels(box)] = 0
         return data
 
-    def frame_mask(self, block: Block) -> str:
-        """Digest of the mask over a block's frame; empty if there is no mask, or no frame."""
+    def frame_windows(self, block: Block, read: MaskWindow | None = None) -> list[MaskWindow]:
+        """The mask over each box of a block's frame; none if there is no mask, or no frame.
+
+        Args:
+            block: The block.
+            read: The mask over all of the block, if it has been read already.
+        """
         if self.mask is None or not self.spec.grid.has_frame(block.index):
-            return ""
-        return short_digest(b"".join(self.mask.window(box).present.tobytes() for box in block.frame))
+            return []
+        return [(read.cut if read else self.mask.window)(box) for box in block.frame]
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that runs patches."""
-        return self._engine or load_engine(self.spec)
+        """The engine that runs patches.
+
+        Raises:
+            SpecError: The model can't be used, or its files are not those of the fingerprint.
+        """
+        if self._engine is not None:
+            return self._engine
+        _ = self.spec.fingerprint  # made of the files before they are loaded
+        engine = load_engine(self.spec)
+        self.spec.check_model_files()
+        return engine
 
     def state(self, *, confirm: bool = False) -> ExchangeState:
         """What is there at present, for the planner; ``confirm`` as ``ExchangeState`` has it."""

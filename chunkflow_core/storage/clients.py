@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 import tenacity
@@ -22,6 +23,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 )
 from cloudfiles import CloudFiles, compression, connectionpools, interfaces, paths, secrets
 from cloudfiles.exceptions import UnsupportedProtocolError
+from google.api_core.exceptions import from_http_response
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
@@ -161,7 +163,7 @@ def _set_retries() -> None:
         vars(method.retry).update(policy)
 
 
-def _delete_files(self: Any, names: Iterable[str]) -> None:
+def _delete_objects(self: Any, names: Iterable[str]) -> None:
     """Delete objects in S3, and raise an error for those that could not be deleted.
 
     It stands in for CloudFiles' own method, which takes no notice of that part of the answer.
@@ -173,6 +175,24 @@ def _delete_files(self: Any, names: Iterable[str]) -> None:
         for failed in answer.get("Errors", []):
             told = {"Code": failed.get("Code", ""), "Message": f"{failed.get('Key')}: {failed.get('Message')}"}
             raise ClientError({"Error": told}, "DeleteObjects")
+
+
+def _delete_blobs(self: Any, names: Iterable[str]) -> None:
+    """Delete objects in GCS, and raise an error for those that could not be deleted.
+
+    It stands in for CloudFiles' own method, which looks at the last failure of a batch only: if
+    that is an object that isn't there, it takes no notice of the others.
+    """
+    keys = [self.get_path_to_file(name) for name in names]
+    for start in range(0, len(keys), self.delete_batch_size):
+        part = keys[start : start + self.delete_batch_size]
+        with self._bucket.client.batch(raise_exception=False) as batch:
+            for key in part:
+                self._bucket.delete_blob(key)
+        for key, answer in zip(part, batch._responses, strict=True):
+            if not answer.ok and answer.status_code != HTTPStatus.NOT_FOUND:
+                answer.request.method, answer.request.url = "DELETE", key  # for the message; there is a number only
+                raise from_http_response(answer)  # type: ignore[no-untyped-call]
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -194,5 +214,6 @@ def _quiet(*_: object) -> None:
 _set_retries()
 patient: Callable[[_Request], _Request] = interfaces.retry
 """Decorator that tries a request again as all others are."""
-interfaces.S3Interface.delete_files = patient(_delete_files)
+interfaces.S3Interface.delete_files = patient(_delete_objects)
+interfaces.GoogleCloudStorageInterface.delete_files = patient(_delete_blobs)
 secrets.print = compression.print = _quiet

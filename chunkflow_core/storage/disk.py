@@ -69,21 +69,22 @@ class DiskFiles:
             flat: Whether folders in that folder are named themselves, with a ``/`` at the end,
                 instead of the files in them.
             size: Whether to give pairs of name and size, as the method ``size`` has them.
+
+        Raises:
+            OSError: The disk does not answer, or refuses. Only a folder that is not there is an
+                empty one.
         """
-        folder = self._folder / prefix.rpartition("/")[0]
+        inside, slash, beginning = prefix.rpartition("/")
+        folder, above = str(self._folder / inside), inside + slash
         if flat:
-            found: set[str] = set()
-            with suppress(FileNotFoundError), os.scandir(folder) as entries:
-                found = {prefix + (f"{entry.name}/" if entry.is_dir() else _plain(entry.name)) for entry in entries}
+            names = (f"{entry.name}/" if entry.is_dir() else _plain(entry.name) for entry in _scan(folder))
+            found = {above + name for name in names}
         else:
-            # strings, since there can be a million of files
-            paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)  # noqa: PTH118
-            start = len(os.path.join(self._folder, ""))  # noqa: PTH118
-            found = {_plain(path[start:]) for path in paths if path.startswith(prefix, start)}
-        names = sorted(found)
-        return (
-            ((name, length) for name, length in self.size(names).items() if length is not None) if size else iter(names)
-        )
+            found = set(map(_plain, _below(folder, above, beginning)))
+        ordered = sorted(found)
+        if not size:
+            return iter(ordered)
+        return ((name, length) for name, length in self.size(ordered).items() if length is not None)
 
     def delete(self, names: str | Iterable[str]) -> None:
         """Delete files; those that aren't there are passed over."""
@@ -151,6 +152,33 @@ def delete_partials(path: str, older_than: float) -> None:
         with suppress(FileNotFoundError):
             if time() - file.stat().st_mtime > older_than:
                 file.unlink()
+
+
+def _below(folder: str, above: str, beginning: str) -> Iterator[str]:
+    """Files below a folder, with ``above`` before their names.
+
+    Those whose path in the folder begins otherwise are left out while the folder is read: a group
+    of the exchange may hold a hundred thousand files, and a block asks for its own. Links to
+    folders are not followed.
+    """
+    for entry in _scan(folder, beginning):  # strings, since there can be a million of files
+        if not entry.is_dir():
+            yield above + entry.name
+        elif not entry.is_symlink():
+            yield from _below(entry.path, f"{above}{entry.name}/", "")
+
+
+def _scan(folder: str, beginning: str = "") -> Iterator[os.DirEntry[str]]:
+    """What is in a folder and begins so; nothing if the folder is not there.
+
+    ``os.walk`` would take a folder that can't be read for an empty one.
+    """
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return
+    with entries:
+        yield from (entry for entry in entries if entry.name.startswith(beginning))
 
 
 def _plain(name: str) -> str:

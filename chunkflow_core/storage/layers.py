@@ -5,10 +5,11 @@ Arrays are ``(channels, z, y, x)``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ _CACHE = "public, max-age=3600"
 
 Those of a layer that is made anew are seen an hour later at the latest.
 """
+
+_NO_PROVENANCE: Final[dict[str, Any]] = {"description": "", "owners": [], "processing": [], "sources": []}
+"""CloudVolume's provenance of a layer of which nothing is said."""
 
 
 class InputLayer:
@@ -188,10 +192,15 @@ class OutputLayer:
             return self._reader.read(box)
 
     def stored_chunks(self) -> set[str]:
-        """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``."""
+        """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``.
+
+        Whatever else lies among them is named, too, but not what is in a subfolder: no reader takes
+        that for a storage chunk, and somebody may keep it there.
+        """
+        folder = f"{self._key}/"
         with storage_errors(f"listing {self.path}"):
-            names = layer_files(self.path).list(prefix=f"{self._key}/")
-        return {name.rpartition("/")[2] for name in names if not name.endswith(PARTIAL)}
+            names = {name.removeprefix(folder) for name in layer_files(self.path).list(prefix=folder)}
+        return {name for name in names if "/" not in name and not name.endswith(PARTIAL)}
 
     def chunk_named(self, name: str) -> Box | None:
         """The storage chunk of the layer with a name; None if the layer has none of this name."""
@@ -222,7 +231,7 @@ class OutputLayer:
             raise DataError(str(error)) from error
 
     def delete_chunks(self, names: Iterable[str]) -> None:
-        """Delete storage chunks, or whatever else lies among them."""
+        """Delete storage chunks, or what else lies among them, by ``stored_chunks``' names."""
         with storage_errors(f"deleting storage chunks of {self.path}"):
             layer_files(self.path).delete([f"{self._key}/{name}" for name in names])
 
@@ -247,9 +256,12 @@ def _hull(maps: list[NDArray[np.int64]]) -> Box:
 
 
 def layer_exists(path: str) -> bool:
-    """Whether there is a layer at an address."""
+    """Whether there is a layer at an address.
+
+    An empty ``info`` is none: a machine that crashed while it made the layer may have left it.
+    """
     with storage_errors(f"looking for {path}"):
-        return layer_files(path).get("info") is not None
+        return bool(layer_files(path).get("info"))
 
 
 class NewLayer:
@@ -267,7 +279,10 @@ class NewLayer:
         channels: int = 1,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """Write ``info`` and ``provenance`` of the layer.
+        """Write ``provenance`` and ``info`` of the layer, each in one step.
+
+        ``info`` comes last, since there is a layer from then on. CloudVolume would write it in
+        place: killed then, it leaves a part of it, which nobody can open.
 
         Args:
             path: Address of the layer.
@@ -277,7 +292,7 @@ class NewLayer:
             chunk: Storage chunk size in voxels, zyx.
             offset: Position of the first voxel, zyx.
             channels: Number of channels.
-            provenance: Fields of CloudVolume's provenance to set.
+            provenance: Fields of CloudVolume's provenance to set; the others are empty.
 
         Raises:
             StorageError: The storage does not answer.
@@ -298,11 +313,9 @@ class NewLayer:
         )
         self.path = path
         with storage_errors(f"creating {path}"):
-            self._volume = CloudVolume(**located(path), info=info, progress=False)
-            for key, value in (provenance or {}).items():
-                setattr(self._volume.provenance, key, value)
-            self._volume.commit_info()
-            self._volume.commit_provenance()
+            self._volume = CloudVolume(**located(path), info=info, provenance={}, progress=False)
+        for name, content in (("provenance", _NO_PROVENANCE | (provenance or {})), ("info", info)):
+            put_file(plain(path), name, json.dumps(content, sort_keys=True, indent=2).encode())
 
     def write(self, box: Box, data: NDArray[Any]) -> None:
         """Write ``data``, ``(channels, z, y, x)``, to a box of whole storage chunks."""

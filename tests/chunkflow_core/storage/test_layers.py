@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
@@ -13,6 +14,7 @@ import pytest
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
+from chunkflow_core.audit.audit import repair, verify
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.workspace import Workspace
@@ -58,6 +60,45 @@ def test_only_old_partial_files_are_deleted(tmp_path: Path) -> None:
 
     assert not old.exists()
     assert new.exists() and other.exists()
+
+
+def test_only_what_is_in_its_place_is_a_storage_chunk(tmp_path: Path) -> None:
+    """What lies in a subfolder is no storage chunk, whatever its name, and it is left alone."""
+    path = write_volume(tmp_path)
+    assert main(["run", str(path), "--seams", "0"]) == 0
+    scale = tmp_path / "output" / "4_4_40"
+    lost, copied = "0-8_0-8_0-4", "8-16_0-8_0-4"
+    (scale / "backup" / "old").mkdir(parents=True)
+    (scale / f"{lost}.gz").rename(scale / "backup" / f"{lost}.gz")
+    shutil.copy(scale / f"{copied}.gz", scale / "backup" / "old")
+
+    found = verify(Workspace(load_spec(path)), seams=0).findings
+    assert {(finding.kind, finding.subject) for finding in found} == {("missing chunk", lost)}
+
+    assert repair(Workspace(load_spec(path))) == {(0, 0, 0)}
+    assert main(["run", str(path), "--seams", "0"]) == 0
+    assert verify(Workspace(load_spec(path)), seams=0, deep=True).findings == []
+    assert len([file for file in (scale / "backup").rglob("*") if file.is_file()]) == 2
+
+
+def test_a_layer_is_made_where_a_crash_left_an_empty_info(tmp_path: Path) -> None:
+    """What is left of ``provenance`` may be no JSON. Neither file is written in place."""
+    path, output = write_volume(tmp_path), tmp_path / "output"
+    output.mkdir()
+    (output / "info").touch()
+    (output / "provenance").write_text('{"sources": [')
+    for name in ("info", "provenance"):
+        (tmp_path / name).hardlink_to(output / name)
+
+    assert main(["prepare", str(path)]) == 0
+
+    assert (tmp_path / "info").read_text() == "", "another file has taken its place"
+    assert (tmp_path / "provenance").read_text() == '{"sources": ['
+    volume = CloudVolume(f"file://{output}", progress=False)
+    assert volume.info["scales"][0]["size"] == [40, 48, 20]
+    assert [step["method"]["mode"] for step in volume.provenance.processing] == ["new"]
+    assert (volume.provenance.sources, volume.provenance.owners) == ([f"file://{tmp_path}/input"], [])
+    assert main(["run", str(path), "--seams", "0"]) == 0
 
 
 def test_single_voxels_by_cloudvolume(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from chunkflow_core.__main__ import main
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import load_spec
+from chunkflow_core.steps.output import open_output
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.clients import open_files
 from chunkflow_core.storage.files import storage_errors
@@ -99,6 +101,36 @@ def test_no_permission(
         assert (outcome.returncode, refusal.done) == (78, 1), outcome.stderr
         for text in (place, "aws-secret.json", "GOOGLE_APPLICATION_CREDENTIALS"):
             assert text in outcome.stderr
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_an_output_that_cannot_be_listed(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None:
+    store = use(kind)
+    path = spec_for(store, tmp_path)
+    assert main(["prepare", str(path)]) == 0
+    layer = open_output(load_spec(path))
+    refusal = Fault("refuse", "prefix=.*4_4_40", status=403)
+    store.proxy.faults[:] = [refusal]
+    with pytest.raises(SpecError, match=f"listing {layer.path}"):
+        layer.stored_chunks()
+    assert refusal.done == 1
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_layer_that_is_not_made_to_the_end(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None:
+    """``info`` is written last: without it there is no layer, and the next ``prepare`` makes it."""
+    store = use(kind)
+    spec = spec_for(store, tmp_path)
+    # the request that uploads a file to GCS has its name in the body
+    store.proxy.faults[:] = [Fault("refuse", {"s3": "PUT .*/info", "gs": "POST /upload"}[kind], status=403)]
+    if kind == "gs":
+        store.proxy.faults[0].every = 3  # after the trial and the provenance
+    assert main(["prepare", str(spec)]) == 78
+    store.proxy.faults.clear()
+    assert list(open_files(load_spec(spec).output.path).list()) == ["provenance"]
+
+    assert main(["prepare", str(spec)]) == 0
+    assert open_output(load_spec(spec)).stored_chunks() == set()
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
