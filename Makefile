@@ -9,7 +9,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 # Processes that tests run in; each may start an Airflow.
-WORKERS ?= 3
+WORKERS ?= 4
 # How many times as many random examples the long tests take.
 EXAMPLES ?= 10
 DEMO := $(CURDIR)/.demo
