@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from operators.service.processes import tree
+from operators.service.processes import send, tree
 from operators.service.settings import Home
 from operators.service.state import State
 from tests.support.airflow.service import asked
@@ -82,8 +83,7 @@ class Begun:
         The next process goes on with the same pod, and its log is complete.
         """
         (pod,) = self.until(lambda: counts(self.world, self.name) and self.watched(attempt, "count"))
-        for process in processes(self.world, component, self.task()["id"]):
-            process.kill()
+        send(processes(self.world, component, self.task()["id"]), signal.SIGKILL)
 
         last = attempt if same_try else attempt + 1
         self.until(lambda: self.now()[1] == last)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from operators import launch
-from operators.service.processes import is_alive, wait_until
+from operators.service.processes import is_alive, send, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
 
@@ -38,9 +38,7 @@ def cleanup() -> Iterator[list[psutil.Process]]:
     """Processes to kill whatever the test finds."""
     found: list[psutil.Process] = []
     yield found
-    for process in found:
-        if is_alive(process):
-            process.kill()
+    send(found, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("by_launcher", [True, False])

@@ -19,7 +19,7 @@ import psycopg2
 import pytest
 
 from operators.service.database import Database, free_of
-from operators.service.processes import is_alive, wait_until
+from operators.service.processes import is_alive, send, wait_until
 from operators.service.settings import Home, prepare_home, read_keys
 from operators.service.state import ServiceError
 from tests.support.airflow.service import as_user
@@ -151,8 +151,7 @@ def test_goes_on_after_it_was_killed(begin: Starter, user: str) -> None:
     database, keeper = begin(user=user)
     ask(database, "CREATE TABLE kept AS SELECT 7 AS x")
     found = database.processes()
-    for process in found:
-        process.send_signal(signal.SIGKILL)
+    send(found, signal.SIGKILL)
     assert wait_until(lambda: not any(map(is_alive, found)), LIMIT)
     keeper.kill()
     keeper.wait()

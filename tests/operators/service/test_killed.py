@@ -53,8 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home; whatever runs in it at the end is killed."""
     path = tmp_path_factory.mktemp("service") / "home"
     yield path
-    for process in processes.with_variable(SUPERVISED, str(path)):
-        process.kill()
+    processes.send(processes.with_variable(SUPERVISED, str(path)), signal.SIGKILL)
     state = State.read(Home(path))
     for identity in (state.supervisor, state.guard) if state else ():
         os.kill(identity.pid, signal.SIGKILL)
@@ -238,8 +237,7 @@ def open_folder() -> Iterator[Path]:
     if os.geteuid() == 0:
         shutil.chown(folder, "nobody")
     yield folder
-    for process in processes.with_variable(SUPERVISED, str(folder / "home")):
-        process.kill()
+    processes.send(processes.with_variable(SUPERVISED, str(folder / "home")), signal.SIGKILL)
     shutil.rmtree(folder)
 
 
