@@ -7,6 +7,7 @@ that the planner has it done again.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Collection, Iterator
 
 from chunkflow_core.audit.findings import Audit, Finding, FindingKind
@@ -31,7 +32,7 @@ def verify(
     seams: int = 2,
     deep: bool = False,
     run: str = "",
-    seed: int = 0,
+    seed: int | None = None,
     step_done: Callable[[], object] = lambda: None,
 ) -> Audit:
     """Audit the output, or a part of it: whether what receipts say is stored, and nothing else.
@@ -46,7 +47,8 @@ def verify(
             checksums.
         run: Name of a run. At least half of the windows are at blocks that it has done, or if there
             are none, at those done last.
-        seed: Chooses the windows.
+        seed: Chooses the windows; default: drawn anew, as what one audit overlooks another one may
+            see.
         step_done: Called after each block, and after each window.
     """
     spec, grid = workspace.spec, workspace.spec.grid
@@ -55,20 +57,22 @@ def verify(
     else:
         boxes = [grid.block(index).box for index in blocks]
         box = Box.around(boxes) if boxes else Box(grid.roi.start, grid.roi.start)
-    audit = Audit(box=box, blocks=len(blocks), seed=seed)
+    audit = Audit(box=box, blocks=len(blocks), seed=secrets.randbits(32) if seed is None else seed)
     history = History(spec)
     last = history.fingerprint
     if last not in (None, spec.fingerprint):
         audit.add("other model", None, str(last), f"another spec (fingerprint {last}) has written to this output since")
     stored = StoredAudit(workspace, blocks, audit, deep=deep, mixed=len(history.fingerprints) > 1)
     stored.run(step_done)
-    for window in windows(workspace, stored, seams, run, seed):
+    for window in windows(workspace, stored, seams, run, audit.seed):
         check_window(workspace, window, stored.complete, audit)
         step_done()
     return audit
 
 
-def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed: int = 0) -> frozenset[Vector]:
+def repair(
+    workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed: int | None = None
+) -> frozenset[Vector]:
     """Audit everything that is stored, or a part of it, and undo what is wrong.
 
     Receipts of wrong storage chunks are retracted; receipts and donations that can't be right, and
@@ -80,7 +84,7 @@ def repair(workspace: Workspace, *, box: Box | None = None, seams: int = 0, seed
         workspace: What the steps of the volume share.
         box: Only the blocks that touch this box of voxels are looked at.
         seams: Number of windows to compute again.
-        seed: Chooses the windows.
+        seed: Chooses the windows; default: drawn anew.
 
     Returns:
         The blocks that have to be made right.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import secrets
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -84,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if options.repair:
         from chunkflow_core.audit.audit import repair
 
-        request = Request(blocks=repair(workspace, box=box, seams=options.seams, seed=_seed(options)))
+        request = Request(blocks=repair(workspace, box=box, seams=options.seams, seed=options.seed))
     else:
         request = Request(box, force=options.force, check_input=options.check_input)
     due = plan(spec, request, workspace.state(confirm=True))
@@ -93,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         asked = _asked(options.bbox, force=options.force, check_input=options.check_input, repair=options.repair)
         manifest.begin(spec, name, asked)
         _run(workspace, due, name, options.workers)
-        _verify(workspace, box, request.blocks, seams=options.seams, seed=_seed(options), run=name)
+        _verify(workspace, box, request.blocks, seams=options.seams, seed=options.seed, run=name)
         manifest.complete(spec, name, workspace.exchange.all_receipts())
     cleanup(spec)
     print(f"output: {spec.output.path}")
@@ -175,7 +174,7 @@ def repair(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     workspace = Workspace(spec)
-    undone = repair(workspace, box=box, seams=options.seams, seed=_seed(options))
+    undone = repair(workspace, box=box, seams=options.seams, seed=options.seed)
     due = plan(spec, Request(blocks=undone), workspace.state(confirm=True))
     _tell_plan(workspace, due, options.run, _asked(options.bbox, repair=True), as_json=options.json)
 
@@ -287,7 +286,7 @@ def verify(options: argparse.Namespace) -> None:
         Workspace(spec),
         box_of(options, spec.grid),
         seams=options.seams,
-        seed=_seed(options),
+        seed=options.seed,
         deep=options.deep,
         run=options.run,
         begun=options.begun,
@@ -301,7 +300,7 @@ def _verify(
     blocks: Collection[Vector] | None = None,
     *,
     seams: int,
-    seed: int,
+    seed: int | None,
     deep: bool = False,
     run: str = "",
     begun: bool = False,
@@ -322,7 +321,7 @@ def _verify(
     else:
         print(
             f"verified: {audit.blocks} blocks, {audit.storage_chunks} storage chunks, "
-            f"{audit.seams} windows computed again{f' (seed {seed})' * (audit.seams > 0)}: "
+            f"{audit.seams} windows computed again{f' (seed {audit.seed})' * (audit.seams > 0)}: "
             f"{len(audit.findings)} findings"
         )
     if audit.findings:
@@ -421,11 +420,6 @@ def _add_seams(parser: argparse.ArgumentParser, default: int = 2) -> None:
         metavar="N",
         help="choose the windows as an audit has that printed this seed (default: drawn anew each time)",
     )
-
-
-def _seed(options: argparse.Namespace) -> int:
-    """What chooses the windows: what one audit overlooks another one may see."""
-    return secrets.randbits(32) if options.seed is None else options.seed
 
 
 def _add_plan_output(parser: argparse.ArgumentParser) -> None:

@@ -140,8 +140,11 @@ def agreed(several: Sequence[Receipt]) -> Receipt | None:
     None if they disagree: attempts that have overlapped, each with another input, can leave some of
     each other's storage chunks.
     """
-    said = {(receipt.content, receipt.mask, tuple(sorted(receipt.written.items()))) for receipt in several}
-    return several[-1] if len(said) == 1 and merged([receipt.mark for receipt in several]) else None
+    if not several:
+        return None
+    *others, last = several
+    same = all((r.content, r.mask, r.written) == (last.content, last.mask, last.written) for r in others)
+    return last if same and merged([receipt.mark for receipt in several]) else None
 
 
 def why_not(content: bytes, fingerprint: str) -> str:

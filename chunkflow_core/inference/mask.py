@@ -57,7 +57,7 @@ class MaskWindow:
             ValueError: The box leaves the window.
         """
         parts = self._index(box)
-        return bool(box) and bool(self.present[tuple(slice(part[0], part[-1] + 1) for part in parts)].any())
+        return bool(box) and bool(self._between(parts).any())
 
     def voxels(self, box: Box) -> NDArray[np.bool_]:
         """Which voxels of a box, in input voxels, are inside the mask: ``(z, y, x)``, of its shape.
@@ -74,8 +74,11 @@ class MaskWindow:
             ValueError: The box leaves the window.
         """
         parts = self._index(box)
-        present = self.present[tuple(slice(part[0], part[-1] + 1) for part in parts)]
-        return MaskWindow(box, present, tuple(part - part[0] for part in parts))
+        return MaskWindow(box, self._between(parts), tuple(part - part[0] for part in parts))
+
+    def _between(self, parts: list[NDArray[np.intp]]) -> NDArray[np.bool_]:
+        """The mask voxels from the first to the last of an index, axis by axis."""
+        return self.present[tuple(slice(part[0], part[-1] + 1) for part in parts)]
 
     def _index(self, box: Box) -> list[NDArray[np.intp]]:
         if box not in self.box:

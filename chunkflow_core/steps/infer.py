@@ -43,8 +43,8 @@ def inference_and_donate(
         index: Index of the block, zyx.
         run: Name of the run.
         why: The planner's reason why the block is due. With ``input``, it is done if its input is
-            not what its receipt says; with any other, unless its receipt is of the same run;
-            or its input has changed since; without a reason, if it has no receipt.
+            not what its receipt says; with any other, unless its receipt is of the same run and its
+            input has not changed since; without a reason, if it has no receipt.
         patch_done: Called after each patch.
 
     Raises:

@@ -199,8 +199,8 @@ class OutputLayer:
         """
         folder = f"{self._key}/"
         with storage_errors(f"listing {self.path}"):
-            names = {name.removeprefix(folder) for name in layer_files(self.path).list(prefix=folder)}
-        return {name for name in names if "/" not in name and not name.endswith(PARTIAL)}
+            names = (name.removeprefix(folder) for name in layer_files(self.path).list(prefix=folder))
+            return {name for name in names if "/" not in name and not name.endswith(PARTIAL)}
 
     def chunk_named(self, name: str) -> Box | None:
         """The storage chunk of the layer with a name; None if the layer has none of this name."""

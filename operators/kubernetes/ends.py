@@ -230,24 +230,22 @@ def with_events(outcome: Outcome, events: Sequence[Mapping[str, Any]]) -> Outcom
     """
     if outcome.kind not in TOLD_BY_EVENTS:
         return outcome
-    told: dict[str, None] = {}
-    for event in sorted(events, key=_telling):
-        if event.get("reason") not in _ROUTINE:
-            told.setdefault(f"{event.get('reason')}: {event.get('message')}")
+    untold = [event for event in sorted(events, key=_telling) if event.get("reason") not in _ROUTINE]
+    told = list(dict.fromkeys(f"{event.get('reason')}: {event.get('message')}" for event in untold))
     if not told:
         return outcome
     kind = outcome.kind
     if kind is Kind.DELETED and any(event.get("reason") == "Preempted" for event in events):
         kind = Kind.PREEMPTED
-    return replace(outcome, kind=kind, message=f"{outcome.message} [{'; '.join(list(told)[:_TOLD])}]")
+    return replace(outcome, kind=kind, message=f"{outcome.message} [{'; '.join(told[:_TOLD])}]")
 
 
-def _telling(event: Mapping[str, Any]) -> tuple[int, int, float]:
+def _telling(event: Mapping[str, Any]) -> tuple[bool, int, float]:
     """What to sort events by: the most telling first, of alike ones the latest."""
     reason, time = str(event.get("reason")), str(event.get("lastTimestamp") or event.get("eventTime") or "")
     at = datetime.fromisoformat(time).timestamp() if time else 0.0
     rank = _TELLING.index(reason) if reason in _TELLING else len(_TELLING) + (event.get("type") != "Warning")
-    return int(bool(_ECHO.fullmatch(str(event.get("message"))))), rank, -at
+    return _ECHO.fullmatch(str(event.get("message"))) is not None, rank, -at
 
 
 def _failure(

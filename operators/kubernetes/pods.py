@@ -19,7 +19,7 @@ from chunkflow_core.spec.runner import KubernetesRunner, PodResources, parse_mem
 from operators.command_operator import raise_for
 from operators.commands import Command
 from operators.kubernetes.api import Pod, PodApi, RefusedError, TryLaterError
-from operators.kubernetes.ends import NEVER_RAN, TOLD_BY_EVENTS, Limits, Look, examine, is_lost, vanished, with_events
+from operators.kubernetes.ends import NEVER_RAN, TOLD_BY_EVENTS, Limits, Look, examine, vanished, with_events
 from operators.kubernetes.log import PodLog
 from operators.kubernetes.task_state import TaskState
 from operators.outcomes import Kind, Outcome, Retry
@@ -93,9 +93,10 @@ class TaskPods:
         dealt_with = self.state.ended_pods
         for pod in self._api.find(namespace, selector):
             name = pod["metadata"]["name"]
-            outcome = self._examine(pod).outcome
+            look = self._examine(pod)
+            outcome = look.outcome
             if pod["metadata"].get("deletionTimestamp"):
-                if is_lost(pod, self._api.now):
+                if look.state == "lost":
                     self.dismiss(name, namespace)
             elif name in dealt_with:
                 self.dismiss(name, namespace)

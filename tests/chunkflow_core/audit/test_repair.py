@@ -42,7 +42,7 @@ def volume(whole: Volume) -> Volume:
 
 def mend(volume: Volume, *, seams: int = 0) -> Plan:
     workspace = Workspace(volume.spec)
-    due = plan(volume.spec, Request(blocks=repair(workspace, seams=seams)), workspace.state())
+    due = plan(volume.spec, Request(blocks=repair(workspace, seams=seams, seed=0)), workspace.state())
     for _ in run_here(workspace, due, "mend", lambda: None):
         pass
     return due
