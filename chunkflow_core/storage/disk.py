@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import time
-from typing import Any, Final, TypeVar, overload
+from typing import Any, overload
 
 from chunkflow_core.storage.compression import EXTENSIONS, decompress
+from chunkflow_core.storage.durable import each, make_folder, sync_folders, sync_later
 
 PARTIAL = ".partial"
 """Ending of the names of files that are being written."""
-
-_THREADS: Final = 16
-"""Threads that delete or measure many files: a disk may be in the network."""
-
-_Result = TypeVar("_Result")
 
 
 class DiskFiles:
@@ -60,6 +55,11 @@ class DiskFiles:
             return content
         return [self._read(name, raw=raw) for name in names]
 
+    def files_of(self, name: str) -> list[str]:
+        """The files, by their own names, that are stored under a name in several compressions."""
+        files = [self._folder / f"{name}{extension}" for extension in EXTENSIONS]
+        return [file.name for file in files if file.exists()]
+
     def list(self, prefix: str = "", flat: bool = False, size: bool = False) -> Iterator[Any]:
         """Names that begin with ``prefix``, in order.
 
@@ -77,23 +77,34 @@ class DiskFiles:
         inside, slash, beginning = prefix.rpartition("/")
         folder, above = str(self._folder / inside), inside + slash
         if flat:
-            names = (f"{entry.name}/" if entry.is_dir() else _plain(entry.name) for entry in _scan(folder))
+            names = (f"{entry.name}/" if entry.is_dir() else plain_name(entry.name) for entry in _scan(folder))
             found = {above + name for name in names}
         else:
-            found = set(map(_plain, _below(folder, above, beginning)))
+            found = set(map(plain_name, _below(folder, above, beginning)))
         ordered = sorted(found)
         if not size:
             return iter(ordered)
         return ((name, length) for name, length in self.size(ordered).items() if length is not None)
 
     def delete(self, names: str | Iterable[str]) -> None:
-        """Delete files; those that aren't there are passed over."""
-        _each(self._delete, [names] if isinstance(names, str) else list(names))
+        """Delete files for good; those that aren't there are passed over.
+
+        They do not come back after a power loss. Another process may have deleted a file a moment
+        ago: its folder is synced all the same.
+        """
+        unwanted = [names] if isinstance(names, str) else list(names)
+        each(self._delete, unwanted)
+        sync_folders({(self._folder / name).parent for name in unwanted})
 
     def size(self, names: Iterable[str]) -> dict[str, int | None]:
         """Sizes of files as they are stored, in bytes; None for those that aren't there."""
         wanted = list(names)
-        return dict(zip(wanted, _each(self._size, wanted), strict=True))
+        return dict(zip(wanted, each(self._size, wanted), strict=True))
+
+    def changed_since(self, names: Iterable[str], moment: float) -> bool:
+        """Whether any of some files was changed after a moment, Unix time."""
+        files = (self._folder / f"{name}{extension}" for name in names for extension in EXTENSIONS)
+        return any(file.exists() and file.stat().st_mtime > moment for file in files)
 
     def _read(self, name: str, *, raw: bool) -> dict[str, Any]:
         for extension in self._extensions:
@@ -123,22 +134,47 @@ def local_path(path: str) -> Path:
     return Path(path.removeprefix("file://")).expanduser()
 
 
-def replace_file(target: Path, content: bytes, compression: str | None) -> None:
-    """Write a file in one step.
+def file_signature(status: os.stat_result, extension: str) -> str:
+    """What a disk says of a file: its compression's extension, time of last change in ns, size."""
+    return f"{extension} {status.st_mtime_ns} {status.st_size}"
+
+
+def replace_file(target: Path, content: bytes, compression: str | None, *, durable: bool = True) -> str:
+    """Write a file in one step, and return its signature.
 
     Files of the same name in other compressions, which a reader might find first, are removed.
+
+    Args:
+        target: The file, without the extension of its compression.
+        content: What to write, compressed already if it is to be.
+        compression: ``gzip``, ``br`` or ``zstd`` if the content is compressed, else None.
+        durable: Whether a power loss from now on leaves the file as it is, whole. Else it is
+            noted for ``sync_written``; until then a part of it may be left, or none.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     (extension,) = (end for end, method in EXTENSIONS.items() if method == compression)
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as written:
+            written.write(content)
+            written.flush()
+            if durable:  # before it is renamed: a name without contents must not stay
+                os.fsync(written.fileno())
+            # of this very file: under its name there may soon be another one
+            signature = file_signature(os.fstat(written.fileno()), extension)
         partial.replace(f"{target}{extension}")
     finally:
         partial.unlink(missing_ok=True)
-    for other in EXTENSIONS:
-        if other != extension:
-            Path(f"{target}{other}").unlink(missing_ok=True)
+    if durable:
+        sync_folders([target.parent])
+    else:
+        sync_later(Path(f"{target}{extension}"))
+    others = [file for end in EXTENSIONS if end != extension and (file := Path(f"{target}{end}")).exists()]
+    for file in others:
+        file.unlink(missing_ok=True)
+    if durable and others:
+        sync_folders([target.parent])
+    return signature
 
 
 def delete_partials(path: str, older_than: float) -> None:
@@ -181,14 +217,7 @@ def _scan(folder: str, beginning: str = "") -> Iterator[os.DirEntry[str]]:
         yield from (entry for entry in entries if entry.name.startswith(beginning))
 
 
-def _plain(name: str) -> str:
-    """A name without the extension of a compression."""
+def plain_name(name: str) -> str:
+    """The name of a file without the extension of a compression."""
     base, dot, extension = name.rpartition(".")
     return base if dot + extension in EXTENSIONS and dot else name
-
-
-def _each(function: Callable[[str], _Result], names: list[str]) -> list[_Result]:
-    if len(names) < 2:
-        return [function(name) for name in names]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [future.result() for future in [pool.submit(function, name) for name in names]]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, StorageError
 from chunkflow_core.storage.compression import CorruptFileError
 from chunkflow_core.storage.disk import DiskFiles, local_path, replace_file
+from chunkflow_core.storage.durable import sync_written
 
 _JSON = (".json", "info", "provenance")
 """Endings of the names of files that hold JSON."""
@@ -92,10 +93,13 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
         raise
 
 
-def put_file(path: str, name: str, content: bytes, *, compression: str | None = None, cache: str = "no-cache") -> None:
-    """Store a file below ``path``. A reader never sees half of it.
+def put_file(path: str, name: str, content: bytes, *, compression: str | None = None, cache: str = "no-cache") -> str:
+    """Store a file below ``path``, and return its signature. A reader never sees half of it.
 
-    On a local disk it is renamed into place.
+    On a local disk it is renamed into place. A file of JSON speaks of others: of their form, of
+    whose they are, or that they are complete. So what this process has written to disks before is
+    made to last first, and then the file itself; a power loss takes neither. Any other file lasts
+    from the next one of JSON on.
 
     Args:
         path: Address of a folder.
@@ -104,22 +108,22 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
         compression: ``gzip``, ``br`` or ``zstd`` if the content is compressed, else None.
         cache: What HTTP caches may do with the file, a ``Cache-Control`` header.
 
+    Returns:
+        What the storage says of this very file, as ``LayerSignatures`` asks for it; empty if it
+        says nothing.
+
     Raises:
         MissingInputError: There is no such bucket.
         SpecError: The storage refuses the credentials, or finds none.
         StorageError: The storage does not answer, or is full.
     """
+    speaks = name.endswith(_JSON)
     with storage_errors(f"writing {path}/{name}"):
+        if speaks:
+            sync_written()  # also before it goes elsewhere: a receipt in a bucket, voxels on a disk
         if is_on_disk(path):
-            replace_file(local_path(path) / name, content, compression)
-            return
-        from chunkflow_core.storage.clients import open_files as open_remote
+            return replace_file(local_path(path) / name, content, compression, durable=speaks)
+        from chunkflow_core.storage.uploads import upload
 
-        open_remote(path).put(
-            name,
-            content,
-            content_type="application/json" if name.endswith(_JSON) else "application/octet-stream",
-            compress=compression,
-            cache_control=cache,
-            raw=True,
-        )
+        kind = "application/json" if speaks else "application/octet-stream"
+        return upload(path, name, content, kind=kind, compression=compression, cache=cache)

@@ -192,9 +192,9 @@ def counted_writes(place: Path) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     original = disk.replace_file
 
-    def replace_file(target: Path, content: bytes, compression: str | None) -> None:
+    def replace_file(target: Path, content: bytes, compression: str | None, *, durable: bool) -> str:
         counts[str(target.relative_to(place))] += 1
-        original(target, content, compression)
+        return original(target, content, compression, durable=durable)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "replace_file", replace_file)

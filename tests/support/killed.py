@@ -6,6 +6,7 @@ write was going on.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -52,18 +53,20 @@ def die_half_way(phase: str, count: int) -> None:
     calls = 0
 
     place = {"donate": "donations", "receipt": "receipts", "write": "output"}[phase]
-    write_bytes = Path.write_bytes
+    open_file = Path.open
 
-    def half_write(self: Path, data: bytes) -> int:
+    class HalfFile(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(data[: len(data) // 2])
+            return die()
+
+    def half_open(self: Path, mode: str = "r", **options: Any) -> Any:
         nonlocal calls
-        there = place in [parent.name for parent in self.parents[:3]]
+        there = mode == "wb" and place in [parent.name for parent in self.parents[:3]]
         calls += there
-        if there and calls == count:
-            write_bytes(self, data[: len(data) // 2])
-            die()
-        return write_bytes(self, data)
+        return HalfFile(self, mode) if there and calls == count else open_file(self, mode, **options)
 
-    Path.write_bytes = half_write  # type: ignore[method-assign, assignment]
+    Path.open = half_open  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

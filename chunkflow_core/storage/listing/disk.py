@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from chunkflow_core.storage.compression import EXTENSIONS
+from chunkflow_core.storage.disk import PARTIAL, file_signature, plain_name
 from chunkflow_core.storage.listing.grid import Chunks, Found, Wanted, batches, in_parallel
 
 _DISK_THREADS: Final = 4
@@ -14,6 +16,9 @@ _DISK_THREADS: Final = 4
 
 On a local disk, more would get into each other's way.
 """
+
+_LISTED: Final = 100_000
+"""Number of files that are asked for before the next are listed."""
 
 _EXTENSIONS: Final = tuple(EXTENSIONS)
 
@@ -35,6 +40,25 @@ class Disk:
             extensions = dict.fromkeys(names, ())
             self._scan(extensions)
         return in_parallel(self._signatures, batches(list(extensions.items()), 1000), _DISK_THREADS)
+
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """Names and signatures of all files, without those that are being written.
+
+        A name comes twice if it is there in two compressions.
+        """
+        try:
+            entries = os.scandir(self._folder)
+        except FileNotFoundError:
+            return
+        with entries:
+            files = (entry.name for entry in entries if not entry.name.endswith(PARTIAL) and not entry.is_dir())
+            while batch := [self._split(name) for name in islice(files, _LISTED)]:  # there may be millions
+                yield from in_parallel(self._signatures, batches(batch, 1000), _DISK_THREADS)
+
+    @staticmethod
+    def _split(file: str) -> tuple[str, tuple[str, ...]]:
+        name = plain_name(file)
+        return name, (file[len(name) :],)
 
     def _scan(self, extensions: dict[str, tuple[str, ...]]) -> None:
         """Note the extensions under which files are there."""
@@ -61,4 +85,4 @@ class Disk:
             status = os.stat(path)  # noqa: PTH116 (a million of them)
         except FileNotFoundError:
             return ""
-        return f"{extension} {status.st_mtime_ns} {status.st_size}"
+        return file_signature(status, extension)

@@ -70,6 +70,9 @@ class Store(Protocol):
     def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
         """Names and signatures of storage chunks that are there, among them all that are wanted."""
 
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """Names and signatures of all that lies among the storage chunks, but for subfolders."""
+
 
 def in_parallel(ask: Callable[[_Item], Found], items: Iterable[_Item], threads: int) -> Iterator[tuple[str, str]]:
     """All that is found for some items, in their order.

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from typing import Any, Final
 
 from cloudfiles import CloudFiles, paths
@@ -16,6 +15,7 @@ from requests.adapters import HTTPAdapter
 from chunkflow_core.errors import SpecError
 from chunkflow_core.storage.clients import located, meaning, open_files, patient
 from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Found, Store, Wanted, batches, in_parallel
+from chunkflow_core.storage.uploads import gcs_signature, s3_signature
 
 _REQUESTS: Final = 16
 """Number of requests made at the same time."""
@@ -48,6 +48,10 @@ class _Server(ABC):
     def _connect(self) -> Any:
         return self._files._get_connection()
 
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """Nothing: a web server has no listing."""
+        raise CannotTell
+
     @abstractmethod
     def _head(self, connection: Any, name: str) -> str | None:
         """Signature of a file; None if it isn't there."""
@@ -70,15 +74,21 @@ class _Bucket(_Server):
             self._may_list, names = False, chunks.all_names(wanted)
         yield from self._each(names)
 
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """Names and signatures of all objects that lie in no subfolder."""
+        return (found for found in self._pages("") if "/" not in found[0])
+
     def _list(self, prefix: str) -> Found:
+        return list(self._pages(prefix))
+
+    def _pages(self, prefix: str) -> Iterator[tuple[str, str]]:
         with self._connect() as connection:
             folder: str = connection.get_path_to_file(f"{self._key}/")
-            page, token = self._page(connection, folder + prefix, None)
-            found = page
-            while token:
+            token, more = None, True
+            while more:
                 page, token = self._page(connection, folder + prefix, token)
-                found += page
-        return [(name.removeprefix(folder), signature) for name, signature in found]
+                yield from ((name.removeprefix(folder), signature) for name, signature in page)
+                more = bool(token)
 
     @abstractmethod
     def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
@@ -104,17 +114,13 @@ class _GCS(_Bucket):
     def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
         fields = "items(name,md5Hash,crc32c,generation,size),nextPageToken"
         blobs = connection._bucket.list_blobs(prefix=prefix, page_size=_PAGE, page_token=token, fields=fields)
-        found = [(blob.name, self._signature(blob)) for blob in next(blobs.pages, ())]
+        found = [(blob.name, gcs_signature(blob)) for blob in next(blobs.pages, ())]
         return found, blobs.next_page_token
 
     @patient
     def _head(self, connection: Any, name: str) -> str | None:
         blob = connection._bucket.get_blob(connection.get_path_to_file(name))
-        return None if blob is None else self._signature(blob)
-
-    @staticmethod
-    def _signature(blob: Any) -> str:
-        return f"{blob.md5_hash or blob.crc32c or blob.generation} {blob.size}"
+        return None if blob is None else gcs_signature(blob)
 
 
 class _Http(_Server):
@@ -139,16 +145,6 @@ class _Http(_Server):
                 raise CannotTell
             response.raise_for_status()
             return http_signature(response.headers)
-
-
-def s3_signature(etag: str | None, size: int, modified: datetime) -> str:
-    """What S3 says of an object: ETag and size.
-
-    Stores that look after files for others may have an ETag that is always "1-"; then the time of
-    the last change, in Unix seconds, is added.
-    """
-    etag = (etag or "-").strip('"')
-    return f"{etag} {size}" + (f" {modified.timestamp():.0f}" if etag.endswith("-") else "")
 
 
 def http_signature(headers: Mapping[str, str]) -> str:

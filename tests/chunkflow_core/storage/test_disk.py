@@ -1,9 +1,18 @@
-"""Listings of a disk name all that is there, or fail: what is not seen is not deleted."""
+"""Listings of a disk name all that is there, or fail: what is not seen is not deleted.
+
+Nor does a file speak of others that could not be made to last.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -12,7 +21,8 @@ from chunkflow_core.errors import StorageError
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.spec import load_spec
 from chunkflow_core.storage.disk import DiskFiles
-from chunkflow_core.storage.files import storage_errors
+from chunkflow_core.storage.durable import each
+from chunkflow_core.storage.files import put_file, storage_errors
 from tests.support.volume import write_volume
 
 
@@ -89,3 +99,110 @@ def test_a_disk_that_fails_stops_what_would_replace(tmp_path: Path, capsys: pyte
     assert str(scale) in capsys.readouterr().err
     mend(scale, kept)
     assert main(another) == 78, "the layer is another model's"
+
+
+def sync_with(patch: pytest.MonkeyPatch, before: Callable[[str, bool], object]) -> None:
+    """Have something called before each sync, with the path, and whether it is a folder's."""
+    fsync = os.fsync
+
+    def called(handle: int) -> None:
+        path = str(Path(f"/proc/self/fd/{handle}").readlink())
+        before(path, stat.S_ISDIR(os.fstat(handle).st_mode))
+        fsync(handle)
+
+    patch.setattr(os, "fsync", called)
+
+
+def test_a_file_that_could_not_be_synced_stops_all_receipts_until_it_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second sync of the same file would succeed, although its contents may be lost."""
+    place = f"file://{tmp_path}"
+
+    def fail(path: str, _: bool) -> None:
+        if path.endswith("/chunk"):
+            raise OSError(errno.EIO, "Input/output error", path)
+
+    put_file(place, "chunk", b"voxels")
+    with monkeypatch.context() as patch:
+        sync_with(patch, fail)
+        with pytest.raises(StorageError, match=r"Input/output error.*chunk"):
+            put_file(place, "receipt.json", b"{}")
+    with pytest.raises(StorageError, match=r"Input/output error.*chunk"):
+        put_file(place, "receipt.json", b"{}")
+    assert not (tmp_path / "receipt.json").exists()
+    put_file(place, "chunk", b"voxels")
+    put_file(place, "receipt.json", b"{}")
+    assert (tmp_path / "receipt.json").exists()
+
+
+def test_a_receipt_waits_for_a_sync_that_another_thread_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, order = f"file://{tmp_path}", list[str]()
+    begun, second = threading.Event(), threading.Event()
+
+    def take_long(path: str, _: bool) -> None:
+        if path.endswith("/chunk"):
+            begun.set()
+            second.wait(1)  # the other thread ends meanwhile if it does not wait
+            order.append("chunk")
+
+    def put_second() -> None:
+        begun.wait()
+        put_file(place, "second.json", b"{}")
+        order.append("second")
+        second.set()
+
+    put_file(place, "chunk", b"voxels")
+    sync_with(monkeypatch, take_long)
+    thread = threading.Thread(target=put_second)
+    thread.start()
+    put_file(place, "first.json", b"{}")
+    thread.join()
+    assert order == ["chunk", "second"]
+
+
+@pytest.mark.parametrize(("error", "passes"), [(errno.EINVAL, True), (errno.EBADF, True), (errno.EIO, False)])
+def test_only_a_file_system_that_has_no_sync_of_folders_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, passes: bool
+) -> None:
+    def fail(_: str, is_folder: bool) -> None:
+        if is_folder:
+            raise OSError(error, os.strerror(error))
+
+    (tmp_path / "gone").touch()
+    sync_with(monkeypatch, fail)
+    try:
+        put_file(f"file://{tmp_path}", "receipt.json", b"{}")
+        DiskFiles(f"file://{tmp_path}").delete("gone")
+    except StorageError:
+        assert not passes
+    else:
+        assert passes
+
+
+def test_many_files_are_deleted_with_one_sync_of_each_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{folder}/{i}" for folder in "ab" for i in range(40)]
+    for size, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    files, synced = DiskFiles(f"file://{tmp_path}"), list[str]()
+    assert files.size(names) == {name: size for size, name in enumerate(names)}
+    sync_with(monkeypatch, lambda path, _: synced.append(path))
+    files.delete([*names, "c/not there"])
+    assert sorted(synced) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 16, 17, 40])
+def test_results_come_in_order_from_several_threads(number: int) -> None:
+    threads = set[int]()
+
+    def slow(item: int) -> int:
+        threads.add(threading.get_ident())
+        sleep(0.002)
+        return item * item
+
+    assert each(slow, range(number)) == [item * item for item in range(number)]
+    assert len(threads) > 1 or number < 2
