@@ -178,6 +178,20 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
+_COMMAND = """
+import sys
+from chunkflow_core.__main__ import main
+from chunkflow_core.machine import peak_memory
+code = main()
+print(peak_memory())
+sys.exit(code)
+"""
+"""A command that tells its peak memory in the end.
+
+What its parent could be told of it counts the parent's own memory.
+"""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command says, and what it took."""
@@ -196,16 +210,12 @@ def ask(*arguments: str) -> Answer:
     Raises:
         CalledProcessError: The command fails.
     """
-    command = [sys.executable, "-m", "chunkflow_core", *arguments, "--json"]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Answer(json.loads(output), time.perf_counter() - start, usage.ru_maxrss * 1024)
+    output = subprocess.run(
+        [sys.executable, "-c", _COMMAND, *arguments, "--json"], stdout=subprocess.PIPE, check=True
+    ).stdout
+    content, _, peak = output.strip().rpartition(b"\n")
+    return Answer(json.loads(content), time.perf_counter() - start, int(peak))
 
 
 def wait_for_dag(client: Client, dag: str, limit: float = 120.0) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from chunkflow_core.commands.arguments import Parser, run_command
 from chunkflow_core.errors import ChunkflowError, UsageError
 from chunkflow_core.exchange.folder import Exchange
-from chunkflow_core.reports.figures import summarise
+from chunkflow_core.reports.figures import report_of, tally_of
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.steps.workspace import Workspace
 from operators.commands import SELECT, infer_task_id
@@ -230,7 +230,8 @@ def show(spec: VolumeSpec, home: Path, service: Service, run: str, seconds: floa
 
     picture = home / f"{spec.name}.png"
     draw_section(Workspace(spec), picture)
-    report = summarise(spec, Exchange(spec), run=run)
+    exchange = Exchange(spec)
+    report = report_of(spec, exchange.path, tally_of(spec, exchange.all_receipts(), run=run))
     done = f"{report.inferred} blocks inferred, {report.blended} blended, {report.patches} patches in this run"
     verified = f"every storage chunk is there, receipts agree, seams are exact; {done}"
     rows = {

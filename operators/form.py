@@ -29,7 +29,7 @@ def form_of(spec: VolumeSpec) -> dict[str, Param]:
         DEFAULTS["check_input"],
         type="boolean",
         title="check input",
-        description="infer again the blocks whose input has changed",
+        description="infer again the blocks whose input has changed, or whose output somebody else has changed",
     )
     params["only_repair"] = Param(
         DEFAULTS["only_repair"],

@@ -1,24 +1,29 @@
 """What is stored, against what receipts say: storage chunks, donations, and receipts themselves.
 
-It is done group by group, so that no more receipts are in memory than a group has; what of them
-other groups need is in their marks.
+It is done group by group, so that no more receipts are in memory than a group has. Donors lie in
+the same group or in one before it; marks are kept until the last group that needs them. What stays
+of a block is a few numbers: a volume may have millions.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import prod
 from typing import cast
 
 from chunkflow_core.audit.findings import Audit, FindingKind
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.exchange.folder import group_of
-from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Mark, Stage
+from chunkflow_core.exchange.folder import blocks_of, group_of
+from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Stage, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt, agreed
+from chunkflow_core.lattice.block_numbers import BlockSet, number_of
 from chunkflow_core.lattice.blocks import Block, Donation, given_box
 from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.planning.outputs import wrong_chunk
 from chunkflow_core.planning.planner import Done
 from chunkflow_core.steps.workspace import Workspace
 
@@ -49,72 +54,99 @@ class StoredAudit:
         """
         self._workspace, self._audit, self._deep, self._mixed = workspace, audit, deep, mixed
         self._spec, self._grid, self._exchange = workspace.spec, workspace.spec.grid, workspace.exchange
-        self._blocks = frozenset(blocks)
-        self._chunks = workspace.output.stored_chunks()
-        self._marks: dict[Stage, dict[Vector, Mark]] = {"infer": {}, "blend": {}}
-        self._begun: set[Vector] = set()
-        self.complete: set[Vector] = set()
+        self._blocks = BlockSet(self._grid, blocks)
+        self._chunks = workspace.output.signatures()
+        self._marks: dict[Stage, dict[Vector, str]] = {"infer": {}, "blend": {}}
+        """Marks of valid receipts, as text: parsed ones take five times the memory."""
+        self._needed_until: dict[Vector, list[Vector]] = defaultdict(list)
+        """Group → blocks whose marks of inference no later group needs."""
+        self.complete = BlockSet(self._grid)
         """Blocks for which nothing is due."""
-        self.runs: dict[Vector, set[str]] = defaultdict(set)
-        """Names of the runs that have done a block's stages."""
-        self.finished: dict[Vector, float] = defaultdict(float)
-        """Time when the last of a block's stages was done, Unix time."""
+        number = prod(self._grid.shape)
+        self._names: dict[str, int] = {}
+        """Name of a run → its number, from 1."""
+        self._runs: dict[Stage, array[int]] = {stage: array("I", bytes(4 * number)) for stage in STAGES}
+        self._finished = array("d", bytes(8 * number))
 
     def load(self, blocks: Collection[Vector]) -> None:
         """Do nothing: what the planner asks for is known already."""
 
     def inferred(self, block: Vector) -> InferenceMark | None:
         """What the block's valid receipt of inference says; None if there is none."""
-        return cast("InferenceMark | None", self._marks["infer"].get(block))
+        return cast("InferenceMark | None", parse_mark("infer", self._marks["infer"].get(block, "")))
 
     def blended(self, block: Vector) -> BlendingMark | None:
         """What the block's valid receipt of blending says; None if there is none."""
-        return cast("BlendingMark | None", self._marks["blend"].get(block))
+        return cast("BlendingMark | None", parse_mark("blend", self._marks["blend"].get(block, "")))
+
+    def is_of(self, run: str, block: Vector) -> bool:
+        """Whether any receipt of a block is of a run."""
+        known, number = self._names.get(run), number_of(self._grid, block)
+        return known is not None and any(runs[number] == known for runs in self._runs.values())
+
+    def finished(self, block: Vector) -> float:
+        """Time when the last of a block's stages was done, Unix time; 0 if that is not known."""
+        return self._finished[number_of(self._grid, block)]
 
     def run(self, block_done: Callable[[], object]) -> None:
         """Audit the blocks; ``block_done`` is called after each."""
-        by_group: dict[Vector, list[Vector]] = defaultdict(list)
-        for block in sorted(self._blocks):
-            by_group[group_of(block)].append(block)
-        groups = set(by_group) | {group_of(donor) for block in self._blocks for donor in self._grid.donors(block)}
+        groups = {group_of(b) for block in self._blocks for b in (block, *self._grid.donors(block))}
         if self._audit.box is None:
             groups |= self._exchange.stored_groups()
         self._check_strays()
         with ThreadPoolExecutor(_READERS, thread_name_prefix="audit") as pool:
-            for group in sorted(groups):
-                self._check_group(group, by_group[group], pool, block_done)
-        for block in sorted(self._blocks):
-            self._check_complete(self._grid.block(block))
+            for group in sorted(groups):  # donors first
+                self._check_group(group, pool, block_done)
 
     def _check_strays(self) -> None:
-        box, output = self._audit.box, self._workspace.output
-        for name in sorted(self._chunks):
-            if output.chunk_named(name) is None and (box is None or _touches(name, box)):
+        box = self._audit.box
+        for name in sorted(self._chunks.load_all()):
+            if box is None or _touches(name, box):
                 self._audit.add(
                     "stray chunk", None, name, f"{name} lies among the storage chunks, and is none of the layer's"
                 )
 
-    def _check_group(
-        self, group: Vector, blocks: Iterable[Vector], pool: ThreadPoolExecutor, block_done: Callable[[], object]
-    ) -> None:
-        receipts = {stage: self._receipts(stage, group) for stage in STAGES}
+    def _check_group(self, group: Vector, pool: ThreadPoolExecutor, block_done: Callable[[], object]) -> None:
+        begun = set[Vector]()
+        receipts = {stage: self._receipts(stage, group, begun) for stage in STAGES}
         self._check_donations(group, receipts["infer"], pool)
-        for index in blocks:
+        done = Done(self._spec, self)
+        for index in filter(self._blocks.__contains__, blocks_of(group, self._grid)):
             block = self._grid.block(index)
             for stage in STAGES:
                 boxes = (block.core,) if stage == "infer" else block.frame
                 receipt = receipts[stage].get(index)
-                if receipt is not None and receipt.block in self._marks[stage]:
+                if receipt is not None and index in self._marks[stage]:
                     self._check_chunks(index, boxes, receipt, pool)
-                    self.runs[index].add(receipt.run)
-                    self.finished[index] = max(self.finished[index], float(receipt.facts.get("finished", 0)))
+                    self._note(receipt)
+            self._check_complete(block, done, begun)
             block_done()
+        self._forget_marks(group, receipts["infer"].keys())
 
-    def _receipts(self, stage: Stage, group: Vector) -> dict[Vector, Receipt]:
+    def _note(self, receipt: Receipt) -> None:
+        number = number_of(self._grid, receipt.block)
+        self._runs[receipt.stage][number] = self._names.setdefault(receipt.run, len(self._names) + 1)
+        self._finished[number] = max(self._finished[number], float(receipt.facts.get("finished", 0)))
+
+    def _forget_marks(self, group: Vector, inferred: Set[Vector]) -> None:
+        """Forget the marks that no group after this one needs.
+
+        Args:
+            group: The group that has been checked.
+            inferred: Its blocks with a receipt of inference.
+        """
+        for donor in inferred:
+            needing = [group_of(r) for r in self._grid.receivers(donor) if r in self._blocks]
+            self._needed_until[max([group, *needing])].append(donor)
+        for donor in self._needed_until.pop(group, ()):
+            self._marks["infer"].pop(donor, None)
+        self._marks["blend"].clear()
+
+    def _receipts(self, stage: Stage, group: Vector, begun: set[Vector]) -> dict[Vector, Receipt]:
         """The receipts of a group that count, by block.
 
         Those from before the ROI grew, which have no mark, are among them where there are no
-        others.
+        others. Blocks that have any receipt are added to ``begun``.
         """
         current: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
         outdated: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
@@ -127,13 +159,13 @@ class StoredAudit:
             box, geometry = self._grid.block(block).box.key, self._spec.block_digest(block)
             kind = current if (receipt.box, receipt.geometry) == (box, geometry) else outdated
             kind[block][name] = receipt
-        self._begun.update(current, outdated)
+        begun.update(current, outdated)
         found = {}
         for block, several in current.items():
             for name in outdated.pop(block, {}):
                 self._bad_receipt(name, block, "a receipt from before the ROI grew stands beside the one that counts")
             if counting := agreed(list(several.values())):
-                self._marks[stage][block] = counting.mark
+                self._marks[stage][block] = counting.mark.text
                 found[block] = counting
                 continue
             for name in several:
@@ -141,29 +173,24 @@ class StoredAudit:
         return {block: next(iter(several.values())) for block, several in outdated.items()} | found
 
     def _bad_receipt(self, name: str, block: Vector | None, message: str) -> None:
-        if block in self._blocks or (block is None and self._audit.box is None):
+        if (self._audit.box is None) if block is None else block in self._blocks:
             self._audit.add("receipt", block, name, f"{message} ({name})")
 
     def _check_chunks(self, index: Vector, boxes: Iterable[Box], receipt: Receipt, pool: ThreadPoolExecutor) -> None:
         output, names = self._workspace.output, []
         for chunk in (chunk for box in boxes if box for chunk in output.expected_chunks(box)):
             self._audit.storage_chunks += 1
-            if chunk.key in self._chunks:
+            if self._chunks.exists(chunk.key):
                 names.append(chunk.key)
             else:
                 self._audit.add("missing chunk", index, chunk.key, f"the storage chunk {chunk.key} is missing")
-        if self._deep:
-            for name, problem in zip(names, pool.map(partial(self._wrong_chunk, receipt), names), strict=True):
-                if problem:
-                    self._audit.add("wrong chunk", index, name, f"the storage chunk {name} is wrong: {problem}")
+        for name, problem in zip(names, pool.map(partial(self._wrong_chunk, receipt), names), strict=True):
+            if problem:
+                self._audit.add("wrong chunk", index, name, f"the storage chunk {name} is wrong: {problem}")
 
     def _wrong_chunk(self, receipt: Receipt, name: str) -> str:
         """What is wrong with a storage chunk; empty if nothing is."""
-        try:
-            digest = self._workspace.output.digest(name)
-        except DataError as error:
-            return str(error)
-        return "" if digest == receipt.written.get(name) else "its voxels are not those that the receipt vouches for"
+        return wrong_chunk(self._workspace.output, name, receipt, self._chunks.number(name), deep=self._deep)
 
     def _check_donations(self, group: Vector, receipts: dict[Vector, Receipt], pool: ThreadPoolExecutor) -> None:
         by_donor: dict[Vector | None, dict[str, int]] = defaultdict(dict)
@@ -206,7 +233,7 @@ class StoredAudit:
 
     def _concerns(self, donor: Vector | None, name: str) -> bool:
         """Whether a donation is of the blocks that are audited, or for them."""
-        if self._audit.box is None or donor in self._blocks:
+        if self._audit.box is None or (donor is not None and donor in self._blocks):
             return True
         try:
             start = given_box(_key(name)).start
@@ -227,28 +254,32 @@ class StoredAudit:
             pass
         return ""
 
-    def _check_complete(self, block: Block) -> None:
+    def _check_complete(self, block: Block, done: Done, begun: Set[Vector]) -> None:
         """Note a block as incomplete if the planner would do it again.
 
         Donations that were cleaned up are no fault.
+
+        Args:
+            block: The block.
+            done: What is done, of its group and of those before.
+            begun: Blocks of its group that have any receipt.
         """
         index = block.index
         stage: Stage = "blend"
-        done = Done(self._spec, self)  # remembering more would keep all groups in memory
         if done.inferred(index) is None:
             stage = "infer"
         elif not self._grid.has_frame(index) or done.has_consumed(index):
             self.complete.add(index)
             return
-        begun = index in self._begun if stage == "infer" else self.blended(index) is not None
-        kind: FindingKind = "incomplete" if begun or self._has_remains(block, stage) else "not done"
+        has_begun = index in begun if stage == "infer" else self.blended(index) is not None
+        kind: FindingKind = "incomplete" if has_begun or self._has_remains(block, stage) else "not done"
         self._audit.add(kind, index, stage, _COMPLETE[stage])
 
     def _has_remains(self, block: Block, stage: Stage) -> bool:
         """Whether there are storage chunks of a block that no receipt vouches for."""
         boxes = block.frame if stage == "blend" else (block.core, *block.frame)
         chunks = (chunk.key for box in boxes if box for chunk in self._workspace.output.expected_chunks(box))
-        return not self._mixed and not self._chunks.isdisjoint(chunks)
+        return not self._mixed and any(map(self._chunks.exists, chunks))
 
 
 def _touches(name: str, box: Box) -> bool:

@@ -2,14 +2,21 @@
 
 Layout below ``<exchange>/<fingerprint>/``, in groups of 8 × 8 × 8 blocks::
 
-    donations/<group>/<block-range>%<box-range>         weighted partial sums, self-describing
+    donations/<group>/<block>/<block-range>%<box-range> weighted partial sums, self-describing
     receipts/infer/<group>/<block-range>%<mark>.json    written last by inference-and-donate
     receipts/blend/<group>/<block-range>%<mark>.json    written last by receive-and-blend
+    receipts/…/<block-range>%<digest>%<digest>.same     what storage said of one content, and says
     trial.json                                          what prepare has measured, for estimates
+    reference.json                                      what the network gives on the first machine
     repair.json                                         the blocks that the last repair has undone
 
 A listing says all that planning needs: the names of receipts have it in their marks (``marks.py``).
-Groups are listed at the same time.
+Groups are listed at the same time. A note (``.same``) says what has been found out by reading
+voxels: that what storage describes in one way has the content that it described in another way
+before. It is true for ever, whatever becomes of the receipt, and is thrown away with it.
+
+A block may leave hundreds of donations. They are in a folder of its own, since a disk lists a whole
+folder: each block would pay for all of its group.
 
 Files on a local disk are replaced in one step, so that a second attempt never shows a reader half a
 file. Object stores do that by themselves.
@@ -18,30 +25,35 @@ file. Object stores do that by themselves.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange import donations, receipts
 from chunkflow_core.exchange.marks import STAGES, Mark, Stage, merged, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
-from chunkflow_core.lattice.blocks import Donation, donor_part, given_box
+from chunkflow_core.lattice.blocks import BlockGrid, Donation, donor_part, given_box
 from chunkflow_core.lattice.boxes import Vector, ceil_to, indices, vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.addresses import plain
-from chunkflow_core.storage.disk import PARTIAL
+from chunkflow_core.storage.disk import PARTIAL, local_path
+from chunkflow_core.storage.durable import sync_folders
 from chunkflow_core.storage.files import is_on_disk, open_files, put_file, storage_errors
 
 _TRIAL = "trial.json"
 _UNDONE = "repair.json"
+_NOTE = ".same"
 _GROUP = 8
 """Edge of a group, in blocks."""
 _LISTINGS = 16
 """Number of listings requested at a time."""
+_FETCHED = 64
+"""Number of receipts fetched at a time: of a large block, one has a hundred kilobytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +145,13 @@ class Exchange:
     def donations_of(self, groups: Iterable[Vector]) -> dict[Vector, list[str]]:
         """Keys of the donations that the blocks of some groups have left, by donor."""
         found: dict[Vector, list[str]] = defaultdict(list)
-        for _, names in self._list_groups("donations", groups):
-            for key in names:
+        for group, names in self._list_groups("donations", groups):
+            for name in names:
+                key = name.rpartition("/")[2]
                 with suppress(ValueError):  # of what is no donation
                     given_box(key)
-                    found[self._donor(key)].append(key)
+                    if self._donation(key) == f"donations/{_index_name(group)}/{name}":
+                        found[self._donor(key)].append(key)
         return found
 
     def delete_donations(self, keys: Iterable[str]) -> None:
@@ -146,9 +160,8 @@ class Exchange:
 
     def keep_donations(self, donor: Vector, entries: Iterable[DonationEntry]) -> None:
         """Delete the donations that a block has left and that are not among these entries."""
-        kept = {entry.key for entry in entries if entry.checksum is not None}
-        there = self._names_of(donor, f"donations/{_group_name(group_of(donor))}")
-        self.delete_files([name for name in there if name.rpartition("/")[2] not in kept])
+        kept = {self._donation(entry.key) for entry in entries if entry.checksum is not None}
+        self.delete_files([name for name in self._list(f"{_donations(donor)}/") if name not in kept])
 
     def put_receipt(self, receipt: Receipt) -> None:
         """Store a receipt: the block's stage is complete from here on."""
@@ -160,33 +173,32 @@ class Exchange:
         A receipt counts if it is intact and of this fingerprint, and no other one disagrees with
         it.
         """
-        found = [receipt for receipt in self._parsed(self._receipt_names(stage, block)) if receipt]
-        return receipts.agreed(found)
+        box = self.spec.grid.block(block).box
+        names = self._list(f"{_receipts(stage, group_of(block))}/{box.key}%")
+        return receipts.agreed([receipt for receipt in self._parsed(names) if receipt])
 
     def receipts(self, stage: Stage, groups: Iterable[Vector] | None = None) -> dict[Vector, Receipt]:
         """All receipts of a stage that count, or those of some groups, by block.
 
         Receipts of a block that has another box since the ROI has grown are left out.
         """
-        folder, grid = f"receipts/{stage}", self.spec.grid
-        listed = self._list_groups(folder, self.groups() if groups is None else groups)
-        names = [f"{folder}/{_group_name(group)}/{name}" for group, found in listed for name in found]
-        by_block: dict[Vector, list[Receipt]] = defaultdict(list)
-        for receipt in self._parsed(names):
-            if receipt and receipt.block in grid and grid.block(receipt.block).box.key == receipt.box:
-                by_block[receipt.block].append(receipt)
-        counting = {block: receipts.agreed(found) for block, found in by_block.items()}
-        return {block: receipt for block, receipt in counting.items() if receipt is not None}
+        counting = self._counting(stage, self.groups() if groups is None else groups)
+        return {receipt.block: receipt for receipt in counting}
 
-    def all_receipts(self) -> list[Receipt]:
-        """All intact receipts of both stages."""
-        return [receipt for stage in STAGES for receipt in self.receipts(stage).values()]
+    def all_receipts(self) -> Iterator[Receipt]:
+        """All receipts of both stages that count: of inference first, by group, then by block.
+
+        They are read while they are asked for, so that no more than a few are in memory.
+        """
+        for stage in STAGES:
+            yield from self._counting(stage, self.groups())
 
     def some_receipts(self, stage: Stage, number: int) -> list[Receipt]:
         """Up to ``number`` intact receipts of a stage, the first that are found."""
         names: list[str] = []
         for group in sorted(self._folders(f"receipts/{stage}")):
-            names += self._list(f"receipts/{stage}/{group}/")[: number - len(names)]
+            found = [name for name in self._list(f"receipts/{stage}/{group}/") if not name.endswith(_NOTE)]
+            names += found[: number - len(names)]
             if len(names) >= number:
                 break
         return [receipt for receipt in self._parsed(names) if receipt]
@@ -194,30 +206,40 @@ class Exchange:
     def marks(self, stage: Stage, groups: Iterable[Vector]) -> dict[Vector, Mark]:
         """The marks of the receipts in some groups, by block.
 
-        Blocks with receipts that disagree are left out.
+        Blocks with receipts that disagree are left out. One from before the ROI grew, when the
+        block ended elsewhere, counts only where there is no other.
         """
-        found: dict[Vector, list[Mark]] = defaultdict(list)
+        found: dict[Vector, list[tuple[str, Mark]]] = defaultdict(list)
+        notes: dict[Vector, set[tuple[str, str]]] = defaultdict(set)
         for group, names in self._list_groups(f"receipts/{stage}", groups):
             for name in names:
                 box, _, text = name.removesuffix(".json").partition("%")
                 with suppress(ValueError):
                     block, mark = self._block(box), parse_mark(stage, text)
-                    if mark is not None and group_of(block) == group:
-                        found[block].append(mark)
-        marks: dict[Vector, Mark | None] = {}
-        for block, several in found.items():
+                    if group_of(block) != group:
+                        continue
+                    if mark is not None:
+                        found[block].append((box, mark))
+                    elif text.endswith(_NOTE):
+                        before, _, now = text.removesuffix(_NOTE).partition("%")
+                        notes[block].add((before, now))
+        marks: dict[Vector, Mark] = {}
+        for block, named in found.items():
+            several = [mark for _, mark in named]
+            if len(named) > 1 and block in self.spec.grid:
+                present = self.spec.grid.block(block).box.key
+                several = [mark for box, mark in named if box == present] or several
+            mark = merged(several)
             # Names that agree may be of attempts that have read something else: the files tell.
-            counts = len(several) == 1 or self.receipt(stage, block) is not None
-            marks[block] = merged(several) if counts else None
-        return {block: mark for block, mark in marks.items() if mark is not None}
+            if mark is not None and (len(several) == 1 or self.receipt(stage, block) is not None):
+                marks[block] = replace(mark, same=frozenset(notes[block])) if block in notes else mark
+        return marks
 
-    def put_signature(self, receipt: Receipt, signature: str) -> None:
-        """Note in a receipt what storage says of the same input at present."""
-        name = f"{_receipts(receipt.stage, group_of(receipt.block))}/{receipt.name}"
-        if name not in self._receipt_names(receipt.stage, receipt.block):
-            return  # somebody has retracted it meanwhile
-        self.put_receipt(replace(receipt, signature=signature))
-        self.delete_files([name])
+    def put_note(self, stage: Stage, block: Vector, before: str, now: str) -> None:
+        """Note that what storage describes by two digests, then and now, is of one content."""
+        if before and now and before != now:
+            box = self.spec.grid.block(block).box
+            put_file(self.path, f"{_receipts(stage, group_of(block))}/{box.key}%{before}%{now}{_NOTE}", b"")
 
     def retract(self, stage: Stage, block: Vector) -> None:
         """Delete a block's receipts, before anything that they vouch for is changed.
@@ -228,8 +250,11 @@ class Exchange:
         Raises:
             StorageError: A receipt is there afterwards.
         """
-        listing = partial(self._names_of, block, _receipts(stage, group_of(block)))
-        self._delete_all(listing, look_again=is_on_disk(self.path))
+        listing = partial(self._receipts_of, stage, block)
+        deleted = self._delete_all(listing, look_again=is_on_disk(self.path))
+        if not deleted and is_on_disk(self.path):
+            # An attempt that was killed may have deleted them: no power loss brings them back.
+            sync_folders([local_path(self.path) / _receipts(stage, group_of(block))])
 
     def delete_receipts(self) -> int:
         """Delete all receipts, those of blends first, and return how many there were.
@@ -237,7 +262,8 @@ class Exchange:
         Raises:
             StorageError: A receipt is there afterwards.
         """
-        return self._delete_all(lambda: [n for stage in reversed(STAGES) for n in self._list(f"receipts/{stage}/")])
+        names = self._delete_all(lambda: [n for stage in reversed(STAGES) for n in self._list(f"receipts/{stage}/")])
+        return sum(not name.endswith(_NOTE) for name in names)
 
     def groups(self) -> Iterator[Vector]:
         """All groups of the volume's blocks."""
@@ -279,11 +305,7 @@ class Exchange:
 
         For a file that counts for nothing there is a text that says why, instead of the receipt.
         """
-        names = list(self._stored(f"receipts/{stage}", groups))
-        with storage_errors(f"reading receipts in {self.path}"):
-            answers = self._files.get(names) if names else []
-        for answer in answers:
-            name, content = answer["path"], answer["content"]
+        for name, content in self._contents(list(self._stored(f"receipts/{stage}", groups))):
             receipt = receipts.unpack(content, self.fingerprint)
             if receipt is None and content is not None:
                 yield name, receipts.why_not(content, self.fingerprint)
@@ -296,15 +318,16 @@ class Exchange:
         sizes: dict[str, int] = {}
         for group in groups:
             with storage_errors(f"listing donations in {self.path}"):
-                sizes.update(self._files.list(prefix=f"donations/{_group_name(group)}/", size=True))
+                sizes.update(self._files.list(prefix=f"donations/{_index_name(group)}/", size=True))
         return {name: size for name, size in sizes.items() if not name.endswith(PARTIAL)}
 
     def owner(self, name: str) -> Vector | None:
         """The block that a stored file is of, by its name; None if the volume has no such block."""
-        _, group, text = name.rsplit("/", 2)
+        folder, _, text = name.rpartition("/")
         with suppress(ValueError):
             block = self._block(text.partition("%")[0])
-            if block in self.spec.grid and group == _group_name(group_of(block)):
+            proper = (_donations(block), *(_receipts(stage, group_of(block)) for stage in STAGES))
+            if block in self.spec.grid and folder in proper:
                 return block
         return None
 
@@ -313,28 +336,28 @@ class Exchange:
         with storage_errors(f"deleting files in {self.path}"):
             self._files.delete(list(names))
 
-    def _delete_all(self, listing: Callable[[], list[str]], *, look_again: bool = True) -> int:
-        """Delete what a listing names, look whether any is left, and return how many there were.
+    def _delete_all(self, listing: Callable[[], list[str]], *, look_again: bool = True) -> list[str]:
+        """Delete what a listing names, look whether any is left, and return the names.
 
         A receipt that stays, or that another attempt leaves meanwhile, would vouch for what is
         going to be replaced.
         """
         if not (names := listing()):
-            return 0
+            return []
         self.delete_files(names)
         if look_again and (left := listing()):
             raise StorageError(
                 f"{self.path}: {len(names)} files have been deleted, and there are {len(left)}, such as {left[0]}. "
                 "Another attempt may have written them meanwhile: run again when it has ended"
             )
-        return len(names)
+        return names
 
     def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
         for group, names in self._list_groups(folder, groups):
-            yield from (f"{folder}/{_group_name(group)}/{name}" for name in names)
+            yield from (f"{folder}/{_index_name(group)}/{name}" for name in names if not name.endswith(_NOTE))
 
     def _donation(self, key: str) -> str:
-        return f"donations/{_group_name(group_of(self._donor(key)))}/{key}"
+        return f"{_donations(self._donor(key))}/{key}"
 
     def _donor(self, key: str) -> Vector:
         return self._block(donor_part(key))
@@ -348,28 +371,34 @@ class Exchange:
             (int(x[: x.index("-", 1)]) - self._origin[2]) // self._size[2],
         )
 
-    def _receipt_names(self, stage: Stage, block: Vector) -> list[str]:
-        box = self.spec.grid.block(block).box
-        return self._list(f"{_receipts(stage, group_of(block))}/{box.key}%")
-
-    def _names_of(self, block: Vector, folder: str) -> list[str]:
-        """Files of a block in a group's folder.
+    def _receipts_of(self, stage: Stage, block: Vector) -> list[str]:
+        """Files of a block among the receipts of a stage.
 
         Those from before the ROI grew, when the block ended elsewhere, are among them.
         """
         x = self.spec.grid.block(block).box.start[2]
-        return [name for name in self._list(f"{folder}/{x}-") if self.owner(name) == block]
+        return [name for name in self._list(f"{_receipts(stage, group_of(block))}/{x}-") if self.owner(name) == block]
 
-    def _list_groups(self, folder: str, groups: Iterable[Vector]) -> Iterator[tuple[Vector, list[str]]]:
-        """Names of the files in some groups of a folder, without their path."""
-        wanted = list(groups)
+    def _list_groups(
+        self, folder: str, groups: Iterable[Vector], *, ahead: int = _LISTINGS
+    ) -> Iterator[tuple[Vector, list[str]]]:
+        """Names of the files in some groups of a folder, without their path.
+
+        Only ``ahead`` groups are listed before they are asked for: names of all would fill memory.
+        """
+        wanted = deque(groups)
         if len(wanted) > _LISTINGS:  # most may not be there yet
             there = set(self._folders(folder))
-            wanted = [group for group in wanted if _group_name(group) in there]
-        prefixes = [f"{folder}/{_group_name(group)}/" for group in wanted]
+            wanted = deque(group for group in wanted if _index_name(group) in there)
+        listed = deque[tuple[Vector, str, Future[list[str]]]]()
         with ThreadPoolExecutor(_LISTINGS, thread_name_prefix="list") as pool:
-            for group, prefix, names in zip(wanted, prefixes, pool.map(self._list, prefixes), strict=True):
-                yield group, [name[len(prefix) :] for name in names]
+            while wanted or listed:
+                while wanted and len(listed) < ahead:
+                    group = wanted.popleft()
+                    prefix = f"{folder}/{_index_name(group)}/"
+                    listed.append((group, prefix, pool.submit(self._list, prefix)))
+                group, prefix, names = listed.popleft()
+                yield group, [name[len(prefix) :] for name in names.result()]
 
     def _folders(self, folder: str) -> Iterator[str]:
         with storage_errors(f"listing {self.path}/{folder}"):
@@ -380,13 +409,39 @@ class Exchange:
         with storage_errors(f"listing {self.path}/{prefix}"):
             return [name for name in self._files.list(prefix=prefix) if not name.endswith(PARTIAL)]
 
-    def _parsed(self, names: list[str]) -> Iterator[Receipt | None]:
+    def _counting(self, stage: Stage, groups: Iterable[Vector]) -> Iterator[Receipt]:
+        """The receipts of some groups that count, by group, then by block."""
+        folder = f"receipts/{stage}"
+        for group, found in self._list_groups(folder, groups, ahead=2):
+            names = (f"{folder}/{_index_name(group)}/{name}" for name in found)
+            present = sorted((block, name) for name in names if (block := self._present(name)) is not None)
+            parsed = filter(None, self._parsed(name for _, name in present))
+            for _, several in groupby(parsed, key=lambda receipt: receipt.block):
+                if (counting := receipts.agreed(list(several))) is not None:
+                    yield counting
+
+    def _present(self, receipt: str) -> Vector | None:
+        """The block that a receipt is of, by its name; None if it has another box by now."""
+        block, box = self.owner(receipt), receipt.rpartition("/")[2].partition("%")[0]
+        return block if block is not None and self.spec.grid.block(block).box.key == box else None
+
+    def _parsed(self, names: Iterable[str]) -> Iterator[Receipt | None]:
         """The receipts in some files; None for one that is not intact, or has another name."""
-        with storage_errors(f"reading receipts in {self.path}"):
-            answers = self._files.get(names) if names else []
-        for answer in answers:
-            receipt = receipts.unpack(answer["content"], self.fingerprint)
-            yield receipt if receipt and answer["path"].endswith(f"/{receipt.name}") else None
+        for name, content in self._contents([name for name in names if not name.endswith(_NOTE)]):
+            receipt = receipts.unpack(content, self.fingerprint)
+            yield receipt if receipt and name.endswith(f"/{receipt.name}") else None
+
+    def _contents(self, names: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Names and contents of some files, read a few at a time, in the order of the names.
+
+        The content of one that isn't there is None.
+        """
+        for first in range(0, len(names), _FETCHED):
+            several = names[first : first + _FETCHED]
+            with storage_errors(f"reading receipts in {self.path}"):
+                contents = {answer["path"]: answer["content"] for answer in self._files.get(several)}
+            for name in several:
+                yield name, contents.pop(name)
 
 
 def group_of(block: Vector) -> Vector:
@@ -395,9 +450,20 @@ def group_of(block: Vector) -> Vector:
     return (z // _GROUP, y // _GROUP, x // _GROUP)
 
 
-def _group_name(group: Vector) -> str:
-    return "{}_{}_{}".format(*group)
+def blocks_of(group: Vector, grid: BlockGrid) -> Iterator[Vector]:
+    """The blocks of a group that a volume has, x fastest."""
+    start = vector(_GROUP * g for g in group)
+    return indices(start, vector(min(a + _GROUP, n) for a, n in zip(start, grid.shape, strict=True)))
+
+
+def _index_name(index: Vector) -> str:
+    return "{}_{}_{}".format(*index)
+
+
+def _donations(donor: Vector) -> str:
+    """The folder of what a block donates, wherever it ends: the ROI may grow."""
+    return f"donations/{_index_name(group_of(donor))}/{_index_name(donor)}"
 
 
 def _receipts(stage: Stage, group: Vector) -> str:
-    return f"receipts/{stage}/{_group_name(group)}"
+    return f"receipts/{stage}/{_index_name(group)}"

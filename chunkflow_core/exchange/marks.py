@@ -2,8 +2,10 @@
 
 ::
 
-    infer    <block-range>%<geometry>%<input signature>%<given>
-    blend    <block-range>%<geometry>%<consumed>
+    infer    <block-range>%<geometry>%<stored>%<input signature>%<given>
+    blend    <block-range>%<geometry>%<stored>%<consumed>
+
+``stored`` is a digest of what storage said of the storage chunks when they were written.
 
 ``given`` has eight places, for the receivers ``block + (z, y, x)`` with z, y, x of 0 or 1, x
 fastest, joined by ``_``. A place holds a digest of what was donated and the number of donations
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from chunkflow_core.lattice.boxes import Vector
@@ -27,10 +29,14 @@ STAGES: tuple[Stage, Stage] = ("infer", "blend")
 _UNKNOWN = "-"
 _DIGEST, _PLACE = r"[a-z2-7]{13}", r"(?:[a-z2-7]{13}\.\d+)?"
 _TEXTS: dict[Stage, re.Pattern[str]] = {
-    "infer": re.compile(rf"({_DIGEST})%({_DIGEST}|-)%({_PLACE}(?:_{_PLACE}){{7}})"),
-    "blend": re.compile(rf"({_DIGEST})%({_DIGEST})"),
+    "infer": re.compile(rf"({_DIGEST})%({_DIGEST}|-)%({_DIGEST}|-)%({_PLACE}(?:_{_PLACE}){{7}})"),
+    "blend": re.compile(rf"({_DIGEST})%({_DIGEST}|-)%({_DIGEST})"),
 }
 """Patterns of the marks. Whatever else lies there, such as a copy ``… (1).json``, is no receipt."""
+
+
+Same = frozenset[tuple[str, str]]
+"""Pairs of what storage said, each of one and the same content: digests, the earlier one first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +45,19 @@ class InferenceMark:
 
     geometry: str
     """``VolumeSpec.block_digest`` of the block."""
+    stored: str
+    """What storage said of the storage chunks that were written; empty if unknown."""
     signature: str
     """What storage said of the input's storage chunks before they were read; empty if unknown."""
     given: tuple[str, ...]
     """The eight places of ``given``, for the receivers that a block can have."""
+    same: Same = field(default=frozenset(), compare=False)
+    """Notes of what storage says of the same content since."""
 
     @property
     def text(self) -> str:
         """The mark in the receipt's name, after the block's range."""
-        return f"{self.geometry}%{self.signature or _UNKNOWN}%{'_'.join(self.given)}"
+        return f"{self.geometry}%{self.stored or _UNKNOWN}%{self.signature or _UNKNOWN}%{'_'.join(self.given)}"
 
     def digest(self, slot: int) -> str:
         """Digest of what the receiver at a place was given; empty if there is none."""
@@ -64,13 +74,17 @@ class BlendingMark:
 
     geometry: str
     """``VolumeSpec.block_digest`` of the block."""
+    stored: str
+    """What storage said of the storage chunks that were written; empty if unknown."""
     consumed: str
     """Digest of what all donors had given."""
+    same: Same = field(default=frozenset(), compare=False)
+    """Notes of what storage says of the same content since."""
 
     @property
     def text(self) -> str:
         """The mark in the receipt's name, after the block's range."""
-        return f"{self.geometry}%{self.consumed}"
+        return f"{self.geometry}%{self.stored or _UNKNOWN}%{self.consumed}"
 
 
 Mark = InferenceMark | BlendingMark
@@ -103,20 +117,32 @@ def parse_mark(stage: Stage, text: str) -> Mark | None:
     match = _TEXTS[stage].fullmatch(text)
     if match is None:
         return None
+    stored = match[2].strip(_UNKNOWN)
     if stage == "blend":
-        return BlendingMark(match[1], match[2])
-    geometry, signature, given = match[1], match[2], match[3]
-    return InferenceMark(geometry, "" if signature == _UNKNOWN else signature, tuple(given.split("_")))
+        return BlendingMark(match[1], stored, match[3])
+    return InferenceMark(match[1], stored, match[3].strip(_UNKNOWN), tuple(match[4].split("_")))
+
+
+def is_known(mark: Mark, before: str, now: str) -> bool:
+    """Whether what storage says now is of the content of which it said ``before``, as far as known.
+
+    An empty digest is of nothing that is known.
+    """
+    return bool(before and now) and (before == now or (before, now) in mark.same)
 
 
 def merged(marks: Sequence[Mark]) -> Mark | None:
     """What several receipts of one block say together; None if they disagree.
 
     Two attempts that have worked on different inputs, or on machines whose networks give different
-    bits, can leave two. Receipts that differ in the input's signature only are of one content.
+    bits, can leave two. Receipts that differ only in what storage said are of one content.
     """
-    first, *others = marks
-    if isinstance(first, InferenceMark) and others:
-        first = replace(first, signature="")
-        others = [replace(mark, signature="") for mark in others if isinstance(mark, InferenceMark)]
+    if len(marks) == 1:
+        return marks[0]
+    first, *others = map(_of_content, marks)
     return first if all(mark == first for mark in others) else None
+
+
+def _of_content(mark: Mark) -> Mark:
+    """A mark without what storage said, which differs between attempts that did the same."""
+    return replace(mark, stored="") if isinstance(mark, BlendingMark) else replace(mark, stored="", signature="")

@@ -20,6 +20,7 @@ from chunkflow_core.exchange.marks import (
 )
 from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.storage.digests import checksum, short_digest
+from chunkflow_core.storage.signatures import WrittenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,13 @@ class Receipt:
     """
     mask: str = ""
     """Digest of the mask over the block's frame, empty if there is none; infer only."""
-    written: dict[str, str] = field(default_factory=dict)
-    """Names of the storage chunks written → digests of their voxels."""
+    written: dict[str, WrittenChunk] = field(default_factory=dict)
+    """Names of the storage chunks written → what is known of each."""
+    stored: str = ""
+    """Digest of what storage said of all storage chunks when they were written.
+
+    Empty if storage did not tell.
+    """
     changes: tuple[str, ...] = ()
     """Names of the latest runs in which ``written`` has changed, the last first.
 
@@ -96,11 +102,16 @@ class Receipt:
     def mark(self) -> Mark:
         """What the receipt's name says."""
         if self.stage == "blend":
-            return BlendingMark(self.geometry, consumed_digest(self.consumed.values()))
+            return BlendingMark(self.geometry, self.stored, consumed_digest(self.consumed.values()))
         stored = Counter(e.receiver for e in self.donations if e.checksum is not None)
         receivers = {e.receiver for e in self.donations}
         given = {receiver: (self.given(receiver), stored[receiver]) for receiver in receivers}
-        return InferenceMark(self.geometry, self.signature, given_places(self.block, given))
+        return InferenceMark(self.geometry, self.stored, self.signature, given_places(self.block, given))
+
+    @property
+    def voxels(self) -> dict[str, str]:
+        """Names of the storage chunks written → digests of their voxels."""
+        return {name: chunk.voxels for name, chunk in self.written.items()}
 
     @property
     def storage_chunks(self) -> int:
@@ -128,8 +139,9 @@ def unpack(content: bytes | None, fingerprint: str) -> Receipt | None:
         if checksum(json.dumps(fields).encode()) != record["checksum"] or fields["fingerprint"] != fingerprint:
             return None
         entries = tuple(DonationEntry(**{**e, "receiver": vector(e["receiver"])}) for e in fields["donations"])
+        written = {name: WrittenChunk(*chunk) for name, chunk in fields["written"].items()}
         lists = {"block": vector(fields["block"]), "changes": tuple(fields["changes"]), "donations": entries}
-        return Receipt(**{**fields, **lists})
+        return Receipt(**{**fields, **lists, "written": written})
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -143,7 +155,7 @@ def agreed(several: Sequence[Receipt]) -> Receipt | None:
     if not several:
         return None
     *others, last = several
-    same = all((r.content, r.mask, r.written) == (last.content, last.mask, last.written) for r in others)
+    same = all((r.content, r.mask, r.voxels) == (last.content, last.mask, last.voxels) for r in others)
     return last if same and merged([receipt.mark for receipt in several]) else None
 
 

@@ -11,13 +11,20 @@ from numpy.typing import NDArray
 
 from chunkflow_core.inference.mask import MaskWindow
 from chunkflow_core.storage.digests import short_digest
+from chunkflow_core.storage.layer_info import LayerScale
 
 
 class Content:
     """Digest of a block's input; takes planes in any order, from several threads."""
 
-    def __init__(self) -> None:
-        """Begin with nothing read."""
+    def __init__(self, *scales: LayerScale) -> None:
+        """Begin with nothing read.
+
+        Args:
+            scales: The scales that are read, of the input layer and of a mask. What their info says
+                of the meaning of voxels is a part of the digest.
+        """
+        self._meaning = " ".join(scale.meaning for scale in scales).encode()
         self._planes: dict[int, bytes] = {}
         self._mask = b""
 
@@ -42,4 +49,4 @@ class Content:
     def digest(self) -> str:
         """Digest of all that was added."""
         planes = [b"%d:" % z + digest for z, digest in sorted(self._planes.items())]
-        return short_digest(b"".join([self._mask, *planes]))
+        return short_digest(b"".join([self._meaning, self._mask, *planes]))

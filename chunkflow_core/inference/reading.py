@@ -44,7 +44,8 @@ class BlockReading:
         """
         self._patches, self._block, self._reader, self._z_step = patches, block, reader, z_step
         self._timings = timings
-        self.content = Content()
+        mask = patches.mask
+        self.content = Content(patches.spec.input_scale, *([mask.scale] if mask else []))
 
     @cached_property
     def tiers(self) -> list[list[Vector]]:

@@ -6,6 +6,7 @@ What storage says of it tells, if that is enough, or else its voxels do.
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 from functools import cached_property
 
 from chunkflow_core.exchange.folder import Exchange
@@ -32,8 +33,11 @@ class Inputs:
         """
         self._exchange, self._spec = exchange, exchange.spec
         self._layer, self._mask, self._inference = layer, mask, inference
-        spec = exchange.spec
-        self._signatures = LayerSignatures(spec.input.path, spec.input.mip, layer.scale)
+        self._forget()
+
+    def _forget(self) -> None:
+        spec, mask = self._spec, self._mask
+        self._signatures = LayerSignatures(spec.input.path, spec.input.mip, self._layer.scale)
         self._mask_signatures: LayerSignatures | None = None
         if mask is not None and spec.skip.mask is not None:
             self._mask_signatures = LayerSignatures(mask.path, spec.skip.mask.mip, mask.scale)
@@ -55,23 +59,27 @@ class Inputs:
         of_mask = self._mask_signatures.digest(self._mask_source(block))
         return short_digest(f"{signature} {of_mask}".encode()) if of_mask else ""
 
-    def unchanged(self, receipt: Receipt) -> bool:
-        """Whether a block would read what its receipt of inference says that it has read."""
-        signature = self.signature(receipt.block)
-        if signature and signature == receipt.signature:
-            return True
-        return self.content(receipt.block) == receipt.content
+    def signature_now(self, block: Vector) -> str:
+        """Do what ``signature`` does, and ask storage anew whatever it has said before."""
+        asking = copy(self)
+        asking._forget()
+        return asking.signature(block)
 
-    def confirm(self, receipt: Receipt) -> bool:
-        """Do what ``unchanged`` does, and note what storage says of an input that is unchanged.
+    def unchanged(self, receipt: Receipt, *, confirm: bool = False) -> bool:
+        """Whether a block would read what its receipt of inference says that it has read.
 
-        So voxels that had to be read to find that out need not be read the next time.
+        Args:
+            receipt: The block's receipt.
+            confirm: Whether it is noted if voxels had to be read to find that out, so that they
+                need not be read the next time.
         """
         signature = self.signature(receipt.block)  # asked before anything is read
-        if not self.unchanged(receipt):
+        if signature and signature == receipt.signature:
+            return True
+        if self.content(receipt.block) != receipt.content:
             return False
-        if signature != receipt.signature:
-            self._exchange.put_signature(receipt, signature)
+        if confirm and signature == self.signature_now(receipt.block):  # it was so all the time
+            self._exchange.put_note("infer", receipt.block, receipt.signature, signature)
         return True
 
     def content(self, block: Vector) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, consumed_digest, slot
+from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Stage, consumed_digest, slot
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.spec import VolumeSpec
@@ -23,7 +23,11 @@ class Request:
     force: bool = False
     """Whether to infer the requested blocks again although they are done."""
     check_input: bool = False
-    """Whether to infer requested blocks, and their donors, again if their input has changed."""
+    """Whether to look at storage.
+
+    Requested blocks, and their donors, are inferred again if their input has changed; requested
+    blocks, whichever stage it is, if their storage chunks are no longer what was written.
+    """
 
 
 class Receipts(Protocol):
@@ -51,6 +55,12 @@ class VolumeState(Receipts, Protocol):
         All have to have a receipt of inference.
         """
 
+    def changed_outputs(self, stage: Stage, blocks: Collection[Vector]) -> Set[Vector]:
+        """The blocks among these whose storage chunks are not what a stage's receipt says.
+
+        All have to have a receipt of that stage.
+        """
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,16 +81,18 @@ class Plan:
 def plan(spec: VolumeSpec, request: Request, state: VolumeState) -> Plan:
     """Decide what is due.
 
-    - Inference of a block: it is requested and has no valid receipt, or is forced; or it, or a
-      block that it donates to, is requested and its input has changed; or a block that has to be
-      blended needs a donation of it that isn't there.
+    - Inference of a block: it is requested and has no valid receipt, or is forced, or its storage
+      chunks are no longer what was written; or it, or a block that it donates to, is requested and
+      its input has changed; or a block that has to be blended needs a donation of it that isn't
+      there.
     - Blending of a block: it is requested, or has been blended before, and any donor's receipt is
-      missing, about to change, or differs from what the block's own receipt says it consumed.
+      missing, about to change, or differs from what the block's own receipt says it consumed; or it
+      is requested, and its storage chunks are no longer what was written.
       Blocks that are not requested are looked at where they share a donor with one that is, or that
       has to be blended.
 
-    Input is looked at if the request says so; that of blocks that have to donate again always is,
-    since it decides what they would give.
+    Storage is looked at if the request says so; the input of blocks that have to donate again
+    always is, since it decides what they would give.
 
     Args:
         spec: The volume.
@@ -125,6 +137,10 @@ class Done:
             given.append(donated.digest(slot(donor, receiver)))
         return mark.consumed == consumed_digest(given)
 
+    def is_blended(self, block: Vector) -> bool:
+        """Whether a block has a frame that is complete."""
+        return self._spec.grid.has_frame(block) and self.has_consumed(block)
+
     def _digest(self, block: Vector) -> str:
         if block not in self._digests:
             self._digests[block] = self._spec.block_digest(block)
@@ -141,11 +157,14 @@ class _Planner:
         else:
             self.requested = set(grid.indices() if request.box is None else grid.blocks_touching(request.box))
         self.why: dict[Vector, Reason] = {}
+        self.overwritten: Set[Vector] = set()
+        """Blocks whose frames are no longer what was blended."""
 
     def plan(self) -> Plan:
         self.state.load(self.requested)
         self._ask_for_requested()
-        changing, blend = set(self.why), set[Vector]()
+        # Those whose output was changed by others give what they gave before.
+        changing, blend = {b for b, reason in self.why.items() if reason != "output"}, set[Vector]()
         # Around them too: a run that ended too soon may have changed a donor, and not blended all
         # that it gave to.
         todo = self.requested | self._receivers(changing.union(self.requested, *map(self.grid.donors, self.requested)))
@@ -183,6 +202,12 @@ class _Planner:
             self.state.load(decisive)
             done = {b for b in decisive if b not in self.why and self.done.inferred(b) is not None}
             self._add("input", self.state.changed_inputs(done))
+            self._look_at_output()
+
+    def _look_at_output(self) -> None:
+        inferred = {b for b in self.requested if b not in self.why}
+        self._add("output", self.state.changed_outputs("infer", inferred))
+        self.overwritten = self.state.changed_outputs("blend", {b for b in self.requested if self.done.is_blended(b)})
 
     def _add(self, reason: Reason, blocks: Iterable[Vector]) -> None:
         self.why.update(dict.fromkeys(blocks, reason))
@@ -208,7 +233,9 @@ class _Planner:
         mark = self.state.blended(receiver)
         if not self.grid.has_frame(receiver) or (receiver not in self.requested and mark is None):
             return False
-        return any(d in changing for d in donors) or not self.done.has_consumed(receiver)
+        if receiver in self.overwritten or any(d in changing for d in donors):
+            return True
+        return not self.done.has_consumed(receiver)
 
     def _is_gone(self, donor: Vector, receiver: Vector) -> bool:
         mark = self.done.inferred(donor)

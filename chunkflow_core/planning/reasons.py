@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Reason = Literal["new", "input", "forced", "donations"]
-"""Why inference is due: no valid receipt, a changed input, a request, or donations needed again."""
+Reason = Literal["new", "input", "forced", "donations", "output"]
+"""Why inference is due.
+
+There is no valid receipt, the input has changed, it is asked for, donations are needed again, or
+storage chunks are no longer what was written.
+"""
 
 REASONS: tuple[Reason, ...] = get_args(Reason)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Set
+from functools import partial
 from typing import cast
 
 from chunkflow_core.exchange.folder import Exchange, group_of
-from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage
+from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage, is_known
+from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import given_box
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.planning.inputs import Inputs
+from chunkflow_core.planning.outputs import Outputs
 from chunkflow_core.progress import progress
 
 
@@ -46,19 +49,22 @@ class ExchangeReceipts:
 
 
 class ExchangeState(ExchangeReceipts):
-    """What an exchange and the input layer say: receipts, donations, changed inputs."""
+    """What an exchange and the layers say: receipts, donations, what has changed since."""
 
-    def __init__(self, exchange: Exchange, inputs: Callable[[], Inputs], *, confirm: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, inputs: Callable[[], Inputs], outputs: Callable[[], Outputs], *, confirm: bool
+    ) -> None:
         """Name what can be asked; nothing is read yet.
 
         Args:
             exchange: Where receipts and donations are.
             inputs: Gives what can tell whether an input has changed; called when that is asked.
-            confirm: Whether an input that is found unchanged by its voxels is noted in its
-                receipt, at once: the voxels need not be read again then.
+            outputs: Gives what can tell whether an output has changed; called when that is asked.
+            confirm: Whether what is found unchanged by its voxels is noted at once: they need not
+                be read again then.
         """
         super().__init__(exchange)
-        self._inputs, self._confirm = inputs, confirm
+        self._inputs, self._outputs, self._confirm = inputs, outputs, confirm
         self._stored: dict[Vector, Counter[Vector]] = {}
         self._donations_listed: set[Vector] = set()
 
@@ -81,19 +87,35 @@ class ExchangeState(ExchangeReceipts):
             return set()
         inputs = self._inputs()
         inputs.load(blocks)
-        doubtful = [block for block in sorted(blocks) if not self._is_signed(block, inputs)]
+        marks = {block: self.inferred(block) for block in blocks}
+        known = {b for b, mark in marks.items() if mark and is_known(mark, mark.signature, inputs.signature(b))}
+        return self._without("infer", marks.keys() - known, partial(inputs.unchanged, confirm=self._confirm), "input")
+
+    def changed_outputs(self, stage: Stage, blocks: Collection[Vector]) -> Set[Vector]:
+        """The blocks among these whose storage chunks are not what a stage's receipt says.
+
+        All have to have a receipt of that stage.
+        """
+        if not blocks:
+            return set()
+        outputs = self._outputs()
+        now = outputs.at_present(stage, blocks)
+        marks = {block: self._mark(stage, block) for block in blocks}
+        known = {b for b, mark in marks.items() if mark and is_known(mark, mark.stored, now[b])}
+        return self._without(
+            stage, marks.keys() - known, partial(outputs.are_as_written, confirm=self._confirm), "output"
+        )
+
+    def _without(
+        self, stage: Stage, doubtful: Set[Vector], is_unchanged: Callable[[Receipt], bool], what: str
+    ) -> Set[Vector]:
+        """The blocks of which something has changed since their receipts, by reading voxels."""
         changed = set()
         if doubtful:
-            is_unchanged = inputs.confirm if self._confirm else inputs.unchanged
-            with progress("reading input that may have changed", len(doubtful), "blocks") as block_read:
-                for block in doubtful:
-                    receipt = self._exchange.receipt("infer", block)
+            with progress(f"reading {what} that may have changed", len(doubtful), "blocks") as block_read:
+                for block in sorted(doubtful):
+                    receipt = self._exchange.receipt(stage, block)
                     if receipt is None or not is_unchanged(receipt):
                         changed.add(block)
                     block_read()
         return changed
-
-    def _is_signed(self, block: Vector, inputs: Inputs) -> bool:
-        """Whether storage says of a block's input what it said when that was read."""
-        mark, signature = self.inferred(block), inputs.signature(block)
-        return mark is not None and signature != "" and signature == mark.signature

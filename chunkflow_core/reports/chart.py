@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib
@@ -20,17 +18,8 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.exchange.marks import STAGES, Stage
-from chunkflow_core.reports.figures import (
-    DoneTask,
-    Report,
-    busy_stretches,
-    duration,
-    metric,
-    percent,
-    phases_of,
-    remedy,
-    unit_of,
-)
+from chunkflow_core.reports.figures import Report, duration, metric, percent, phases_of, remedy, unit_of
+from chunkflow_core.reports.tasks import Rows, TaskTable, busy_stretches
 
 FORWARD, INFER, BLEND = "#1f5fa8", "#a6c8ec", "#e8871e"
 """Colours of the forward passes, the rest of inference tasks, and blending tasks."""
@@ -63,7 +52,7 @@ _PAUSE = 60.0
 """Least seconds without a task for a pause to be cut out of the timeline."""
 
 
-def draw_chart(report: Report, tasks: Sequence[DoneTask], path: Path) -> None:
+def draw_chart(report: Report, tasks: TaskTable, path: Path) -> None:
     """Draw a report as a PNG of 1600 × 1000 pixels.
 
     Args:
@@ -75,7 +64,7 @@ def draw_chart(report: Report, tasks: Sequence[DoneTask], path: Path) -> None:
         MissingInputError: There is no task.
         OSError: The picture can't be written.
     """
-    if not tasks:
+    if not len(tasks):
         raise MissingInputError(remedy(report))
     style: dict[Any, Any] = {
         "font.size": 12,
@@ -93,7 +82,7 @@ def draw_chart(report: Report, tasks: Sequence[DoneTask], path: Path) -> None:
         grid = rest.add_gridspec(3, 3, height_ratios=(1.7, 1.9, 2.6))
         _shares(rest.add_subplot(grid[0, :]), report)
         for column, stage in enumerate(STAGES):
-            _times(rest.add_subplot(grid[1, column]), [task for task in tasks if task.stage == stage], stage)
+            _times(rest.add_subplot(grid[1, column]), tasks, stage)
         _memory(rest.add_subplot(grid[1, 2]), tasks)
         _timeline(rest.add_subplot(grid[2, :]), tasks)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,43 +138,47 @@ def _shares(axes: Axes, report: Report) -> None:
     _legend(axes, {phase: _PHASES.get(phase, _PHASES["other"]) for phase in shown})
 
 
-def _times(axes: Axes, tasks: Sequence[DoneTask], stage: Stage) -> None:
+def _times(axes: Axes, tasks: TaskTable, stage: Stage) -> None:
     axes.set_title(f"time of {_NAMES[stage]} tasks")
-    timed = [task for task in tasks if task.wall]
-    if not timed:
-        _say(axes, _UNKNOWN if tasks else "none yet")
+    chosen, wall = tasks.is_of(stage), tasks.wall
+    timed = np.flatnonzero(chosen & (wall != 0))
+    if not len(timed):
+        _say(axes, _UNKNOWN if chosen.any() else "none yet")
         return
-    longest = max(timed, key=lambda task: task.wall)
-    size, unit = unit_of(longest.wall)
-    middle = median(task.wall for task in timed) / size
-    _histogram(axes, {stage: [task.wall / size for task in timed]})
+    (longest,) = tasks.most(wall, timed, 1)
+    size, unit = unit_of(wall[longest])
+    middle = np.median(wall[timed]) / size
+    _histogram(axes, {stage: wall[timed] / size})
     axes.axvline(middle, color="black", linestyle="--", linewidth=1.2)
-    axes.set_xlabel(f"{unit}  (median {middle:.3g}, longest {longest.wall / size:.3g}: {longest.block})")
+    block = tasks.block_of(longest)
+    axes.set_xlabel(f"{unit}  (median {middle:.3g}, longest {wall[longest] / size:.3g}: {block})")
 
 
-def _memory(axes: Axes, tasks: Sequence[DoneTask]) -> None:
+def _memory(axes: Axes, tasks: TaskTable) -> None:
     axes.set_title("peak memory of the processes")
-    peaks = [(task, task.peak_memory) for task in tasks if task.peak_memory is not None]
-    if not peaks:
+    peaks = tasks.peak_memory
+    known = peaks >= 0
+    if not known.any():
         _say(axes, _UNKNOWN)
         return
-    top, most = max(peaks, key=lambda pair: pair[1])
+    (top,) = tasks.most(peaks, np.flatnonzero(known), 1)
+    most = int(peaks[top])
     size, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
-    by_stage = {stage: [peak / size for task, peak in peaks if task.stage == stage] for stage in STAGES}
-    _histogram(axes, {stage: values for stage, values in by_stage.items() if values})
-    axes.set_xlabel(f"{unit}  (most {most / size:.3g}: {top.block})")
+    by_stage = {stage: peaks[known & tasks.is_of(stage)] / size for stage in STAGES}
+    _histogram(axes, {stage: values for stage, values in by_stage.items() if len(values)})
+    axes.set_xlabel(f"{unit}  (most {most / size:.3g}: {tasks.block_of(top)})")
     if len(tasks) > 1:
         axes.legend(frameon=False, fontsize=10)
 
 
-def _histogram(axes: Axes, series: Mapping[Stage, Sequence[float]]) -> None:
-    values = [value for some in series.values() for value in some]
-    low, high = min(values), max(values)
+def _histogram(axes: Axes, series: Mapping[Stage, NDArray[np.float64]]) -> None:
+    number = sum(map(len, series.values()))
+    low, high = (float(end(list(map(end, series.values())))) for end in (np.min, np.max))
     room = max(high - low, 0.2 * high, 1e-6)
     start = max(0.0, (low + high - room) / 2)
     axes.hist(
         list(series.values()),
-        bins=min(40, 8 + math.isqrt(len(values))),
+        bins=min(40, 8 + math.isqrt(number)),
         range=(min(start, low), max(start + room, high)),  # rounding must not push the ends out
         stacked=True,
         color=[_COLOURS[stage] for stage in series],
@@ -218,18 +211,19 @@ def _say(axes: Axes, text: str) -> None:
     axes.axis("off")
 
 
-def _timeline(axes: Axes, tasks: Sequence[DoneTask]) -> None:
+def _timeline(axes: Axes, tasks: TaskTable) -> None:
     axes.set_title("what ran when")
-    timed = sorted((task for task in tasks if task.start is not None), key=lambda task: task.start or 0.0)
-    if not timed:
+    start = tasks.start
+    timed = np.argsort(start, kind="stable")[: np.count_nonzero(~np.isnan(start))]
+    if not len(timed):
         _say(axes, _UNKNOWN)
         return
-    clock = _Clock(busy_stretches(timed))
-    lanes = _lanes(timed)
-    if len(lanes) <= _MAX_LANES and len(timed) <= _MAX_BARS:
-        _bars(axes, lanes, clock)
+    clock = _Clock(busy_stretches(tasks))
+    lanes = _lanes(tasks, timed) if len(timed) <= _MAX_BARS else []
+    if 0 < len(lanes) <= _MAX_LANES:
+        _bars(axes, tasks, lanes, clock)
     else:
-        _running(axes, timed, clock)
+        _running(axes, tasks, timed, clock)
     for position, seconds in clock.cuts:
         axes.axvspan(position, position + clock.gap, facecolor="#e4e4e4", linewidth=0, zorder=0)
         if len(clock.cuts) <= _MAX_CUTS_NAMED:
@@ -250,78 +244,80 @@ def _timeline(axes: Axes, tasks: Sequence[DoneTask]) -> None:
 class _Clock:
     """Unix time → time since the first start in a unit that suits, without long pauses."""
 
-    def __init__(self, stretches: Sequence[tuple[float, float]]) -> None:
-        busy = sum(finish - start for start, finish in stretches)
-        longest = max(_PAUSE, 0.1 * busy)
-        self._times, shown = [stretches[0][0]], [0.0]
-        cuts = []
-        for start, finish in stretches:
-            pause = start - self._times[-1]
-            if pause > longest:
-                cuts.append((shown[-1], pause))
-            shown.append(shown[-1] + (0.02 * busy if pause > longest else pause))
-            shown.append(shown[-1] + finish - start)
-            self._times += [start, finish]
+    def __init__(self, stretches: NDArray[np.float64]) -> None:
+        start, finish = stretches.T
+        pauses, busy = start[1:] - finish[:-1], float((finish - start).sum())
+        long = pauses > max(_PAUSE, 0.1 * busy)
+        steps = np.zeros(stretches.size)
+        steps[1::2], steps[2::2] = finish - start, np.where(long, 0.02 * busy, pauses)
+        shown = np.cumsum(steps)
         size, self.unit = unit_of(shown[-1])
-        self._shown = [seconds / size for seconds in shown]
-        self.end = self._shown[-1]
+        self._times, self._shown = stretches.ravel(), shown / size
+        self.end = float(self._shown[-1])
         self.gap = 0.02 * busy / size
         """Width of what is left of a long pause, in the unit."""
-        self.cuts = [(position / size, pause) for position, pause in cuts]
+        self.cuts = list(zip(self._shown[1:-1:2][long].tolist(), pauses[long].tolist(), strict=True))
         """Where a pause was cut out, in the unit, and its seconds."""
 
-    def __call__(self, times: Sequence[float | None]) -> NDArray[np.float64]:
-        shown: NDArray[np.float64] = np.interp(np.array(times, float), self._times, self._shown)
+    def __call__(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        shown: NDArray[np.float64] = np.interp(times, self._times, self._shown)
         return shown
 
 
-def _lanes(timed: Sequence[DoneTask]) -> list[tuple[str, list[DoneTask]]]:
+def _lanes(tasks: TaskTable, timed: Rows) -> list[tuple[str, Rows]]:
     """Tasks in lanes in which they follow each other, by host.
 
     All hosts are together if there are many.
     """
-    hosts = defaultdict(list)
-    for task in timed:
-        hosts[task.host].append(task)
+    names, host = tasks.host_names, tasks.host[timed]
+    there = {names[number]: number for number in np.unique(host)}
+    hosts = {name: timed[host == number] for name, number in there.items()}
     if len(hosts) > _MAX_HOSTS:
-        hosts = defaultdict(list, {f"{len(hosts)} hosts": list(timed)})
-    return [(host, lane) for host in sorted(hosts) for lane in _packed(hosts[host])]
+        hosts = {f"{len(hosts)} hosts": timed}
+    return [(name, lane) for name in sorted(hosts) for lane in _packed(tasks, hosts[name])]
 
 
-def _packed(timed: Sequence[DoneTask]) -> list[list[DoneTask]]:
-    lanes: list[list[DoneTask]] = []
+def _packed(tasks: TaskTable, timed: Rows) -> list[Rows]:
+    lanes: list[list[int]] = []
     free: list[tuple[float, int]] = []
-    for task in timed:
-        assert task.start is not None and task.finished is not None
-        if free and free[0][0] <= task.start + 0.002:  # receipts have milliseconds
+    for row, start, finished in zip(timed, tasks.start[timed], tasks.finished[timed], strict=True):
+        if free and free[0][0] <= start + 0.002:  # receipts have milliseconds
             number = heapq.heappop(free)[1]
         else:
             number = len(lanes)
             lanes.append([])
-        lanes[number].append(task)
-        heapq.heappush(free, (task.finished, number))
-    return lanes
+        lanes[number].append(row)
+        heapq.heappush(free, (finished, number))
+    return list(map(np.array, lanes))
 
 
-def _bars(axes: Axes, lanes: Sequence[tuple[str, list[DoneTask]]], clock: _Clock) -> None:
+def _bars(axes: Axes, tasks: TaskTable, lanes: Sequence[tuple[str, Rows]], clock: _Clock) -> None:
     for row, (_, lane) in enumerate(lanes):
-        start, finish = clock([task.start for task in lane]), clock([task.finished for task in lane])
-        width = finish - start
-        inferring = np.array([task.stage == "infer" for task in lane])
+        start, width = clock(tasks.start[lane]), clock(tasks.finished[lane]) - clock(tasks.start[lane])
+        inferring, forward = tasks.is_of("infer")[lane], tasks.forward[lane]
         edge = {"edgecolor": "white", "linewidth": 0.7} if len(lane) <= 80 else {"linewidth": 0}
         for chosen, shares, colour in (
             (inferring, 1.0, INFER),
-            (inferring, np.array([_forward(task) for task in lane])[inferring], FORWARD),
+            (inferring, forward[inferring], FORWARD),
             (~inferring, 1.0, BLEND),
         ):
             extents = np.column_stack([start[chosen], width[chosen] * shares])
             axes.broken_barh(extents.tolist(), (row - 0.42, 0.84), facecolor=colour, **edge)
         if len(lanes) <= 8:
-            for task, left, wide in zip(lane, start, width, strict=True):
-                if wide > 0.012 * len(task.block) * clock.end:
-                    colour = "white" if _forward(task) > 0.5 else "black"
-                    axes.text(left + wide / 2, row, task.block, ha="center", va="center", fontsize=10, color=colour)
-    hosts = [host for host, _ in lanes]
+            for block, left, wide, share in zip(map(tasks.block_of, lane), start, width, forward, strict=True):
+                if wide > 0.012 * len(block) * clock.end:
+                    colour = "white" if share > 0.5 else "black"
+                    axes.text(left + wide / 2, row, block, ha="center", va="center", fontsize=10, color=colour)
+    _name_hosts(axes, [host for host, _ in lanes])
+
+
+def _name_hosts(axes: Axes, hosts: list[str]) -> None:
+    """Write names of hosts beside lanes, and draw lines between them.
+
+    Args:
+        axes: Where lanes are drawn.
+        hosts: The host of each lane.
+    """
     first = {host: hosts.index(host) for host in hosts}
     axes.set_yticks([first[host] + (hosts.count(host) - 1) / 2 for host in first])
     axes.set_yticklabels(
@@ -329,27 +325,22 @@ def _bars(axes: Axes, lanes: Sequence[tuple[str, list[DoneTask]]], clock: _Clock
     )
     for host in list(first)[1:]:
         axes.axhline(first[host] - 0.5, color="#999999", linewidth=0.6)
-    spare = max(0, 3 - len(lanes)) / 2
-    axes.set_ylim(len(lanes) - 0.5 + spare, -0.5 - spare)
+    spare = max(0, 3 - len(hosts)) / 2
+    axes.set_ylim(len(hosts) - 0.5 + spare, -0.5 - spare)
 
 
-def _running(axes: Axes, timed: Sequence[DoneTask], clock: _Clock) -> None:
+def _running(axes: Axes, tasks: TaskTable, timed: Rows, clock: _Clock) -> None:
     """Draw how many tasks run, over time."""
     edges = np.linspace(0, clock.end, _BINS + 1)
     bottom = np.zeros(_BINS)
-    kinds: list[tuple[str, Callable[[DoneTask], float]]] = [
-        (FORWARD, _forward),
-        (INFER, lambda task: 1 - _forward(task) if task.stage == "infer" else 0.0),
-        (BLEND, lambda task: float(task.stage == "blend")),
-    ]
-    start, finish = clock([task.start for task in timed]), clock([task.finished for task in timed])
-    for colour, weight in kinds:
-        weights = np.array([weight(task) for task in timed])
+    start, finish = clock(tasks.start[timed]), clock(tasks.finished[timed])
+    inferring, forward = tasks.is_of("infer")[timed], tasks.forward[timed].astype(np.float64)
+    for colour, weights in ((FORWARD, forward), (INFER, inferring - forward), (BLEND, 1.0 - inferring)):
         done = _seconds_until(edges, start, weights) - _seconds_until(edges, finish, weights)
         top = bottom + np.diff(done) / np.diff(edges)
         axes.stairs(top, edges, baseline=bottom, fill=True, color=colour)
         bottom = top
-    hosts = len({task.host for task in timed})
+    hosts = len(np.unique(tasks.host[timed]))
     axes.set(ylabel=f"tasks at a time,\non {hosts} hosts" if hosts > 1 else "tasks at a time", ylim=(0, None))
 
 
@@ -363,10 +354,6 @@ def _seconds_until(
     before = np.searchsorted(since[order], edges, side="right")
     seconds: NDArray[np.float64] = edges * weight[before] - moment[before]
     return seconds
-
-
-def _forward(task: DoneTask) -> float:
-    return min(1.0, task.parts.get("forward", 0.0) / task.wall) if task.wall else 0.0
 
 
 def _order(phase: str) -> int:

@@ -3,89 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.marks import STAGES, Stage
 from chunkflow_core.exchange.receipts import Receipt
-from chunkflow_core.lattice.blocks import Block
+from chunkflow_core.reports.tasks import DoneTask, TaskTable, busy_stretches, task_of
 from chunkflow_core.spec import VolumeSpec
+from chunkflow_core.storage.addresses import plain
 
 N = TypeVar("N", int, float)
-
-_IN_TURN: dict[Stage, tuple[str, ...]] = {
-    "infer": ("forward", "stitch", "load"),
-    "blend": ("read", "stitch", "convert", "write"),
-}
-"""Phases that make up a task's wall time, together with the rest. All others go on beside them."""
-
-_IN_STREAMS = ("forward", "stitch")
-"""Phases whose seconds are the sum over the streams of a task."""
-
-
-@dataclass(frozen=True)
-class DoneTask:
-    """One stage of one block, as its receipt tells.
-
-    What an older receipt lacks is None or empty.
-    """
-
-    stage: Stage
-    block: str
-    """Name of the block, ``z_y_x``."""
-    run: str
-    voxels: int
-    """Number of output voxels written."""
-    patches: int
-    """Number of patches that were run, not skipped."""
-    skipped: dict[str, int]
-    storage_chunks: int
-    donated_bytes: int
-    seconds: dict[str, float]
-    """Seconds by phase; those of concurrent threads add up."""
-    wall: float
-    """Wall time of the task in seconds."""
-    finished: float | None
-    """Time when the task ended, Unix time."""
-    rate: float | None
-    """Voxels of the block (infer) or of its frame (blend) per second of wall time."""
-    streams: int
-    """Number of patches run at a time."""
-    bytes: dict[str, int]
-    """Bytes read and written (as arrays), and donated (as stored).
-
-    What blends read are donations, as stored.
-    """
-    peak_memory: int | None
-    """Peak memory of the process until the task ended, in bytes."""
-    host: str
-    device: str
-
-    @property
-    def start(self) -> float | None:
-        """Time when the task began, Unix time."""
-        return self.finished - self.wall if self.finished is not None and self.wall else None
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Seconds of the wall time by phase; they add up to it.
-
-        What is in no phase is ``idle`` for infer, when the streams had nothing to run, and
-        ``other`` for blend.
-        """
-        known = {phase: self.seconds.get(phase, 0.0) for phase in _IN_TURN[self.stage]}
-        parts = {phase: s / self.streams if phase in _IN_STREAMS else s for phase, s in known.items()}
-        rest = "idle" if self.stage == "infer" else "other"
-        return parts | {rest: max(0.0, self.wall - sum(parts.values()))}
-
-    @property
-    def beside(self) -> dict[str, float]:
-        """Seconds of the phases that go on beside ``parts``."""
-        return {phase: s for phase, s in self.seconds.items() if s and phase not in (*_IN_TURN[self.stage], "idle")}
 
 
 @dataclass(frozen=True)
@@ -173,90 +106,113 @@ class Report:
     """Number of inference tasks, by device."""
 
 
-def tasks_of(spec: VolumeSpec, receipts: Iterable[Receipt]) -> list[DoneTask]:
-    """The tasks that have left receipts, in order of stage and block."""
-    ordered = sorted(receipts, key=lambda receipt: (STAGES.index(receipt.stage), receipt.block))
-    return [_task(receipt, spec.grid.block(receipt.block)) for receipt in ordered]
+class Tally:
+    """What the tasks of a run add up to, and a table of what does not; tasks come one by one."""
+
+    def __init__(self, run: str | None = None) -> None:
+        """Count nothing yet.
+
+        Args:
+            run: Name of the run that is counted; None for all.
+        """
+        self.run, self.tasks, self.runs, self.devices = run, TaskTable(), Counter[str](), Counter[str]()
+        self.inferred = self.blended = self.patches = self.voxels = self.storage_chunks = self.donated_bytes = 0
+        self.skipped, self.bytes = Counter[str](), dict[str, int]()
+        self.seconds, self.parts, self.beside = (defaultdict[str, float](float) for _ in range(3))
+        """Seconds by stage and phase, as in ``DoneTask.seconds``, ``parts`` and ``beside``."""
+        self.wall: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
+        """Wall time of all tasks in seconds, by stage."""
+
+    def add(self, task: DoneTask) -> None:
+        """Count a task, if it is of the run."""
+        self.runs[task.run] += 1
+        if self.run not in (None, task.run):
+            return
+        self.tasks.add(task)
+        self.inferred += task.stage == "infer"
+        self.blended += task.stage == "blend"
+        self.patches += task.patches
+        self.voxels += task.voxels
+        self.storage_chunks += task.storage_chunks
+        self.donated_bytes += task.donated_bytes
+        self.wall[task.stage] += task.wall
+        if task.stage == "infer" and task.patches:
+            self.devices[task.device] += 1
+        _add(self.skipped, task.skipped)
+        _add(self.bytes, task.bytes, task.stage)
+        _add(self.seconds, task.seconds, task.stage)
+        _add(self.parts, task.parts, task.stage)
+        _add(self.beside, task.beside, task.stage)
+
+    def shares(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Seconds by stage and phase, as shares of all wall time of the stage."""
+        of = {name: self.wall[stage] for name in seconds for stage in STAGES if name.startswith(f"{stage}: ")}
+        return {name: round(s / of[name], 4) for name, s in seconds.items() if of[name]}
 
 
-def of_run(tasks: Iterable[DoneTask], run: str | None) -> list[DoneTask]:
-    """The tasks of a run; all for None."""
-    return [task for task in tasks if run is None or task.run == run]
+def tally_of(spec: VolumeSpec, receipts: Iterable[Receipt], *, run: str | None = None) -> Tally:
+    """Count the tasks of a run, or of all, that have left these receipts."""
+    tally = Tally(run)
+    for receipt in receipts:
+        tally.add(task_of(spec, receipt))
+    return tally
 
 
 def summarise(spec: VolumeSpec, exchange: Exchange, *, run: str | None = None) -> Report:
     """Summarise the receipts of a run, or all of them."""
-    return report_of(spec, exchange.path, tasks_of(spec, exchange.all_receipts()), run=run)
+    return report_of(spec, exchange.path, tally_of(spec, exchange.all_receipts(), run=run))
 
 
-def report_of(spec: VolumeSpec, exchange: str, everything: Sequence[DoneTask], *, run: str | None = None) -> Report:
+def report_of(spec: VolumeSpec, exchange: str, tally: Tally) -> Report:
     """Summarise the tasks of a run, or all of them.
 
     Args:
         spec: The volume.
         exchange: Path of the exchange.
-        everything: The tasks of all runs.
-        run: Name of the run; None for all.
+        tally: The tasks.
     """
-    grid, tasks = spec.grid, of_run(everything, run)
-    infer, blend = ([task for task in tasks if task.stage == stage] for stage in STAGES)
-    timed = [task for task in tasks if task.wall]
-    shares, seconds = _shares(tasks, lambda task: task.parts), sum(task.wall for task in infer)
-    patches, voxels = sum(task.patches for task in tasks), sum(task.voxels for task in tasks)
+    grid, tasks = spec.grid, tally.tasks
+    wall, peaks = tasks.wall, tasks.peak_memory
+    timed, measured = np.flatnonzero(wall), np.flatnonzero(peaks >= 0)
+    shares, seconds = tally.shares(tally.parts), tally.wall["infer"]
     stretches = busy_stretches(tasks)
-    span = stretches[-1][1] - stretches[0][0] if stretches else None
+    span = float(stretches[-1, 1] - stretches[0, 0]) if len(stretches) else None
+    busy = sum((stretches[:, 1] - stretches[:, 0]).tolist()) if len(stretches) else None
     alone = math.prod(n for n, overlap in zip(grid.shape, grid.overlap, strict=True) if overlap == 0)
+    spreads = {stage: _spread(wall[timed][tasks.is_of(stage)[timed]]) for stage in STAGES}
     return Report(
         name=spec.name,
-        output=spec.output.path,
-        exchange=exchange,
+        output=spec.written("output"),
+        exchange=exchange.replace(plain(spec.exchange.path), plain(spec.written("exchange"))),
         fingerprint=spec.fingerprint,
-        run=run,
-        runs=dict(Counter(task.run for task in everything)),
+        run=tally.run,
+        runs=dict(tally.runs),
         blocks=math.prod(grid.shape),
-        inferred=len(infer),
+        inferred=tally.inferred,
         to_blend=math.prod(grid.shape) - alone,
-        blended=len(blend),
-        patches=patches,
-        skipped=_total(pair for task in tasks for pair in task.skipped.items()),
+        blended=tally.blended,
+        patches=tally.patches,
+        skipped=dict(tally.skipped),
         all_patches=grid.patches,
-        voxels=voxels,
-        storage_chunks=sum(task.storage_chunks for task in tasks),
-        donated_bytes=sum(task.donated_bytes for task in tasks),
-        bytes=_total((f"{task.stage}: {what}", n) for task in tasks for what, n in task.bytes.items()),
-        patches_per_second=round(patches / seconds, 3) if seconds else None,
+        voxels=tally.voxels,
+        storage_chunks=tally.storage_chunks,
+        donated_bytes=tally.donated_bytes,
+        bytes=tally.bytes,
+        patches_per_second=round(tally.patches / seconds, 3) if seconds else None,
         span=None if span is None else round(span, 3),
-        busy=round(sum(finish - start for start, finish in stretches), 3) if stretches else None,
-        voxels_per_second=round(voxels / span, 1) if span else None,
-        task_voxels_per_second=_spread(task.rate for task in infer if task.rate is not None),
-        wall={stage: spread for stage in STAGES if (spread := _spread(t.wall for t in timed if t.stage == stage))},
-        seconds=_rounded((f"{task.stage}: {phase}", s) for task in tasks for phase, s in task.seconds.items()),
+        busy=None if busy is None else round(busy, 3),
+        voxels_per_second=round(tally.voxels / span, 1) if span else None,
+        task_voxels_per_second=_spread(tasks.inference_rates),
+        wall={stage: spread for stage, spread in spreads.items() if spread is not None},
+        seconds={name: round(number, 3) for name, number in sorted(tally.seconds.items())},
         shares=shares,
-        beside=_shares(tasks, lambda task: task.beside),
+        beside=tally.shares(tally.beside),
         forward=shares.get("infer: forward"),
-        peak_memory=max(
-            (_figure(task, task.peak_memory) for task in tasks if task.peak_memory is not None),
-            key=lambda figure: figure.value,
-            default=None,
-        ),
-        slowest=[_figure(task, task.wall) for task in sorted(timed, key=lambda task: -task.wall)[:3]],
-        hosts=dict(Counter(task.host for task in tasks)),
-        devices=dict(Counter(task.device for task in infer if task.patches)),
+        peak_memory=next((_figure(tasks, peaks, row) for row in tasks.most(peaks, measured, 1)), None),
+        slowest=[_figure(tasks, wall, row) for row in tasks.most(wall, timed, 3)],
+        hosts=dict(zip(tasks.host_names, np.bincount(tasks.host).tolist(), strict=True)),
+        devices=dict(tally.devices),
     )
-
-
-def busy_stretches(tasks: Iterable[DoneTask]) -> list[tuple[float, float]]:
-    """The disjoint stretches of time in which any task ran, in order.
-
-    Each is start and finish, in Unix time.
-    """
-    stretches: list[tuple[float, float]] = []
-    for start, finish in sorted((t.start, t.finished) for t in tasks if t.start is not None and t.finished is not None):
-        if stretches and start <= stretches[-1][1]:
-            stretches[-1] = (stretches[-1][0], max(stretches[-1][1], finish))
-        else:
-            stretches.append((start, finish))
-    return stretches
 
 
 def lines(report: Report) -> list[str]:
@@ -390,54 +346,21 @@ def _names(counts: dict[str, int]) -> str:
     return ", ".join([*shown, f"and {len(counts) - len(shown)} more"] if len(counts) > len(shown) else shown)
 
 
-def _task(receipt: Receipt, block: Block) -> DoneTask:
-    facts, infer = receipt.facts, receipt.stage == "infer"
-    device, processor, wall = facts.get("device", "cpu"), facts.get("processor"), facts.get("wall", 0.0)
-    frame = sum(box.voxels for box in block.frame)
-    return DoneTask(
-        stage=receipt.stage,
-        block=block.name,
-        run=receipt.run,
-        voxels=block.core.voxels if infer else frame,
-        patches=receipt.patches,
-        skipped=receipt.skipped,
-        storage_chunks=receipt.storage_chunks,
-        donated_bytes=sum(entry.bytes for entry in receipt.donations),
-        seconds=facts.get("seconds", {}),
-        wall=wall,
-        finished=facts.get("finished"),
-        rate=(block.box.voxels if infer else frame) / wall if wall else None,
-        streams=facts.get("streams", 1),
-        bytes=facts.get("bytes", {}),
-        peak_memory=facts.get("peak_memory_bytes"),
-        host=facts.get("host", "unknown host"),
-        device=f"{device} ({processor})" if device == "cpu" and processor else device,
-    )
+def _add(total: dict[str, N], numbers: Mapping[str, N], stage: Stage | None = None) -> None:
+    """Add numbers by name to their sums, which have a stage before the name if one is given."""
+    for name, number in numbers.items():
+        key = f"{stage}: {name}" if stage else name
+        total[key] = total.get(key, 0) + number
 
 
-def _shares(tasks: Sequence[DoneTask], seconds: Callable[[DoneTask], dict[str, float]]) -> dict[str, float]:
-    """Seconds by phase, summed, as shares of all wall time of the stage."""
-    walls = _total((task.stage, task.wall) for task in tasks)
-    total = _total((f"{task.stage}: {phase}", s) for task in tasks for phase, s in seconds(task).items())
-    of = {name: walls[name.split(":")[0]] for name in total}
-    return {name: round(s / of[name], 4) for name, s in total.items() if of[name]}
+def _figure(tasks: TaskTable, values: NDArray[np.generic], row: int) -> TaskFigure:
+    host = tasks.host_names[tasks.host[row]]
+    return TaskFigure(tasks.stage_of(row), tasks.block_of(row), host, values[row].item())
 
 
-def _total(pairs: Iterable[tuple[str, N]]) -> dict[str, N]:
-    total: dict[str, N] = {}
-    for name, number in pairs:
-        total[name] = total.get(name, 0) + number
-    return total
-
-
-def _rounded(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    return {name: round(number, 3) for name, number in sorted(_total(pairs).items())}
-
-
-def _figure(task: DoneTask, value: float) -> TaskFigure:
-    return TaskFigure(task.stage, task.block, task.host, value)
-
-
-def _spread(values: Iterable[float]) -> Spread | None:
-    values = list(values)
-    return Spread(median(values), min(values), max(values)) if values else None
+def _spread(values: NDArray[np.float64]) -> Spread | None:
+    if not len(values):
+        return None
+    ordered = np.sort(values)
+    middle = ordered[[(len(values) - 1) // 2, len(values) // 2]]
+    return Spread(float(middle.sum()) / 2, float(ordered[0]), float(ordered[-1]))

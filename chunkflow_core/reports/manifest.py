@@ -13,12 +13,14 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-from chunkflow_core.exchange.marks import STAGES, Stage
+from chunkflow_core.exchange.marks import STAGES
 from chunkflow_core.exchange.receipts import Receipt
-from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.block_numbers import BlockSet
+from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.provenance import History, digests, now, spec_record, user
 from chunkflow_core.storage.addresses import plain, safe_name
@@ -51,39 +53,100 @@ def begin(spec: VolumeSpec, run: str, request: Mapping[str, Any]) -> None:
 def complete(spec: VolumeSpec, run: str, receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Store the manifest of a run that has done all it had to, and return it.
 
-    What has changed is told with what runs before it have changed and not told, since they did not
-    come so far. If with that every block is of this spec's fingerprint, the layer's provenance says
-    so too.
-
     Args:
         spec: The volume.
         run: Name of the run.
         receipts: All there are, of whichever run.
     """
-    known = {(receipt.stage, receipt.block): receipt for receipt in receipts}
-    own = [receipt for receipt in known.values() if receipt.run == run]
-    manifest = read(spec, run) or _begun(spec, run)
-    told = {*manifest.get("told", []), *unpublished(spec), run}  # the first is of a try that was ended too soon
-    changed = {receipt.block for receipt in known.values() if told.intersection(receipt.changes)}
-    inferred = [receipt for receipt in own if receipt.stage == "infer"]
-    outcome = {
-        "state": "complete",
-        "finished": now(),
-        "blocks": {
-            "inferred": sorted(receipt.block for receipt in inferred),
-            "blended": sorted(receipt.block for receipt in own if receipt.stage == "blend"),
-            "changed": sorted(changed),
-        },
-        "told": sorted(told),
-        "bounding_box": asdict(Box.around([spec.grid.block(b).box for b in changed])) if changed else None,
-        "hosts": Counter(str(receipt.facts.get("host", "unknown")) for receipt in own),
-        "devices": Counter(str(receipt.facts.get("device", "cpu")) for receipt in inferred if receipt.patches),
-        "mixture": _mixture(spec, run, known),
-    }
-    stored = _put(spec, manifest | outcome)
-    with storage_errors(f"writing {spec.output.path}/runs"):
-        layer_files(spec.output.path).delete([f"{stem(name)}{_OPEN}" for name in told])
-    return stored
+    outcome = Outcome(spec, run)
+    for receipt in receipts:
+        outcome.add(receipt)
+    return outcome.complete()
+
+
+class Outcome:
+    """What has come of a run, from all receipts there are, of whichever run, one by one.
+
+    What has changed is told with what runs before it have changed and not told, since they did not
+    come so far. A few bytes are kept of each block of the volume.
+    """
+
+    def __init__(self, spec: VolumeSpec, run: str) -> None:
+        """Read which runs have not told yet what they have changed; no receipt is known yet."""
+        self._spec, self._run = spec, run
+        self._manifest = read(spec, run) or _begun(spec, run)
+        # the first is of a try that was ended too soon
+        self._told = {*self._manifest.get("told", []), *unpublished(spec), run}
+        self._own, self._valid = ({stage: BlockSet(spec.grid) for stage in STAGES} for _ in range(2))
+        self._changed, self._hosts, self._devices = BlockSet(spec.grid), Counter[str](), Counter[str]()
+
+    def add(self, receipt: Receipt) -> None:
+        """Take account of a receipt."""
+        if self._told.intersection(receipt.changes):
+            self._changed.add(receipt.block)
+        if receipt.geometry == self._spec.block_digest(receipt.block):
+            self._valid[receipt.stage].add(receipt.block)
+        if receipt.run != self._run:
+            return
+        self._own[receipt.stage].add(receipt.block)
+        self._hosts[str(receipt.facts.get("host", "unknown"))] += 1
+        if receipt.stage == "infer" and receipt.patches:
+            self._devices[str(receipt.facts.get("device", "cpu"))] += 1
+
+    def complete(self) -> dict[str, Any]:
+        """Store the run's manifest as that of a run that has done all it had to, and return it.
+
+        If every block is of this spec's fingerprint, the layer's provenance says so too.
+        """
+        spec, path = self._spec, self._spec.output.path
+        outcome = {
+            "state": "complete",
+            "finished": now(),
+            "told": sorted(self._told),
+            "bounding_box": self._bounding_box(),
+            "hosts": self._hosts,
+            "devices": self._devices,
+            "mixture": self._mixture(),
+        }
+        manifest: dict[str, Any] = json.loads(json.dumps(self._manifest | outcome))  # as whoever reads it gets it
+        manifest["blocks"] = self._blocks()
+        _put(spec, manifest)
+        with storage_errors(f"writing {path}/runs"):
+            layer_files(path).delete([f"{stem(name)}{_OPEN}" for name in self._told])
+        return manifest
+
+    def _blocks(self) -> dict[str, list[list[int]]]:
+        """Indices of the blocks that the run has inferred, and blended, and of those changed."""
+        sets = {"inferred": self._own["infer"], "blended": self._own["blend"], "changed": self._changed}
+        lists: dict[str, list[list[int]]] = {name: [] for name in sets}
+        for block in self._spec.grid.indices():
+            index = [*block]  # of millions of blocks, one for all lists
+            for name, blocks in sets.items():
+                if block in blocks:
+                    lists[name].append(index)
+        return lists
+
+    def _bounding_box(self) -> dict[str, Any] | None:
+        """The box around all blocks that have changed; None if none has."""
+        grid = self._spec.grid
+        boxes = (grid.block(block).box for block in self._changed)
+        around = reduce(lambda one, other: Box.around([one, other]), boxes, next(boxes, None))
+        return asdict(around) if around else None
+
+    def _mixture(self) -> list[str]:
+        """Fingerprints of all whose voxels are in the layer, if there are several."""
+        history = History(self._spec)
+        if len(history.fingerprints) > 1 and history.fingerprint == self._spec.fingerprint and self._is_whole():
+            history.add("whole", self._run)
+        return history.fingerprints if len(history.fingerprints) > 1 else []
+
+    def _is_whole(self) -> bool:
+        """Whether all blocks are done with this fingerprint.
+
+        Receipts are discarded where another one has claimed the layer.
+        """
+        grid, inferred, blended = self._spec.grid, self._valid["infer"], self._valid["blend"]
+        return all(i in inferred and (i in blended or not grid.has_frame(i)) for i in grid.indices())
 
 
 def unpublished(spec: VolumeSpec) -> list[str]:
@@ -146,26 +209,5 @@ def _packages(spec: VolumeSpec) -> dict[str, str]:
     return found
 
 
-def _mixture(spec: VolumeSpec, run: str, receipts: Mapping[tuple[Stage, Vector], Receipt]) -> list[str]:
-    """Fingerprints of all whose voxels are in the layer, if there are several."""
-    history = History(spec)
-    if len(history.fingerprints) > 1 and history.fingerprint == spec.fingerprint and _is_whole(spec, receipts):
-        history.add("whole", run)
-    return history.fingerprints if len(history.fingerprints) > 1 else []
-
-
-def _is_whole(spec: VolumeSpec, receipts: Mapping[tuple[Stage, Vector], Receipt]) -> bool:
-    """Whether all blocks are done with this fingerprint.
-
-    Receipts are discarded where another one has claimed the layer.
-    """
-    grid = spec.grid
-    due = ((stage, i) for i in grid.indices() for stage in STAGES if stage == "infer" or grid.has_frame(i))
-    return all((known := receipts.get(key)) is not None and known.geometry == spec.block_digest(key[1]) for key in due)
-
-
-def _put(spec: VolumeSpec, manifest: dict[str, Any]) -> dict[str, Any]:
-    content = json.dumps(manifest).encode()
-    put_file(plain(spec.output.path), f"{stem(manifest['run'])}.json", content)
-    stored: dict[str, Any] = json.loads(content)
-    return stored
+def _put(spec: VolumeSpec, manifest: Mapping[str, Any]) -> None:
+    put_file(plain(spec.output.path), f"{stem(manifest['run'])}.json", json.dumps(manifest).encode())

@@ -10,7 +10,8 @@ from typing import Any
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.reports import manifest
 from chunkflow_core.reports.chart import draw_chart
-from chunkflow_core.reports.figures import of_run, report_of, tasks_of
+from chunkflow_core.reports.figures import Tally, report_of
+from chunkflow_core.reports.tasks import task_of
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file
@@ -22,25 +23,28 @@ def publish(spec: VolumeSpec, run: str) -> dict[str, Any]:
     Returns:
         The fields of ``figures.Report``, and ``changed_blocks`` (indices, zyx), ``bounding_box``
         (of these; start and stop in voxels, zyx; None if nothing has changed), and where
-        ``manifest`` and ``picture`` are.
+        ``manifest`` and ``picture`` are, with variables of the spec by their names.
 
     Raises:
         MissingInputError: There is no receipt of the run.
         StorageError: The storage does not answer.
     """
     exchange = Exchange(spec)
-    receipts = exchange.all_receipts()
-    tasks = tasks_of(spec, receipts)
-    report = report_of(spec, exchange.path, tasks, run=run)
+    tally, outcome = Tally(run), manifest.Outcome(spec, run)
+    for receipt in exchange.all_receipts():  # once: a large volume has millions
+        tally.add(task_of(spec, receipt))
+        outcome.add(receipt)
+    report = report_of(spec, exchange.path, tally)
     layer, stem = plain(spec.output.path), manifest.stem(run)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.png"
-        draw_chart(report, of_run(tasks, run), file)
+        draw_chart(report, tally.tasks, file)
         put_file(layer, f"{stem}.png", file.read_bytes())
-    completed = manifest.complete(spec, run, receipts)
+    completed = outcome.complete()
+    told = plain(spec.written("output"))
     return asdict(report) | {
         "changed_blocks": completed["blocks"]["changed"],
         "bounding_box": completed["bounding_box"],
-        "manifest": f"{layer}/{stem}.json",
-        "picture": f"{layer}/{stem}.png",
+        "manifest": f"{told}/{stem}.json",
+        "picture": f"{told}/{stem}.png",
     }

@@ -20,6 +20,7 @@ from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.steps.stage import StageResult, StageWork
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.signatures import WrittenChunk
 
 
 def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why: Reason | None = None) -> StageResult:
@@ -33,7 +34,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
         run: Name of the run.
         why: The planner's reason why the block's inference is due. With ``forced``, the block is
             blended again, unless its receipt is of the same run; else, if its receipt does not name
-            what the donors give.
+            what the donors give, or its storage chunks are no longer what was written.
 
     Raises:
         SpecError: Another spec has claimed the output layer.
@@ -51,7 +52,8 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
     consumed = {receipt.box: receipt.given(index, mask_digest(windows)) for receipt in donors}
     done = exchange.receipt("blend", index)
     current = done is not None and done.geometry == spec.block_digest(index) and done.consumed == consumed
-    if done is not None and current and (why != "forced" or (run and done.run == run)):
+    asked_for = why == "forced" and not (run and done is not None and done.run == run)
+    if done is not None and current and not asked_for and workspace.outputs.are_as_written(done):
         return StageResult(done, up_to_date=True)
     work = StageWork(workspace, "blend", block, run, before=done, started=started)
     wanted = [pair for receipt in donors for pair in _donations(workspace, receipt, block)]
@@ -70,7 +72,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
 
 def _blend(
     work: StageWork, donations: list[Donation], payloads: dict[str, bytes], windows: list[MaskWindow]
-) -> dict[str, str]:
+) -> dict[str, WrittenChunk]:
     """Add up donations and write the block's frame, piece by piece.
 
     Args:
@@ -80,10 +82,10 @@ def _blend(
         windows: The mask over each box of the frame; none if there is no mask.
 
     Returns:
-        Names of the storage chunks written, with digests of their voxels.
+        Names of the storage chunks written, with what is known of each.
     """
     spec, block = work.workspace.spec, work.block
-    values, written = ExactStep(*spec.output.range), dict[str, str]()
+    values, written = ExactStep(*spec.output.range), dict[str, WrittenChunk]()
     masks: Sequence[MaskWindow | None] = windows or [None] * len(block.frame)
     for piece in spec.grid.pieces(block):
         boxes = [(frame & piece.box, mask) for frame, mask in zip(block.frame, masks, strict=True) if frame & piece.box]

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange.codec import compress
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.inference.block import FinalPiece
@@ -17,6 +18,7 @@ from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.steps.stage import StageResult, StageWork
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.signatures import WrittenChunk
 
 SKIPPED = ("zeros", "outside mask")
 """Reasons why a patch is not run."""
@@ -43,15 +45,16 @@ def inference_and_donate(
         index: Index of the block, zyx.
         run: Name of the run.
         why: The planner's reason why the block is due. With ``input``, it is done if its input is
-            not what its receipt says; with any other, unless its receipt is of the same run and its
-            input has not changed since; without a reason, if it has no receipt.
+            not what its receipt says; without a reason, or with ``output``, if it has no receipt;
+            with any other, unless its receipt is of the same run and its input has not changed
+            since. In any case it is done if its storage chunks are no longer what was written.
         patch_done: Called after each patch.
 
     Raises:
         SpecError: Another spec has claimed the output layer, or the model can't be used.
         MissingInputError: A layer, a storage chunk or a model file isn't there.
         DataError: The model's output can't be right.
-        StorageError: The storage does not answer.
+        StorageError: The storage does not answer, or the input was changed while it was read.
     """
     spec, exchange = workspace.spec, workspace.exchange
     done = exchange.receipt("infer", index)
@@ -59,19 +62,24 @@ def inference_and_donate(
         return StageResult(done, up_to_date=True)
     workspace.check_claim()  # and again later, since a block can take hours
     work = StageWork(workspace, "infer", spec.grid.block(index), run, before=done)
-    signature = workspace.inputs.signature(index)  # before anything is read: what changes meanwhile is noticed later
+    signature = workspace.inputs.signature_now(index)  # before anything is read
     block_run = workspace.inference.run(work.block, work.timings, patch_done)
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         leaving = _LeavingPieces(work, pool)
-        for final in block_run.pieces():
-            leaving.wait()  # so that no more than one piece is in memory
-            if final.piece.core:
-                workspace.check_claim()
-            if not leaving.begun:
-                work.retract()
-            leaving.start(final, block_run.mask)
-            work.tell_progress(final.piece.box)
+        try:
+            for final in block_run.pieces():
+                leaving.wait()  # so that no more than one piece is in memory
+                if final.piece.core:
+                    workspace.check_claim()
+                if not leaving.begun:
+                    work.retract()
+                leaving.start(final, block_run.mask)
+                work.tell_progress(final.piece.box)
+        except (DataError, MissingInputError) as error:
+            _check_same(workspace, index, signature, error)
+            raise
         leaving.wait()
+    _check_same(workspace, index, signature)
     counts = work.timings.counts
     exchange.keep_donations(index, leaving.donated)
     if spec.input.fill_missing:
@@ -91,12 +99,31 @@ def inference_and_donate(
 
 def _is_enough(workspace: Workspace, done: Receipt, run: str, why: Reason | None) -> bool:
     """Whether an intact receipt makes it needless to do the block."""
-    if why is None:
-        return True
-    if why == "input":
-        return workspace.inputs.confirm(done)
     of_this_run = run != "" and done.run == run and workspace.exchange.has_donations(done)
-    return of_this_run and workspace.inputs.unchanged(done)
+    if why not in (None, "input", "output") and not of_this_run:
+        return False
+    if why not in (None, "output") and not workspace.inputs.unchanged(done, confirm=why == "input"):
+        return False
+    return workspace.outputs.are_as_written(done)
+
+
+def _check_same(workspace: Workspace, index: Vector, signature: str, error: Exception | None = None) -> None:
+    """Check that storage still says of a block's input what it said before that was read.
+
+    Args:
+        workspace: What the steps of the volume share.
+        index: Index of the block, zyx.
+        signature: What storage said.
+        error: What has come of the reading, if it has failed.
+
+    Raises:
+        StorageError: It says something else: some voxels may be of before, others of after.
+    """
+    if workspace.inputs.signature_now(index) != signature:
+        why = f": {error}" if error else ""
+        raise StorageError(
+            f"the input of block {index} was changed while it was read{why}. A retry reads it as it is then"
+        ) from error
 
 
 class _LeavingPieces:
@@ -104,13 +131,13 @@ class _LeavingPieces:
 
     def __init__(self, work: StageWork, pool: ThreadPoolExecutor) -> None:
         self.donated: list[DonationEntry] = []
-        self.written: dict[str, str] = {}
-        """Names of storage chunks, with digests of their voxels."""
+        self.written: dict[str, WrittenChunk] = {}
+        """Names of storage chunks, with what is known of each."""
         self.begun = False
         """Whether anything has left."""
         self._work, self._pool = work, pool
         self._donating: list[Future[DonationEntry]] = []
-        self._writing: list[Future[dict[str, str]]] = []
+        self._writing: list[Future[dict[str, WrittenChunk]]] = []
 
     def start(self, final: FinalPiece, mask: MaskWindow | None) -> None:
         """Start to write and donate what has become final; ``mask`` is the block's, if any."""
@@ -125,8 +152,8 @@ class _LeavingPieces:
         """Wait for all that was started."""
         timings = self._work.timings
         self.donated += timings.measure("wait for output", lambda: [future.result() for future in self._donating])
-        for digests in timings.measure("wait for output", lambda: [future.result() for future in self._writing]):
-            self.written |= digests
+        for written in timings.measure("wait for output", lambda: [future.result() for future in self._writing]):
+            self.written |= written
         self._donating, self._writing = [], []
 
 

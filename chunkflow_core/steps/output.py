@@ -14,14 +14,18 @@ from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.layers import NewLayer, OutputLayer, layer_files
 
 
-def open_output(spec: VolumeSpec) -> OutputLayer:
+def open_output(spec: VolumeSpec, *, may_grow: bool = False) -> OutputLayer:
     """The output layer of a spec.
+
+    Args:
+        spec: The volume.
+        may_grow: Whether one will do, to look at, that ends inside the ROI.
 
     Raises:
         MissingInputError: ``prepare`` has not made the layer.
         SpecError: The layer does not fit the spec.
     """
-    return OutputLayer(spec.output.path, check_output(spec), spec.output.compression)
+    return OutputLayer(spec.output.path, check_output(spec, may_grow=may_grow), spec.output.compression)
 
 
 def create_output(spec: VolumeSpec) -> None:
@@ -35,8 +39,8 @@ def create_output(spec: VolumeSpec) -> None:
         offset=spec.grid.roi.start,
         channels=spec.output.channels,
         provenance={
-            "description": f"{spec.name}: {spec.model.engine} inference of {spec.input.path}",
-            "sources": [spec.input.path],
+            "description": f"{spec.name}: {spec.model.engine} inference of {spec.written('input')}",
+            "sources": [spec.written("input")],
             "processing": [],
         },
     )

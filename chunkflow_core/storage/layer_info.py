@@ -15,6 +15,28 @@ from chunkflow_core.errors import MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.storage.addresses import PRECOMPUTED
 
+ENCODINGS = (
+    "raw",
+    "jpeg",
+    "png",
+    "jxl",
+    "compressed_segmentation",
+    "compresso",
+    "crackle",
+    "fpzip",
+    "kempressed",
+    "zfpc",
+)
+"""The encodings of storage chunks that CloudVolume reads."""
+
+FARTHEST = 2**53
+"""Largest coordinate or length in voxels. Readers such as Neuroglancer tell no larger ones apart,
+and sums of some of them still fit 64 bits."""
+
+_SHARDED = "sharded"
+_MOST_CHANNELS, _FINEST, _COARSEST, _LONGEST_NAME = 2**16, 1e-9, 1e9, 255
+"""Limits of what an ``info`` may say: channels, voxel size in nm, bytes of a folder's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerScale:
@@ -31,6 +53,11 @@ class LayerScale:
     """Encoding of storage chunks, such as ``raw``; ``sharded`` if they share files."""
     info: dict[str, Any] = field(compare=False, repr=False)
     """The whole layer's ``info``, so that whoever opens the layer need not read it again."""
+
+    @property
+    def meaning(self) -> str:
+        """What decides the meaning of voxels: dtype, channels, and their size in nm, zyx."""
+        return f"{self.dtype} {self.channels} {self.resolution}"
 
     def storage_chunks(self, box: Box) -> Iterator[Box]:
         """The storage chunks that touch a box inside the layer, whole."""
@@ -73,7 +100,7 @@ def read_info(path: str) -> dict[str, Any]:
         )
     try:
         info: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MissingInputError(f"{path}: the layer's info file is not JSON: {error}") from error
     if not isinstance(info, dict) or not isinstance(info.get("scales"), list) or not info["scales"]:
         raise MissingInputError(f"{path}: the info file is not that of a precomputed layer, it lists no scales")
@@ -98,7 +125,7 @@ def read_scale(path: str, mip: int) -> LayerScale:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise MissingInputError(
             f"{path}: the info file is not that of a precomputed layer, its mip {mip} can't be understood "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {error!s:.300})"
         ) from error
 
 
@@ -106,14 +133,20 @@ def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
     start = _three("voxel_offset", scale.get("voxel_offset", [0, 0, 0]), positive=False)
     size = _three("size", scale["size"])
     channels, dtype, resolution = info["num_channels"], info["data_type"], scale["resolution"]
-    encoding = "sharded" if scale.get("sharding") else scale.get("encoding", "raw")
-    if type(channels) is not int or channels < 1:
-        raise ValueError(f"num_channels is {channels!r}, expected an integer >= 1")
+    sharding = scale.get("sharding")
+    if sharding and not (isinstance(sharding, dict) and "@type" in sharding):
+        raise ValueError(f"sharding is {_shown(sharding)}, expected keys and values with @type")
+    encoding = _SHARDED if sharding else scale.get("encoding", "raw")
+    if type(channels) is not int or not 1 <= channels <= _MOST_CHANNELS:
+        raise ValueError(f"num_channels is {_shown(channels)}, expected an integer >= 1, at most {_MOST_CHANNELS}")
     for key, text in {"data_type": dtype, "key": scale["key"], "encoding": encoding}.items():
         if not isinstance(text, str) or "\0" in text:
-            raise ValueError(f"{key} is {text!r}, expected a text")
-    if not _are_three(resolution, int, float):
-        raise ValueError(f"resolution is {resolution!r}, expected three numbers")
+            raise ValueError(f"{key} is {_shown(text)}, expected a text")
+    _check_key(scale["key"])
+    if encoding not in ENCODINGS and not sharding:
+        raise ValueError(f"encoding is {_shown(encoding)}, expected one of {', '.join(ENCODINGS)}")
+    if not _are_three(resolution, int, float) or not all(_is_size(value) for value in resolution):
+        raise ValueError(f"resolution is {_shown(resolution)}, expected three numbers of nm")
     np.dtype(dtype)  # TypeError for one that isn't known
     return LayerScale(
         bounds=Box(start, vector(a + n for a, n in zip(start, size, strict=True))),
@@ -129,8 +162,27 @@ def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
 def _three(key: str, values: Any, *, positive: bool = True) -> Vector:
     """Three integers of an ``info``, xyz there and zyx here; ``ValueError`` if they are none."""
     if not _are_three(values, int) or (positive and min(values) < 1):
-        raise ValueError(f"{key} is {values!r}, expected three integers" + " >= 1" * positive)
+        raise ValueError(f"{key} is {_shown(values)}, expected three integers" + " >= 1" * positive)
+    if max(map(abs, values)) > FARTHEST:
+        raise ValueError(f"{key} is {_shown(values)}, expected integers within 2^53 (9.0e15)")
     return vector(reversed(values))
+
+
+def _is_size(value: float) -> bool:
+    """Whether a number can be a voxel size in nm; 0 stands for one that is not known."""
+    return value == 0 or _FINEST <= value <= _COARSEST
+
+
+def _check_key(key: str) -> None:
+    """Check that a scale's key names a folder below the layer's; ``ValueError`` if not."""
+    parts = key.split("/")
+    if "" in parts or ".." in parts or max(len(part.encode()) for part in parts) > _LONGEST_NAME:
+        raise ValueError(f"key is {_shown(key)}, expected the name of a folder in the layer's")
+
+
+def _shown(value: Any) -> str:
+    """A value for messages, cut to a length that leaves one line readable."""
+    return f"{value!r:.100}"
 
 
 def _are_three(values: Any, *types: type) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.compression import CorruptFileError
@@ -65,14 +66,41 @@ class _DiskReader:
 
 class _VolumeReader:
     def __init__(self, path: str, scale: LayerScale, mip: int, *, fill_missing: bool) -> None:
-        self._volume, self._bounds = open_volume(path, scale, mip, fill_missing=fill_missing), scale.bounds
+        self._path, self._scale = path, scale
+        try:
+            self._volume = open_volume(path, scale, mip, fill_missing=fill_missing)
+        except Exception as error:
+            if _is_of_storage(error):
+                raise
+            raise MissingInputError(
+                f"{path}: CloudVolume can't open a layer with this info file ({type(error).__name__}: {error})"
+            ) from error
 
     def read(self, box: Box) -> NDArray[Any]:
         # CloudVolume 12.15 reads a single voxel of several channels in a way of its own: it gives
         # one channel of another voxel.
-        larger = (box.grown((1, 1, 1), (1, 1, 1)) & self._bounds) if box.voxels == 1 else box
-        data: NDArray[Any] = np.asarray(self._volume[cloudvolume_slices(larger)]).T
+        larger = (box.grown((1, 1, 1), (1, 1, 1)) & self._scale.bounds) if box.voxels == 1 else box
+        try:
+            data: NDArray[Any] = np.asarray(self._volume[cloudvolume_slices(larger)]).T
+        except (ImportError, NameError) as error:  # the latter: of a codec that CloudVolume has found missing
+            raise SpecError(f"{self._path}: encoding {self._scale.encoding} of its info file: {error}") from error
+        except Exception as error:
+            if _is_of_storage(error):
+                raise
+            raise CorruptFileError(
+                f"it can't be read as its info file says, with the encoding {self._scale.encoding} and the data_type "
+                f"{self._scale.dtype} ({type(error).__name__}: {error})"
+            ) from error
         return data[(slice(None), *box.slices(larger.start))]
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Whether an error tells of storage or of this machine, and not of what is stored."""
+    from chunkflow_core.storage.clients import meaning
+
+    if type(error).__name__ == "EmptyVolumeException":  # of CloudVolume: a storage chunk isn't there
+        return True
+    return isinstance(error, OSError | MemoryError | ChunkflowError) or meaning(error) is not None
 
 
 def open_volume(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool = False) -> CloudVolume:

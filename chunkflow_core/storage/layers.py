@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
+from time import time
 from typing import Any, Final
 
 import numpy as np
@@ -19,16 +20,20 @@ from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.compression import CorruptFileError, compress, decompress
 from chunkflow_core.storage.digests import short_digest
-from chunkflow_core.storage.disk import PARTIAL
-from chunkflow_core.storage.files import Files, open_files, put_file, storage_errors
+from chunkflow_core.storage.disk import PARTIAL, DiskFiles
+from chunkflow_core.storage.files import Files, is_on_disk, open_files, put_file, storage_errors
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer
+from chunkflow_core.storage.signatures import LayerSignatures, WrittenChunk, signature_number
 
 _CACHE = "public, max-age=3600"
 """What HTTP caches may do with storage chunks.
 
 Those of a layer that is made anew are seen an hour later at the latest.
 """
+
+_FRESH: Final = 600
+"""Seconds for which a file may be incomplete since it is still written to."""
 
 _NO_PROVENANCE: Final[dict[str, Any]] = {"description": "", "owners": [], "processing": [], "sources": []}
 """CloudVolume's provenance of a layer of which nothing is said."""
@@ -78,7 +83,8 @@ class InputLayer:
         Raises:
             MissingInputError: A storage chunk isn't there, and ``fill_missing`` is off.
             DataError: A storage chunk is corrupt.
-            StorageError: The storage does not answer, or the layer has grown since it was opened.
+            StorageError: The storage does not answer, or the layer has grown since it was opened,
+                or a storage chunk that is corrupt may still be written to.
         """
         maps = self._sources(box)
         source = _hull(maps)
@@ -87,6 +93,10 @@ class InputLayer:
                 data = self._reader.read(source)
         except MissingInputError:
             self.check_unchanged()
+            raise
+        except DataError as error:
+            if self._is_fresh(source):
+                raise StorageError(f"{error}. It has just been written, and may not be complete yet") from error
             raise
         for a, indices in enumerate(maps):
             if len(indices) != data.shape[a + 1] or (len(indices) > 1 and indices[0] >= indices[1]):
@@ -109,6 +119,18 @@ class InputLayer:
                 f"{self.path} has changed since it was opened: it had {self.scale.bounds}, now {now.bounds}. A retry "
                 "reads it as it is now"
             )
+
+    def _is_fresh(self, box: Box) -> bool:
+        """Whether a storage chunk of a box has been written to within the last minutes.
+
+        Files on disks only can be read half: CloudVolume writes them in place, and so does rsync
+        with some options.
+        """
+        if not is_on_disk(plain(self.path)):
+            return False
+        key = self.scale.info["scales"][self._mip]["key"]
+        names = (f"{key}/{chunk.key}" for chunk in self.scale.storage_chunks(box))
+        return DiskFiles(plain(self.path)).changed_since(names, time() - _FRESH)
 
     def source(self, box: Box) -> Box:
         """The voxels inside ``bounds`` from which a box is filled."""
@@ -152,7 +174,7 @@ class OutputLayer:
         with storage_errors(f"opening {self.path}"):
             return open_layer(self.path, self.scale)
 
-    def write(self, box: Box, data: NDArray[Any]) -> dict[str, str]:
+    def write(self, box: Box, data: NDArray[Any]) -> dict[str, WrittenChunk]:
         """Write voxels to a box of whole storage chunks.
 
         CloudVolume 12.15 would write gzip at level 9 always, at a sixth of the speed for 3 % less
@@ -164,20 +186,24 @@ class OutputLayer:
             data: ``(channels, z, y, x)``, in the layer's dtype.
 
         Returns:
-            Names of the storage chunks, with digests of their voxels.
+            Names of the storage chunks, with what is known of each.
 
         Raises:
             StorageError: The storage does not answer.
         """
-        digests: dict[str, str] = {}
+        written: dict[str, WrittenChunk] = {}
         for chunk in self.expected_chunks(box):
             image = data[(slice(None), *chunk.slices(box.start))]
             voxels = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
-            digests[chunk.key] = short_digest(voxels)
             content = compress(voxels, self._compression)
             name = f"{self._key}/{chunk.key}"
-            put_file(plain(self.path), name, content, compression=self._compression, cache=_CACHE)
-        return digests
+            said = put_file(plain(self.path), name, content, compression=self._compression, cache=_CACHE)
+            written[chunk.key] = WrittenChunk(short_digest(voxels), signature_number(said))
+        return written
+
+    def signatures(self) -> LayerSignatures:
+        """What the storage says of the layer's storage chunks; nothing is asked yet."""
+        return LayerSignatures(self.path, 0, self.scale)
 
     def read(self, box: Box) -> NDArray[Any]:
         """What is stored in a box, ``(channels, z, y, x)``.
@@ -219,8 +245,12 @@ class OutputLayer:
         """Digest of a stored storage chunk's voxels, as ``write`` gives it; None if it isn't there.
 
         Raises:
-            DataError: The file can't be decompressed.
+            DataError: The file can't be decompressed, or there are several.
         """
+        if is_on_disk(plain(self.path)):
+            files = DiskFiles(plain(self.path)).files_of(f"{self._key}/{name}")
+            if len(files) > 1:
+                raise DataError(f"there are {' and '.join(files)}: which one is read is up to the reader")
         with storage_errors(f"reading {name} of {self.path}"):
             (answer,) = layer_files(self.path).get([f"{self._key}/{name}"], raw=True)
         if answer["content"] is None:

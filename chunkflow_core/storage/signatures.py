@@ -1,4 +1,4 @@
-"""Whether the input of a block may have changed, without reading voxels.
+"""Whether what a block has read or written may have changed, without reading voxels.
 
 What the storage says of its storage chunks is enough to tell.
 """
@@ -10,7 +10,9 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import product
+from typing import NamedTuple
 
+from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.digests import short_digest
@@ -20,7 +22,16 @@ from chunkflow_core.storage.layer_info import LayerScale
 from chunkflow_core.storage.listing.disk import Disk
 from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Column, Store, Wanted
 
-_UNKNOWN, _ABSENT = 0, 1
+_UNKNOWN, ABSENT = 0, 1
+
+
+class WrittenChunk(NamedTuple):
+    """What is known of a storage chunk that was written."""
+
+    voxels: str
+    """Digest of its voxels."""
+    stored: int
+    """What storage said of its file when it was written: see ``signature_number``."""
 
 
 class LayerSignatures:
@@ -30,6 +41,7 @@ class LayerSignatures:
         """Name the storage chunks of one scale of the layer at ``path``; nothing is asked yet."""
         self.path = plain(path)
         self._chunks = Chunks(scale)
+        self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}"
         self._columns: dict[Column, array[int]] = {}
         with storage_errors(f"opening {self.path}"):
             self._store = (
@@ -54,21 +66,74 @@ class LayerSignatures:
                 for name, signature in self._store.ask(self._chunks, wanted):
                     place = self._chunks.place(name)
                     if place is not None and place[0] in self._columns:
-                        self._columns[place[0]][place[1]] = _number(signature)
+                        self._columns[place[0]][place[1]] = signature_number(signature)
         except CannotTell:
             self._store = None
             return
         for column, zs in wanted.items():
             numbers = self._columns[column]
             for z in zs:
-                numbers[z] = numbers[z] or _ABSENT
+                numbers[z] = numbers[z] or ABSENT
+
+    def load_all(self) -> list[str]:
+        """Ask the storage for all storage chunks of the layer by one listing.
+
+        Returns:
+            Names of what lies among them and is none of them. What is in a subfolder is left out:
+            no reader takes that for a storage chunk, and somebody may keep it there.
+
+        Raises:
+            SpecError: The storage refuses the credentials, finds none, or has no listing.
+            StorageError: The storage does not answer.
+        """
+        if self._store is None:
+            raise SpecError(f"{self.path}: storage of this kind can't be listed")
+        strays: list[str] = []
+        _, height, width = map(len, self._chunks.names)
+        self._columns = {column: self._unknown_column() for column in product(range(height), range(width))}
+        twice = defaultdict[Column, list[int]](list)
+        with storage_errors(f"listing {self.path}"):
+            for name, signature in self._store.everything():
+                place = self._chunks.place(name)
+                if place is None:
+                    strays.append(name)
+                elif self._columns[place[0]][place[1]] != _UNKNOWN:
+                    twice[place[0]].append(place[1])
+                else:
+                    self._columns[place[0]][place[1]] = signature_number(signature)
+            for name, signature in self._store.ask(self._chunks, twice) if twice else ():
+                self.note(name, signature_number(signature))
+        for numbers in self._columns.values():
+            for z in [z for z, number in enumerate(numbers) if number == _UNKNOWN]:
+                numbers[z] = ABSENT
+        return strays
+
+    def note(self, name: str, number: int) -> None:
+        """Remember a storage chunk's ``signature_number`` as the storage's answer."""
+        place = self._chunks.place(name)
+        if place is not None:
+            column = self._columns.setdefault(place[0], self._unknown_column())
+            column[place[1]] = number
+
+    def number(self, name: str) -> int:
+        """The ``signature_number`` of a storage chunk that has been loaded.
+
+        It is 0 if the storage can't tell, and 1 if the storage chunk isn't there.
+        """
+        column, z = self._chunks.place(name) or ((0, 0), 0)
+        return self._columns[column][z] if self._store is not None else _UNKNOWN
+
+    def exists(self, name: str) -> bool:
+        """Whether a storage chunk that has been loaded is there."""
+        return self.number(name) != ABSENT
 
     def digest(self, box: Box) -> str:
         """Hash of names and signatures of the storage chunks that touch a box; "" if unknown.
 
-        What is not loaded yet is loaded. A storage chunk that isn't there counts as such. The hash
-        is the same whichever way the storage was asked, and when other parts of the layer change or
-        are added. It is unknown if the storage can't tell.
+        What the layer's info says of the voxels' meaning is part of it: dtype, channels, encoding,
+        voxel size and storage chunk size. What is not loaded yet is loaded. A storage chunk that
+        isn't there counts as such. The hash is the same whichever way the storage was asked, and
+        when other parts of the layer change or are added. It is unknown if the storage can't tell.
         """
         zs, ys, xs = self._chunks.touching(box)
         if self._store is not None and not self._is_known(zs, product(ys, xs)):
@@ -76,7 +141,7 @@ class LayerSignatures:
         if self._store is None:
             return ""
         names_z, names_y, names_x = self._chunks.names
-        content = hashlib.sha256(" ".join(names_z[zs.start : zs.stop]).encode())
+        content = hashlib.sha256(" ".join([self._meaning, *names_z[zs.start : zs.stop]]).encode())
         for y, x in product(ys, xs):
             content.update(f" {names_x[x]}_{names_y[y]} ".encode())
             content.update(self._columns[y, x][zs.start : zs.stop])
@@ -91,8 +156,7 @@ class LayerSignatures:
 
         Room is made for their answers.
         """
-        length = len(self._chunks.names[0])
-        marks: dict[Column, bytearray] = defaultdict(lambda: bytearray(length))
+        marks: dict[Column, bytearray] = defaultdict(lambda: bytearray(len(self._chunks.names[0])))
         for box in boxes:
             zs, ys, xs = self._chunks.touching(box)
             marked = b"\1" * len(zs)
@@ -100,10 +164,13 @@ class LayerSignatures:
                 marks[column][zs.start : zs.stop] = marked
         wanted = {}
         for column, mark in marks.items():
-            numbers = self._columns.setdefault(column, array("Q", bytes(8 * length)))
+            numbers = self._columns.setdefault(column, self._unknown_column())
             if zs_of_column := [z for z, marked_z in enumerate(mark) if marked_z and numbers[z] == _UNKNOWN]:
                 wanted[column] = zs_of_column
         return wanted
+
+    def _unknown_column(self) -> array[int]:
+        return array("Q", bytes(8 * len(self._chunks.names[0])))
 
 
 def _open_store(path: str, key: str) -> Store | None:
@@ -115,6 +182,9 @@ def _open_store(path: str, key: str) -> Store | None:
     return open_server(path, key)
 
 
-def _number(signature: str) -> int:
+def signature_number(signature: str) -> int:
+    """64 bits of a hash of what a storage says of a storage chunk; 0 if it says nothing."""
+    if not signature:
+        return _UNKNOWN
     number = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "little")
-    return max(number, _ABSENT + 1)
+    return max(number, ABSENT + 1)

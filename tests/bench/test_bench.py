@@ -31,6 +31,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "--blocks 2 3 4",
         ["| nothing done | 24 | 23 |", "| all done | 0 | 0 |", "| 1 % of the blocks lost | 0 | 0 |"],
     ),
+    "readers": (
+        "--edges 2 3 --names 2",
+        ["| plan |", "| verify, no windows |", "| report |", "| report --publish |"],
+    ),
     "starts": ("--no-demo --rounds 1 --rows blend", ["| blend, cold |", "| blend, warm |"]),
     "stitching": (
         "--volume 28 224 224 --rounds 1",

@@ -6,6 +6,7 @@ Each harm comes with what an audit has to say of it, and what mending it may tou
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from chunkflow_core.exchange.codec import compress, decompress
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
-from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.steps.blend import receive_and_blend
 from chunkflow_core.steps.workspace import Workspace
@@ -51,9 +52,12 @@ class Volume:
             shutil.copytree(self.folder / f"{part} as it was", self.folder / part)
 
     def contents(self) -> tuple[dict[str, bytes], set[str]]:
-        """The storage chunks, and the names of all receipts, which say what they are for."""
-        receipts = {path.name for path in self.exchange.rglob("receipts/*/*/*")}
-        return files_below(self.scale), receipts
+        """The storage chunks, and the names of all receipts, which say what they are for.
+
+        What storage has said of storage chunks is left out: it is another thing each time.
+        """
+        names = (path.name.split("%") for path in self.exchange.rglob("receipts/*/*/*.json"))
+        return files_below(self.scale), {"%".join([box, geometry, *rest]) for box, geometry, _, *rest in names}
 
     def written(self) -> dict[str, int]:
         """When each storage chunk was written."""
@@ -71,7 +75,8 @@ class Volume:
         return receipt
 
     def donation_file(self, donor: Vector = (0, 1, 1), receiver: Vector = LAST) -> Path:
-        return self.exchange / "donations" / "0_0_0" / self.spec.grid.donations(donor, receiver)[0].key
+        folder = self.exchange / "donations" / "0_0_0" / self.spec.grid.block(donor).name
+        return folder / self.spec.grid.donations(donor, receiver)[0].key
 
     def chunks_of(self, *stages: tuple[Stage, Vector]) -> set[str]:
         """The storage chunks that some stages write."""
@@ -182,12 +187,8 @@ def stray_chunks(volume: Volume) -> None:
 
 def wrong_seam_that_was_vouched_for(volume: Volume) -> None:
     """A seam as from a machine whose memory had failed when it blended."""
-    workspace = Workspace(volume.spec)
-    exchange, receipt, written = workspace.exchange, volume.receipt("blend", LAST), dict[str, str]()
     for box in volume.spec.grid.block(LAST).frame:
-        written |= workspace.output.write(box, np.nextafter(workspace.output.read(box), np.float32(2)))
-    exchange.retract("blend", LAST)
-    exchange.put_receipt(replace(receipt, written=written))
+        write_wrong(volume.spec, box)
 
 
 def wrong_donation_that_was_vouched_for(volume: Volume) -> None:
@@ -204,6 +205,18 @@ def wrong_donation_that_was_vouched_for(volume: Volume) -> None:
     receive_and_blend(workspace, LAST)
 
 
+def write_wrong(spec: VolumeSpec, box: Box) -> None:
+    """Change each voxel of a box of the output by one bit, and let receipts vouch for that."""
+    workspace = Workspace(spec)
+    written = workspace.output.write(box, np.nextafter(workspace.output.read(box), np.float32(2)))
+    for receipt in workspace.exchange.all_receipts():
+        chunks = {name: written.get(name, chunk) for name, chunk in receipt.written.items()}
+        if chunks != receipt.written:
+            stored = workspace.outputs.as_written(workspace.output, receipt.stage, receipt.block, chunks)
+            workspace.exchange.retract(receipt.stage, receipt.block)
+            workspace.exchange.put_receipt(replace(receipt, written=chunks, stored=stored))
+
+
 def _of_another_fingerprint(volume: Volume) -> Path:
     """The last block's receipt of blending, by another model with the same geometry."""
     spec, other = str(volume.path), volume.folder / "other"
@@ -215,10 +228,14 @@ def _of_another_fingerprint(volume: Volume) -> Path:
 
 
 def _flip(file: Path) -> None:
-    """Flip a bit in the middle: the checksum of gzip, or our own, does not match any more."""
-    data = bytearray(file.read_bytes())
+    """Flip a bit in the middle: the checksum of gzip, or our own, does not match any more.
+
+    Nobody has written it: a medium that fails says nothing.
+    """
+    data, times = bytearray(file.read_bytes()), file.stat()
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def _flip_voxel(file: Path) -> None:
@@ -243,11 +260,9 @@ _BLEND_LAST: tuple[Stage, Vector] = ("blend", LAST)
 HARMS = [
     Harm(core_chunk_lost, _MISSING, f"the storage chunk {CORE} is missing", _LAST, (_INFER_LAST,)),
     Harm(frame_chunk_lost, _MISSING, f"the storage chunk {FRAME} is missing", _LAST, (_BLEND_LAST,)),
-    Harm(
-        core_voxel_flipped, _WRONG, f"the storage chunk {CORE} is wrong: its voxels", _LAST, (_INFER_LAST,), deep=True
-    ),
-    Harm(frame_voxel_flipped, _WRONG, f"the storage chunk {FRAME} is wrong", _LAST, (_BLEND_LAST,), deep=True),
-    Harm(frame_chunk_of_another_size, _WRONG, f"{FRAME} is wrong", _LAST, (_BLEND_LAST,), deep=True),
+    Harm(core_voxel_flipped, _WRONG, f"the storage chunk {CORE} is wrong: its voxels", _LAST, (_INFER_LAST,)),
+    Harm(frame_voxel_flipped, _WRONG, f"the storage chunk {FRAME} is wrong", _LAST, (_BLEND_LAST,)),
+    Harm(frame_chunk_of_another_size, _WRONG, f"{FRAME} is wrong", _LAST, (_BLEND_LAST,)),
     Harm(core_chunk_not_to_be_decompressed, _WRONG, "can't be decompressed", _LAST, (_INFER_LAST,), deep=True),
     Harm(donation_cut_off, _DONATION, "bytes, the receipt of its donor says", _blocks((0, 1, 1))),
     Harm(donation_bit_flipped, _DONATION, "the checksum of its content does not", _blocks((0, 1, 1)), deep=True),

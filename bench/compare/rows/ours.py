@@ -22,6 +22,7 @@ from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.prepare import make_output
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.signatures import WrittenChunk
 
 PROBES = 4
 """Patches whose outputs are compared between engines."""
@@ -78,7 +79,7 @@ class Ours(Row):
         def read(box: Box) -> Image:
             return self.data[None][(slice(None), *box.slices((0, 0, 0)))]
 
-        def write(box: Box, data: Array) -> dict[str, str]:
+        def write(box: Box, data: Array) -> dict[str, WrittenChunk]:
             output[(slice(None), *box.slices((0, 0, 0)))] = data
             return {}
 

@@ -53,8 +53,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> NDArray[Any]:
 
 def one_donation(spec: VolumeSpec) -> tuple[Donation, Path]:
     """A donation of DONOR for RECEIVER, and its file."""
-    donation = spec.grid.donations(DONOR, RECEIVER)[0]
-    return donation, Path(Exchange(spec).path.removeprefix("file://")) / "donations" / "0_0_0" / donation.key
+    donation, folder = spec.grid.donations(DONOR, RECEIVER)[0], Path(Exchange(spec).path.removeprefix("file://"))
+    return donation, folder / "donations" / "0_0_0" / spec.grid.block(DONOR).name / donation.key
 
 
 def flip_a_bit(spec: VolumeSpec) -> None:
@@ -95,7 +95,7 @@ def of_another_box(spec: VolumeSpec) -> None:
     """The file of another donation under this one's name."""
     other = spec.grid.donations((1, 0, 1), RECEIVER)[0]
     _, file = one_donation(spec)
-    shutil.copy(file.with_name(other.key), file)
+    shutil.copy(file.parents[1] / "1_0_1" / other.key, file)
 
 
 def of_another_block_with_its_receipt(spec: VolumeSpec) -> None:
@@ -234,7 +234,7 @@ def test_zero_donations_are_not_stored(tmp_path: Path) -> None:
 
     assert main(["run", str(path)]) == 0
 
-    assert not list((tmp_path / "exchange").rglob("donations/*/*"))
+    assert not list((tmp_path / "exchange").rglob("donations/*/*/*"))
     assert not output_of(path).any()
 
 

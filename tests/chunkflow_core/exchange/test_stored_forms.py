@@ -19,6 +19,7 @@ from chunkflow_core.lattice.blocks import Donation
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import VolumeSpec, parse_spec
 from chunkflow_core.storage.layers import NewLayer
+from chunkflow_core.storage.signatures import WrittenChunk
 
 MODEL = "class PatchInferencer: pass\n"
 COMMON: dict[str, Any] = {
@@ -92,16 +93,17 @@ RECEIPT = Receipt(
     signature="sig",
     content="con",
     mask="",
-    written={"36-48_0-16_12-16": "dig"},
+    written={"36-48_0-16_12-16": WrittenChunk("dig", 2**63)},
+    stored="sto",
     changes=("run-1",),
     facts={"wall": 1.5},
 )
 
 
 def test_a_receipt_is_a_file_of_this_name_and_content() -> None:
-    assert RECEIPT.name == "32-48_0-16_12-24%6upnt3iwge2oo%sig%bim7bhdxpln6i.0_q55lcv7iymxhi.1______.json"
+    assert RECEIPT.name == "32-48_0-16_12-24%6upnt3iwge2oo%sto%sig%bim7bhdxpln6i.0_q55lcv7iymxhi.1______.json"
     assert (
-        hashlib.sha256(RECEIPT.pack()).hexdigest() == "2236e1518d861c64b413a64f603a8911a16cb36ab0ce5c04bf2f878ce10488f3"
+        hashlib.sha256(RECEIPT.pack()).hexdigest() == "a1b3f1ddc379944e91278bbfda41a79d177ec7e45f0a8c66a396066343fcfb9f"
     )
     assert unpack(RECEIPT.pack(), RECEIPT.fingerprint) == RECEIPT
 

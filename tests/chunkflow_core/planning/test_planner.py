@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkflow_core.__main__ import main
+from chunkflow_core.errors import StorageError
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.marks import STAGES, InferenceMark, Stage, given_places, parse_mark, receiver_at, slot
 from chunkflow_core.inference_and_donate import main as infer_command
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.planning.inputs import Inputs
 from chunkflow_core.planning.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.steps.blend import receive_and_blend
@@ -32,6 +34,7 @@ from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import open_volume
 from chunkflow_core.storage.layers import OutputLayer
+from chunkflow_core.storage.signatures import WrittenChunk
 from tests.support.random_examples import examples
 from tests.support.volume import CHUNK, files_below, write_layer, write_volume
 
@@ -161,33 +164,35 @@ def test_an_edit_of_the_input(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["run"], ["plan", "--run", "x"]], ids=" ".join)
-def test_the_same_voxels_in_new_files(path: Path, tmp_path: Path, command: list[str]) -> None:
-    """Storage can't tell, the voxels do; and the receipts then remember what storage says."""
+def test_the_same_voxels_in_new_files(
+    path: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage can't tell, the voxels do; and notes then say what storage says."""
     spec = load_spec(path)
     assert main(["run", str(path)]) == 0
-    receipts = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
+    before = files_below(Path(Exchange(spec).path.removeprefix("file://")))
     for file in (tmp_path / "input").glob("*/*"):
         os.utime(file)
 
     assert due(spec, check_input=True) == Plan((), (), tuple(ALL))
     assert main(["plan", str(path), "--check-input"]) == 0
 
-    signatures = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
-    assert signatures == receipts, "a question does not write"
+    assert files_below(Path(Exchange(spec).path.removeprefix("file://"))) == before, "a question does not write"
 
     assert main([command[0], str(path), "--check-input", *command[1:]]) == 0
 
-    after = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
-    assert after.keys() == receipts.keys()
-    assert not set(after.values()) & set(receipts.values())
-    assert {block: Workspace(spec).inputs.signature(block) for block in ALL} == after
+    for block, mark in Exchange(spec).marks("infer", [(0, 0, 0)]).items():
+        assert isinstance(mark, InferenceMark)
+        assert mark.same == {(mark.signature, Workspace(spec).inputs.signature(block))}
+    monkeypatch.setattr(Inputs, "content", pytest.fail)
+    assert due(spec, check_input=True) == Plan((), (), tuple(ALL)), "no voxel has to be read again"
+    monkeypatch.undo()
     assert main(["verify", str(path), "--seams", "0"]) == 0
 
 
 def test_a_check_that_is_interrupted_keeps_what_it_has_found(path: Path, tmp_path: Path) -> None:
     spec = load_spec(path)
     assert main(["run", str(path)]) == 0
-    signatures = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
     chunks = sorted((tmp_path / "input").glob("*/*"))
     for file in chunks:
         os.utime(file)
@@ -196,11 +201,12 @@ def test_a_check_that_is_interrupted_keeps_what_it_has_found(path: Path, tmp_pat
 
     assert main(["run", str(path), "--check-input"]) == 66
 
-    after = {block: receipt.signature for block, receipt in Exchange(spec).receipts("infer").items()}
-    assert any(after[block] != signatures[block] for block in ALL)
+    marks = Exchange(spec).marks("infer", [(0, 0, 0)])
+    assert any(marks[block].same for block in ALL)
 
 
-def test_a_receipt_that_was_retracted_meanwhile_does_not_come_back(path: Path, tmp_path: Path) -> None:
+def test_what_is_found_out_of_a_receipt_that_is_retracted_meanwhile(path: Path) -> None:
+    """It stays true, and brings nothing back."""
     spec = load_spec(path)
     assert main(["run", str(path)]) == 0
     exchange = Exchange(spec)
@@ -208,9 +214,10 @@ def test_a_receipt_that_was_retracted_meanwhile_does_not_come_back(path: Path, t
     assert receipt is not None
     exchange.retract("infer", (0, 0, 0))
 
-    exchange.put_signature(receipt, "0" * 13)
+    exchange.put_note("infer", (0, 0, 0), receipt.signature, "0" * 13)
 
     assert exchange.receipt("infer", (0, 0, 0)) is None
+    assert (0, 0, 0) not in exchange.marks("infer", [(0, 0, 0)])
 
 
 def test_a_task_whose_input_is_unchanged(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +302,7 @@ def test_a_donor_is_needed_whether_its_input_has_changed_or_not(path: Path, tmp_
 
 
 def test_an_edit_while_a_block_is_at_work_is_noticed(path: Path, tmp_path: Path) -> None:
-    """What a block's receipt says of the input was asked for before anything was read."""
+    """Some of what was read may be of before, some of after: a retry reads all of it again."""
     spec = load_spec(path)
     assert main(["run", str(path)]) == 0
     edits: list[Vector] = []
@@ -305,10 +312,14 @@ def test_an_edit_while_a_block_is_at_work_is_noticed(path: Path, tmp_path: Path)
             edits.append((19, 47, 39))
             edit(tmp_path, edits[0])
 
-    inference_and_donate(Workspace(spec), (1, 1, 1), why="forced", patch_done=edit_once)
+    workspace = Workspace(spec)
+    with pytest.raises(StorageError, match=r"block \(1, 1, 1\) was changed while it was read"):
+        inference_and_donate(workspace, (1, 1, 1), why="forced", patch_done=edit_once)
 
     assert edits
-    assert due(spec, inside(spec.grid, (1, 1, 1)), check_input=True).why[(1, 1, 1)] == "input"
+    assert due(spec, inside(spec.grid, (1, 1, 1))).why[(1, 1, 1)] == "new"
+    assert inference_and_donate(workspace, (1, 1, 1), why="new", patch_done=edit_once).receipt is not None
+    assert due(spec, inside(spec.grid, (1, 1, 1)), check_input=True).infer == ()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -321,7 +332,7 @@ def test_a_stage_that_is_done_again_has_no_receipt_while_it_writes(
     found: list[object] = []
     write = OutputLayer.write
 
-    def look_and_write(self: OutputLayer, *arguments: Any) -> dict[str, str]:
+    def look_and_write(self: OutputLayer, *arguments: Any) -> dict[str, WrittenChunk]:
         found.append(Exchange(spec).receipt(stage, (1, 1, 1)))
         return write(self, *arguments)
 
@@ -376,10 +387,11 @@ def test_a_receipt_of_another_fingerprint(path: Path, tmp_path: Path) -> None:
     st.tuples(*[st.integers(-30, 30)] * 3),
     st.dictionaries(st.integers(0, 7), st.tuples(st.text("abc2", min_size=13, max_size=13), st.integers(0, 999))),
     st.sampled_from(["", "xyz7xyz7xyz7x"]),
+    st.sampled_from(["", "abc2abc2abc2a"]),
 )
-def test_marks(donor: Vector, given: dict[int, tuple[str, int]], signature: str) -> None:
+def test_marks(donor: Vector, given: dict[int, tuple[str, int]], signature: str, stored: str) -> None:
     text = given_places(donor, {receiver_at(donor, place): entry for place, entry in given.items()})
-    mark = InferenceMark("geometrygeome", signature, text)
+    mark = InferenceMark("geometrygeome", stored, signature, text)
 
     assert parse_mark("infer", mark.text) == mark
     for place, (digest, count) in given.items():
@@ -387,7 +399,7 @@ def test_marks(donor: Vector, given: dict[int, tuple[str, int]], signature: str)
         assert slot(donor, receiver_at(donor, place)) == place
 
 
-MARK = f"{'g' * 13}%{'s' * 13}%{'d' * 13}.3_______"
+MARK = f"{'g' * 13}%{'w' * 13}%{'s' * 13}%{'d' * 13}.3_______"
 """Mark of a block that has donated to itself only."""
 
 
@@ -402,6 +414,7 @@ MARK = f"{'g' * 13}%{'s' * 13}%{'d' * 13}.3_______"
         MARK + f"%{'d' * 13}",
         MARK.upper(),
         MARK.replace("s" * 13, ""),
+        MARK.replace("w" * 13, ""),
         MARK.replace(".3", ""),
         MARK.replace("3", "three"),
     ],
@@ -421,6 +434,22 @@ def test_a_growing_volume_keeps_its_finished_blocks(tmp_path: Path) -> None:
     assert grown.blend == upper
     assert grown.up_to_date == ()
     assert set(grown.infer) == set(ALL), "the lower blocks donate again, as their donations were cleaned up"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_receipt_from_before_a_volume_grew_that_comes_late(tmp_path: Path, stage: Stage) -> None:
+    """Beside that of what the block is now it decides nothing."""
+    path = write_volume(tmp_path, roi=[[0, 0, 0], [16, 48, 40]])
+    assert main(["run", str(path)]) == 0
+    before = Exchange(load_spec(path)).receipt(stage, (1, 1, 1))
+    assert before is not None
+    grown = load_spec(path, ["roi=[[0, 0, 0], [20, 48, 40]]"])
+    assert main(["run", str(path), "--set", "roi=[[0, 0, 0], [20, 48, 40]]"]) == 0
+
+    Exchange(grown).put_receipt(before)
+
+    assert due(grown) == Plan((), (), tuple(ALL))
+    assert Exchange(grown).receipt(stage, (1, 1, 1)) is not None
 
 
 def test_an_input_that_has_grown_is_read_where_it_was_padded(tmp_path: Path) -> None:

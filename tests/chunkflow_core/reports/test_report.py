@@ -24,7 +24,8 @@ from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.marks import STAGES
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.reports.chart import BLEND, FORWARD, INFER, draw_chart
-from chunkflow_core.reports.figures import DoneTask, duration, metric, report_of, tasks_of
+from chunkflow_core.reports.figures import Tally, duration, metric, report_of
+from chunkflow_core.reports.tasks import DoneTask, task_of
 from chunkflow_core.spec import load_spec
 from tests.support.volume import SHAPE, spec_content
 
@@ -284,12 +285,12 @@ def test_picture_shows_tasks_with_the_most_memory(done: Path, tmp_path: Path, ch
 def test_picture_of_thousands_of_blocks(done: Path, tmp_path: Path, hosts: int) -> None:
     rewrite(done, in_a_row)
     spec = load_spec(done)
-    infer, blend = (
-        next(t for t in tasks_of(spec, Exchange(spec).all_receipts()) if t.stage == stage) for stage in STAGES
-    )
-    tasks = [_moved(task, number, hosts) for number in range(3000) for task in (infer, blend)]
-    file = tmp_path / "report.png"
-    draw_chart(report_of(spec, "", tasks), tasks, file)
+    infer, blend = (task_of(spec, next(iter(Exchange(spec).receipts(stage).values()))) for stage in STAGES)
+    tally, file = Tally(), tmp_path / "report.png"
+    for number in range(3000):
+        for task in (infer, blend):
+            tally.add(_moved(task, number, hosts))
+    draw_chart(report_of(spec, "", tally), tally.tasks, file)
     timeline = pixels_of(file)[650:]
     forward, rest, blended = (area(timeline, colour) for colour in (FORWARD, INFER, BLEND))
     assert forward > 50_000
