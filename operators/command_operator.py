@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
+from airflow.sdk.log import mask_secret
 
 from chunkflow_core.errors import UsageError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.variables import conceal, remembered
 from operators.commands import PREPARE, SELECT, Command, Result, SkippedError
 from operators.outcomes import Outcome, Retry
 from operators.request import DEFAULTS
@@ -54,7 +56,7 @@ class CommandOperator(BaseOperator):
     @cached_property
     def volume(self) -> VolumeSpec:
         """The volume that the spec describes."""
-        return load_spec(self.spec)
+        return spec_of_task(self.spec)
 
     def run_of(self, context: Context) -> AirflowRun:
         """The run that a task is part of."""
@@ -111,7 +113,7 @@ class AirflowRun:
     @cached_property
     def grid(self) -> BlockGrid:
         """The blocks of this run."""
-        return load_spec(self._spec, self.settings).grid
+        return spec_of_task(self._spec, self.settings).grid
 
     @cached_property
     def reasons(self) -> Mapping[str, str] | None:
@@ -168,18 +170,34 @@ def failure_reported(context: Context) -> Iterator[None]:
         except SkippedError as skipped:
             raise AirflowSkipException(str(skipped)) from None
         except UsageError as error:
-            raise AirflowFailException(str(error)) from None
+            raise AirflowFailException(conceal(str(error))) from None
     except (DownstreamTasksSkipped, AirflowSkipException):
         raise
     except Exception as error:
         with suppress(Exception):  # what goes wrong now must not hide what went wrong before
-            context["ti"].xcom_push(FAILURE, str(error) or type(error).__name__)
+            context["ti"].xcom_push(FAILURE, conceal(str(error)) or type(error).__name__)
         raise
 
 
 def raise_for(outcome: Outcome) -> NoReturn:
     """``AirflowFailException`` if a retry can't help, ``AirflowException`` if it may."""
     raise (AirflowFailException if outcome.retry is Retry.NEVER else AirflowException)(str(outcome))
+
+
+def spec_of_task(path: str, settings: Iterable[str] = ()) -> VolumeSpec:
+    """The spec in a file, for the task of this process, whose log hides the values of variables.
+
+    Args:
+        path: Path of the spec.
+        settings: ``KEY=VALUE`` texts that replace what the file says.
+
+    Raises:
+        SpecError: There is no such file, or what it says is wrong.
+    """
+    spec = load_spec(path, settings)
+    for value in remembered():
+        mask_secret(value)
+    return spec
 
 
 def spec_of_file(path: str) -> VolumeSpec:

@@ -226,12 +226,12 @@ class _Tasks:
 def _documentation(spec: VolumeSpec, file: Path) -> str:
     grid: BlockGrid = spec.grid
     rows = {
-        "input": f"{spec.input.path} (mip {spec.input.mip})",
-        "output": f"{spec.output.path} ({spec.output.channels} × {spec.output.dtype})",
+        "input": f"{spec.written('input')} (mip {spec.input.mip})",
+        "output": f"{spec.written('output')} ({spec.output.channels} × {spec.output.dtype})",
         "ROI": str(grid.roi),
         "blocks": f"{' × '.join(map(str, grid.shape))} of {' × '.join(map(str, spec.block_size))} voxels",
         "patches": f"{grid.patches} of {' × '.join(map(str, spec.patch_size))}",
-        "model": f"{spec.model.engine} {spec.model.path or ''}",
+        "model": f"{spec.model.engine} {spec.written('model') if spec.model.path else ''}",
         "spec": str(file),
     }
     return "\n".join([f"### {spec.name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])

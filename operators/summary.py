@@ -13,10 +13,10 @@ from airflow.sdk.exceptions import AirflowFailException
 from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Vector, vector
-from chunkflow_core.spec import load_spec
 from chunkflow_core.spec.schedule import NotifySpec
 from chunkflow_core.steps.failures import Failure, lines
-from operators.command_operator import FAILURE, AirflowRun
+from chunkflow_core.variables import conceal
+from operators.command_operator import FAILURE, AirflowRun, spec_of_task
 from operators.commands import PUBLISH, SELECT
 
 _SILENT = "said nothing: its process died, or it was marked as failed; its log may tell more"
@@ -44,7 +44,7 @@ class SummaryOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Tell, notify, and return the report; ``AirflowFailException`` if anything has failed."""
         ti: Any = context["ti"]
-        spec = load_spec(self.spec, AirflowRun(context, self.spec, in_volume_dag=True).settings)
+        spec = spec_of_task(self.spec, AirflowRun(context, self.spec, in_volume_dag=True).settings)
         tasks = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id])[ti.run_id]
         states = {task: str(state) for task, state in tasks.items() if task != ti.task_id}
         reasons = {task: self._reason(ti, task) for task, state in states.items() if state == "failed"}
@@ -56,7 +56,7 @@ class SummaryOperator(BaseOperator):
             "text": "\n".join(told or [figures_line(figures, ti.xcom_pull(task_ids=SELECT) or {})]),
             "volume": spec.name,
             "run": ti.run_id,
-            "output": spec.output.path,
+            "output": spec.written("output"),
             "figures": figures,
             "manifest": figures.get("manifest"),
             "picture": figures.get("picture"),
@@ -77,7 +77,8 @@ class SummaryOperator(BaseOperator):
         try:
             notifier_of(notify, Path(self.spec))(told)
         except Exception as error:  # whatever is wrong with it, the run has ended as it has ended
-            self.log.warning("nobody was notified: %s: %s: %s", notify.notifier, type(error).__name__, error)
+            said = conceal(f"{notify.notifier}: {type(error).__name__}: {error}")
+            self.log.warning("nobody was notified: %s", said)
 
 
 def what_failed(grid: BlockGrid, states: Mapping[str, str], reasons: Mapping[str, str]) -> list[str]:
@@ -126,7 +127,7 @@ def notifier_of(notify: NotifySpec, file: Path) -> BaseNotifier:
     try:
         return kind(**notify.arguments)
     except Exception as error:  # what is wrong with arguments is the notifier's to say
-        raise SpecError(f"{file}: notify.arguments: {notify.notifier} refuses them: {error}") from error
+        raise SpecError(f"{file}: notify.arguments: {notify.notifier} refuses them: {conceal(str(error))}") from error
 
 
 def _place(task: str, grid: BlockGrid) -> tuple[Any, Vector] | None:

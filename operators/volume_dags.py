@@ -12,6 +12,7 @@ from airflow.sdk import DAG
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.spec import load_spec
 from chunkflow_core.spec.runner import KubernetesRunner
+from chunkflow_core.variables import conceal
 from operators.dag import volume_dag
 
 
@@ -40,9 +41,9 @@ def volume_dags(
             if only_dag in (None, spec.name):
                 yield volume_dag(spec, file, only_task=only_task)
         except ChunkflowError as error:
-            yield error
+            yield ChunkflowError(conceal(str(error)))
         except Exception as error:  # whatever is wrong with one volume, the others go on
-            yield ChunkflowError(f"{file}: {type(error).__name__}: {error}")
+            yield ChunkflowError(conceal(f"{file}: {type(error).__name__}: {error}"))
 
 
 def _may_be(file: Path, name: str) -> bool:

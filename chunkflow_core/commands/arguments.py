@@ -12,6 +12,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from typing import Any, NoReturn, Protocol
 
 from chunkflow_core import errors
@@ -20,6 +21,7 @@ from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.machine import share_one_heap
 from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.variables import ConcealingStream
 
 EXIT_CODES = "\n".join(
     textwrap.wrap(
@@ -79,9 +81,9 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-input",
         action="store_true",
-        help="infer again where the voxels of the input (or mask) have changed: asks storage for the dates or "
-        "checksums of its storage chunks, and reads them where that can't tell. Without it, only receipts are looked "
-        "at",
+        help="infer again where the voxels of the input (or mask) have changed, and do again what is no longer as it "
+        "was written in the output: asks storage for the dates or checksums of storage chunks, and reads them where "
+        "that can't tell. Without it, only receipts are looked at",
     )
 
 
@@ -159,12 +161,18 @@ def set_up_logging(*, verbose: bool) -> None:
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code.
 
-    A user's mistake is told in a line, never with a traceback.
+    A user's mistake is told in a line, never with a traceback. Standard error, logs included, has
+    the names of the spec's variables in place of their values.
     """
     share_one_heap()
     gc.set_threshold(50_000)  # imports make hundreds of thousands of objects that stay
+    with redirect_stderr(ConcealingStream(sys.stderr)):
+        return _run(command, sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        command(arguments)
         sys.stdout.flush()
     except ChunkflowError as error:
         print(f"error: {error}", file=sys.stderr)

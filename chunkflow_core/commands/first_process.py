@@ -2,6 +2,8 @@
 
     python -m chunkflow_core.commands.first_process --log gs://bucket/logs/pod.log -- MODULE ARG...
 
+Variables (``${NAME}``) in the address are those of this process.
+
 A pod's log is gone with the pod; the copy stays. What the command prints (standard output and
 error, merged) goes to standard output as it comes, and to the copy: when the command starts, every
 few seconds while there is something new, when the pod is asked to end, and at the end. The exit
@@ -27,6 +29,7 @@ from typing import NoReturn
 
 from chunkflow_core.commands.log_copy import Copy, Output
 from chunkflow_core.errors import UsageError
+from chunkflow_core.variables import expand
 
 INTERVAL = 15.0
 PATIENCE = 10.0
@@ -182,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", nargs="+", metavar="MODULE", help="the module and its arguments, after --")
     options = parser.parse_args(arguments)
-    return run(options.command, options.log, options.interval, options.patience)
+    url = options.log and expand(options.log)
+    return run(options.command, url, options.interval, options.patience)
 
 
 if __name__ == "__main__":

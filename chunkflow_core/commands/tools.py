@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from chunkflow_core.commands.arguments import Add, add_spec_arguments, positive, spec_of, tolerance
 from chunkflow_core.storage.addresses import check_address
+from chunkflow_core.variables import conceal
 
 
 def add_commands(add: Add) -> None:
@@ -52,7 +53,7 @@ def compile(options: argparse.Namespace) -> None:
     with tqdm(total=compile.steps(candidates), unit="step", desc="compile", disable=None) as bar:
         measurements = compile.measure(spec, candidates, patches, bar.update)
     best, reference = compile.fastest(measurements, options.tolerance), candidates[0]
-    print("\n".join(compile.table(measurements, best)))
+    print(conceal("\n".join(compile.table(measurements, best))))
     print(f"\n► the fastest within {options.tolerance:g} of {reference.engine} {reference.precision}; in the spec:\n")
     print(compile.spec_lines(best.setting))
 

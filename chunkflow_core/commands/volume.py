@@ -29,6 +29,7 @@ from chunkflow_core.commands.arguments import (
 )
 from chunkflow_core.errors import DataError, UsageError
 from chunkflow_core.progress import progress
+from chunkflow_core.variables import concealed
 
 if TYPE_CHECKING:
     from chunkflow_core.lattice.boxes import Box, Vector
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         _verify(workspace, box, request.blocks, seams=options.seams, seed=options.seed, run=name)
         manifest.complete(spec, name, workspace.exchange.all_receipts())
     cleanup(spec)
-    print(f"output: {spec.output.path}")
+    print(f"output: {spec.written('output')}")
 
 
 def _check_run(options: argparse.Namespace) -> None:
@@ -317,7 +318,7 @@ def _verify(
     if begun:
         audit.findings = [finding for finding in audit.findings if finding.kind != "not done"]
     if as_json:
-        print(json.dumps(asdict(audit)))
+        print(json.dumps(concealed(asdict(audit))))
     else:
         print(
             f"verified: {audit.blocks} blocks, {audit.storage_chunks} storage chunks, "
@@ -361,7 +362,7 @@ def report(options: argparse.Namespace) -> None:
     """Print a summary of what is done, or publish that of a run."""
     spec = spec_of(options)
     from chunkflow_core.exchange.folder import Exchange
-    from chunkflow_core.reports.figures import lines, of_run, report_of, tasks_of
+    from chunkflow_core.reports.figures import lines, report_of, tally_of
 
     if options.publish:
         if not options.run or options.picture:
@@ -371,13 +372,13 @@ def report(options: argparse.Namespace) -> None:
         print(json.dumps(publish(spec, options.run)))
         return
     exchange = Exchange(spec)
-    tasks = tasks_of(spec, exchange.all_receipts())
-    report = report_of(spec, exchange.path, tasks, run=options.run)
+    tally = tally_of(spec, exchange.all_receipts(), run=options.run)
+    report = report_of(spec, exchange.path, tally)
     if options.picture:
         from chunkflow_core.reports.chart import draw_chart
 
         try:
-            draw_chart(report, of_run(tasks, options.run), options.picture)
+            draw_chart(report, tally.tasks, options.picture)
         except OSError as error:
             raise UsageError(f"{options.picture}: can't be written: {error.strerror}") from error
     print(json.dumps(asdict(report)) if options.json else "\n".join(lines(report)))

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -22,11 +22,15 @@ from chunkflow_core.spec.runner import RUNNERS
 from chunkflow_core.spec.transport import FROM_ENVIRONMENT, check_transportable, from_environment
 from chunkflow_core.spec.volume import VolumeSpec
 from chunkflow_core.spec.yaml_text import parse_yaml, problem_in_yaml
+from chunkflow_core.variables import Place, conceal, expand, names_in, put_back, remember
 
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _ALIAS = re.compile(r"\*[\w-]")
 _LARGEST = 1_000_000
 """Characters that the aliases or the variables of a spec may stand for; nobody writes as many."""
+_PUBLIC: tuple[Place, ...] = (("name",), ("output", "compression"))
+"""Places whose values are no secrets: what the DAG is called, and one of four words that
+``prepare`` looks up in the layer's provenance.
+"""
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
@@ -55,35 +59,43 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> VolumeSpec:
     for override in overrides:
         _apply(data, override)
     _check_variables(data, str(path))
-    return parse_spec(_substitute(data, str(path)), source=str(path), folder=str(path.resolve().parent))
+    folder, values = str(path.resolve().parent), _substitute(data, str(path))
+    return parse_spec(values, source=str(path), folder=folder, texts=_with_variables(data))
 
 
 def _load_from_environment(source: str, overrides: Iterable[str]) -> VolumeSpec:
-    data = from_environment(source.removeprefix(FROM_ENVIRONMENT))
+    data, texts = from_environment(source.removeprefix(FROM_ENVIRONMENT))
     for override in overrides:
         _apply(data, override)
-    spec = parse_spec(data, source=source)
+    standing = dict(_texts(data))  # an override is taken as it is, and replaces what was there
+    texts = {place: text for place, text in texts.items() if standing.get(place) == text}
+    spec = parse_spec(_substitute(data, source, texts), source=source, texts=texts)
     check_transportable(spec, source=source)
     return spec
 
 
-def parse_spec(data: dict[str, Any], *, source: str = "spec", folder: str = ".") -> VolumeSpec:
+def parse_spec(
+    data: dict[str, Any], *, source: str = "spec", folder: str = ".", texts: Mapping[Place, str] | None = None
+) -> VolumeSpec:
     """Validate the content of a spec.
 
     Args:
         data: Keys and values, as YAML gives them.
         source: Where the content came from, for messages.
         folder: Folder to which the model's paths are relative.
+        texts: What stood in places of ``data`` before variables were replaced.
 
     Raises:
         SpecError: The spec is wrong. The message names source, key, value and what was expected.
     """
     if "folder" in data:
         raise SpecError(f"{source}: folder: unknown key")
+    secret = {place: text for place, text in (texts or {}).items() if place not in _PUBLIC}
     try:
-        return VolumeSpec.model_validate({**data, "folder": folder})
-    except ValidationError as error:
-        raise SpecError("\n".join(f"{source}: {line}" for line in map(_explain, error.errors()))) from error
+        return VolumeSpec.model_validate({**data, "folder": folder}).came_from(secret)
+    except ValidationError as error:  # not as the cause: a traceback would show values
+        told = "\n".join(f"{source}: {_explain(problem, secret)}" for problem in error.errors())
+    raise SpecError(told)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -145,41 +157,49 @@ def _check_aliases(text: str, source: str) -> None:
 
 def _check_variables(data: dict[str, Any], source: str) -> None:
     """Refuse a spec whose variables stand for more than anybody writes."""
-    names = (name for text in _texts(data) for name in _VARIABLE.findall(text))
+    names = (name for _, text in _texts(data) for name in names_in(text))
     if sum(len(os.environ.get(name, "")) for name in names) > _LARGEST:
         raise SpecError(f"{source}: its environment variables stand for more than {_LARGEST} characters")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts among values, however deep."""
+def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """All texts among values, however deep, each after its place."""
     if isinstance(value, str):
-        yield value
+        yield place, value
     elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(part, (*place, key))
 
 
-def _substitute(value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        return {k: _substitute(v, f"{where}: {k}" if ": " not in where else f"{where}.{k}") for k, v in value.items()}
-    if isinstance(value, list):
-        return [_substitute(v, where) for v in value]
-    if not isinstance(value, str):
-        return value
-
-    def lookup(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise SpecError(f"{where}: {value}: the environment variable {match[1]} is not set")
-        return os.environ[match[1]]
-
-    return _VARIABLE.sub(lookup, value)
+def _with_variables(data: Any) -> dict[Place, str]:
+    """All texts that have variables, by place."""
+    return {place: text for place, text in _texts(data) if names_in(text)}
 
 
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors: key, value, what was expected."""
+def _substitute(data: Any, source: str, texts: Mapping[Place, str] | None = None) -> Any:
+    """The content of a spec with the values of variables, in these places; default: in all.
+
+    Raises:
+        SpecError: A variable is not set. The message names source, key and variable.
+    """
+    texts = _with_variables(data) if texts is None else texts
+    for place, text in texts.items():
+        for name in names_in(text):
+            if name not in os.environ:
+                key = ".".join(map(str, place))
+                raise SpecError(f"{source}: {key}: {text}: the environment variable {name} is not set")
+    remember([text for place, text in texts.items() if place not in _PUBLIC])
+    return put_back(data, {place: expand(text) for place, text in texts.items()})
+
+
+def _explain(error: Any, texts: Mapping[Place, str]) -> str:
+    """One line for one of pydantic's errors: key, value, what was expected.
+
+    ``texts`` are told in place of the values that came from variables.
+    """
     location = [str(part) for part in error["loc"] if part not in ("int", "str")]
     kind = location.pop(1) if location[:1] == ["runner"] and len(location) > 1 else "local"
-    key, message, value = ".".join(location), error["msg"].removeprefix("Value error, "), error["input"]
+    key, message, value = ".".join(location), conceal(error["msg"].removeprefix("Value error, ")), error["input"]
     if error["type"] == "missing":
         return f"{key}: missing; this key is required"
     if error["type"] == "model_type":
@@ -192,6 +212,9 @@ def _explain(error: Any) -> str:
     # of a whole section: the message begins with the key
     if error["type"] == "value_error" and isinstance(value, dict) and _fields(location, kind):
         return f"{key}.{message}" if key else message
+    depth = len(location)
+    below = {place[depth:]: text for place, text in texts.items() if [*map(str, place[:depth])] == location}
+    value = put_back(value, below)
     try:
         shown = json.dumps(value, default=str, ensure_ascii=False)
     except (TypeError, ValueError):  # a key that JSON doesn't know, such as a date

@@ -14,7 +14,11 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from chunkflow_core.lattice.boxes import Vector
-from chunkflow_core.storage.addresses import check_address, check_writable, is_fetchable
+from chunkflow_core.storage.addresses import check_address, check_writable, is_fetchable, is_remote
+from chunkflow_core.storage.layer_info import FARTHEST
+
+_MOST = 2**16
+"""Largest number of channels, patches, threads and the like: what is above was a slip."""
 
 _FARTHEST, _NARROWEST = 2.0**126, 2.0**-100
 """Largest number of ``output.range``, and least difference of its numbers.
@@ -31,6 +35,8 @@ def _three_integers(value: Any) -> Any:
     ok = isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int for v in value)
     if not ok:
         raise ValueError("expected three integers in the order z, y, x, such as [16, 128, 128]")
+    if max(map(abs, value)) > FARTHEST:
+        raise ValueError("expected integers within 2^53 (9.0e15), in the order z, y, x")
     return tuple(value)
 
 
@@ -112,7 +118,7 @@ class InputSpec(Section):
     """How patches are filled beyond the input's bounds: ``reflect``, ``edge``, ``constant`` (0)."""
     fill_missing: bool = False
     """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66."""
-    prefetch: int = Field(1, ge=1)
+    prefetch: int = Field(1, ge=1, le=_MOST)
     """Number of steps, each of one storage chunk's depth, that are read ahead of the patches."""
 
 
@@ -148,7 +154,7 @@ class OutputSpec(Section):
 
     path: WritablePath
     """Address of the layer to write, which ``prepare`` makes."""
-    channels: int = Field(1, ge=1)
+    channels: int = Field(1, ge=1, le=_MOST)
     """Number of channels that the model gives."""
     dtype: Literal["uint8", "float32"] = "uint8"
     """``uint8`` maps ``output.range`` to 0–255; ``float32`` stores the values as they are."""
@@ -212,19 +218,23 @@ class ModelSpec(Section):
     """
     weights: str | None = None
     """Checkpoint, relative to the spec's folder, or an address (``gs://``, ``s3://``)."""
-    batch_size: int = Field(1, ge=1)
+    files: list[str] = []
+    """Further files that the network opens: paths or globs relative to the spec's folder, or
+    addresses in the folder of ``model.path`` if that is one. See docs/models.md.
+    """
+    batch_size: int = Field(1, ge=1, le=_MOST)
     """Number of patches of one forward pass on a GPU; a short last batch is filled up.
 
     CPUs run each patch by itself.
     """
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers that the network computes with: ``float32``, ``bfloat16``, ``float16``."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=_MOST)
     """Number of CPU threads of one forward pass.
 
     It is part of the fingerprint, as it can change a network's last bits.
     """
-    streams: int | None = Field(None, ge=1)
+    streams: int | None = Field(None, ge=1, le=_MOST)
     """Number of forward passes at a time on CPUs.
 
     It changes no bit; more of them need more memory for the network. Default: CPUs ÷ threads.
@@ -242,6 +252,11 @@ class ModelSpec(Section):
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs: ``auto``, ``cpu``, ``cuda``."""
+    mixed_hardware: bool = False
+    """Whether blocks may be done on machines that give other last bits than the one on which
+    ``prepare`` ran; their receipts say so. Otherwise such a machine stops with exit code 78. See
+    docs/models.md.
+    """
     activation: Literal["none", "sigmoid"] = "none"
     """Function applied to the network's output: ``none``, or ``sigmoid`` for networks that give
     logits.
@@ -266,14 +281,38 @@ class ModelSpec(Section):
     def _complete(self) -> ModelSpec:
         if self.engine != "identity" and self.path is None:
             raise ValueError(f"path: missing; the engine {self.engine} needs a model file")
-        if self.engine == "identity" and (self.path or self.weights):
-            raise ValueError("path, weights: the identity engine takes none")
+        if self.engine == "identity" and (self.path or self.weights or self.files):
+            raise ValueError("path, weights, files: the identity engine takes none")
         if self.batch_statistics and self.batch_size != 1:
             raise ValueError(
                 "batch_size: with batch_statistics it must be 1, or a patch's output would depend on its neighbours"
             )
         self._check_engine()
+        for name in self.files:
+            self._check_file(name)
         return self
+
+    def _check_file(self, name: str) -> None:
+        """Refuse a file that can't be brought to where the model is."""
+        place = self._place
+        if "\0" in name:
+            raise ValueError(f"files: {name!r}: expected a path without the character \\0")
+        if place is None and is_remote(name):
+            raise ValueError(f"files: {name}: expected a path, as model.path is one")
+        if place is not None and self.engine == "pznet":
+            raise ValueError(f"files: {name}: the whole folder {self.path} is fetched, expected none")
+        if place is not None and (not name.startswith(place) or ".." in name.split("/")):
+            raise ValueError(f"files: {name}: expected an address in the folder of model.path, such as {place}name")
+
+    @property
+    def _place(self) -> str | None:
+        """Address of the folder of ``path``, with a slash at its end; None if it is on a disk."""
+        return f"{self.path.rpartition('/')[0]}/" if self.path and is_remote(self.path) else None
+
+    @property
+    def files_beside(self) -> tuple[str, ...]:
+        """``files``, relative to the folder of ``path`` if that is an address."""
+        return tuple(name.removeprefix(self._place or "") for name in self.files)
 
     def _check_engine(self) -> None:
         """Refuse addresses that models can't be fetched from, and what the engine would ignore."""

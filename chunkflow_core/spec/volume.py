@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.lattice.blocks import AxisBlock, BlockGrid
@@ -28,10 +29,14 @@ from chunkflow_core.spec.sections import (
     Size,
     SkipSpec,
 )
-from chunkflow_core.storage.addresses import is_same_place
+from chunkflow_core.storage.addresses import is_remote, is_same_place
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
-from chunkflow_core.storage.model_files import fetch, with_companions
+from chunkflow_core.storage.model_files import fetch, listed_files, with_companions
+from chunkflow_core.variables import Place
+
+MOST_BLOCKS = 10**8
+"""Number of blocks that a volume may have; each of them is listed in memory."""
 
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """Size in voxels, zyx, to which the default storage chunk is near.
@@ -82,6 +87,7 @@ class VolumeSpec(Section):
     """Who is told how a run has ended. Default: nobody."""
     folder: str = Field(".", exclude=True)
     """Folder of the spec file, to which the model's paths are relative; set on loading."""
+    _texts: dict[Place, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("name")
     @classmethod
@@ -122,6 +128,23 @@ class VolumeSpec(Section):
             for key, (_, y, x) in {"patch_size": self.patch_size, "output_patch_size": self.output_size}.items():
                 if y != x:
                     raise ValueError(f"model.augmentation: flips_transpose needs {key} with y = x, got {y} and {x}")
+
+    @property
+    def texts(self) -> Mapping[Place, str]:
+        """What the file says where it has variables, such as ``gs://${BUCKET}/em``, by place.
+
+        Such a text, and not the value, goes into whatever is for people or lies in storage.
+        """
+        return self._texts
+
+    def came_from(self, texts: Mapping[Place, str]) -> VolumeSpec:
+        """Note what the file says where it has variables; returns this spec."""
+        self._texts = dict(texts)
+        return self
+
+    def written(self, section: str, key: str = "path") -> str:
+        """A text of a section as the file has it, with variables in place of their values."""
+        return self._texts.get((section, key)) or str(getattr(getattr(self, section), key))
 
     @property
     def output_size(self) -> Vector:
@@ -171,9 +194,18 @@ class VolumeSpec(Section):
         """The lattice and its blocks.
 
         The input layer's bounds are read if the spec has no ``roi``.
+
+        Raises:
+            SpecError: There are more blocks than can be listed.
         """
         roi = Box(*self.roi) if self.roi else self.input_bounds
-        return BlockGrid(roi, self.output_size, self.patch_overlap, self.block_size, self.storage_chunk)
+        grid = BlockGrid(roi, self.output_size, self.patch_overlap, self.block_size, self.storage_chunk)
+        if math.prod(grid.shape) > MOST_BLOCKS:
+            raise SpecError(
+                f"block_size: {' × '.join(map(str, grid.shape))} blocks along z, y, x for the ROI {roi}, expected at "
+                f"most {MOST_BLOCKS:,}; give larger blocks, or a smaller roi"
+            )
+        return grid
 
     @cached_property
     def fingerprint(self) -> str:
@@ -183,7 +215,7 @@ class VolumeSpec(Section):
         that a growing volume keeps its finished blocks: what of them matters is in each block's own
         digest (``block_digest``).
         """
-        model = self.model.model_dump(exclude={"path", "weights", "device", "streams"})
+        model = self.model.model_dump(exclude={"path", "weights", "files", "device", "mixed_hardware", "streams"})
         facts = {
             "numerics": NUMERICS_VERSION,
             "input": self.input.model_dump(exclude={"prefetch", "bounds"}),
@@ -257,8 +289,9 @@ class VolumeSpec(Section):
             SpecError: The storage refuses the credentials, or the cache can't be written.
             StorageError: The storage does not answer.
         """
-        if "://" in name and not name.startswith("file://"):
-            return fetch(name, folder=self.model.engine == "pznet")
+        if is_remote(name):
+            files = self.model.files_beside if name == self.model.path else ()
+            return fetch(name, folder=self.model.engine == "pznet", files=files)
         path = Path(self.folder) / Path(name.removeprefix("file://")).expanduser()
         if self.model.engine == "pznet":
             if not path.is_dir():
@@ -271,11 +304,16 @@ class VolumeSpec(Section):
     def model_files(self) -> list[Path]:
         """The files that make the model: weights, model file, and what it brings along.
 
-        That is: the siblings that a Python file imports, the weights beside an OpenVINO or ONNX
-        file, a net's whole folder.
+        That is: the siblings that a Python file imports, the weights beside an OpenVINO file, the
+        files that an ONNX file names, a net's whole folder; and what ``model.files`` lists.
         """
+        if self.model.path is None:
+            return []
+        path = self.model_path(self.model.path)
         files = [self.model_path(self.model.weights)] if self.model.weights else []
-        return files + (with_companions(self.model_path(self.model.path)) if self.model.path else [])
+        files += with_companions(path)
+        folder = path.parent if is_remote(self.model.path) else Path(self.folder)
+        return files + [file for file in listed_files(folder, self.model.files_beside) if file not in files]
 
 
 def _geometry(block: AxisBlock) -> dict[str, int]:

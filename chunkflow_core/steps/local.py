@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO, cast
 
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ from chunkflow_core.steps.blend import receive_and_blend
 from chunkflow_core.steps.failures import BlocksFailedError, Failure, lines, most_telling
 from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.variables import ConcealingStream, remember
 
 log = logging.getLogger(__name__)
 
@@ -317,6 +319,8 @@ def _open_workspace(spec: VolumeSpec, cpus: int, environment: dict[str, str]) ->
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()  # it is that of the warm parent, which may be older
     os.environ.update(environment | {CPUS_VARIABLE: str(cpus)})
+    remember(spec.texts.values())
+    sys.stderr = cast("TextIO", ConcealingStream(sys.stderr))
     _workspace = Workspace(spec)
 
 

@@ -10,7 +10,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file, storage_errors
 from chunkflow_core.storage.layers import layer_files
+from chunkflow_core.variables import conceal, put_back
 
 Mode = Literal["new", "overwrite", "mixture", "extend", "whole"]
 """Why there is a step.
@@ -42,6 +43,7 @@ _DECIDES_NOTHING = (
     "input.bounds",
     "output.compression",
     "model.device",
+    "model.mixed_hardware",
     "model.streams",
 )
 """Keys or sections of the spec that decide no number of the output.
@@ -93,7 +95,10 @@ class History:
         self.last = self._step(mode, run)
         self.by = user()
         self._content["processing"].append({"by": self.by, "method": self.last})
-        source = self._spec.input.path
+        path, source = self._spec.input.path, self._spec.written("input")
+        if path != source:  # a layer is made with the path itself
+            self._content["sources"] = [known for known in self._content["sources"] if known != path]
+            self._content["description"] = str(self._content["description"]).replace(path, source)
         if source not in self._content["sources"]:
             self._content["sources"].append(source)
         put_file(plain(self._spec.output.path), "provenance", json.dumps(self._content, indent=2).encode())
@@ -101,14 +106,26 @@ class History:
     def differences(self) -> list[str]:
         """What differs in this spec from the one that has claimed the layer last, line by line.
 
-        Each line has the key, the old value, and the new value.
+        Each line has the key, the old value, and the new value. Values of variables are on no
+        record; where the text is the same, they may be what differs.
         """
         before, after = _facts(self.last), _facts(self._step("new", ""))
-        return [
-            f"{key}: {_short(before.get(key, 'not set'))}, now {_short(after.get(key, 'not set'))}"
-            for key in dict.fromkeys([*before, *after])
-            if before.get(key) != after.get(key)
+        other = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+        lines = [
+            f"{key}: {_short(before.get(key, 'not set'))}, now {_short(after.get(key, 'not set'))}" for key in other
         ]
+        same = {key: text for key, text in self._from_variables().items() if not _is_below(key, other)}
+        said = "has changed" if not lines and len(same) == 1 else "may have changed"
+        return lines + [f"{key}: {_short(text)}, whose value {said}" for key, text in same.items()]
+
+    def _from_variables(self) -> dict[str, str]:
+        """The texts with variables that decide numbers, by key.
+
+        Of model files, the content decides.
+        """
+        texts = {".".join(map(str, place)): text for place, text in self._spec.texts.items()}
+        passed_over = (*_DECIDES_NOTHING, "model.path", "model.weights")
+        return {key: text for key, text in texts.items() if not _is_below(key, passed_over)}
 
     def _step(self, mode: Mode, run: str) -> dict[str, Any]:
         spec = self._spec
@@ -161,15 +178,18 @@ def digests(spec: VolumeSpec) -> dict[str, str]:
         name = str(path.relative_to(spec.folder) if path.is_relative_to(spec.folder) else path.name)
         with path.open("rb") as file:
             found[str(path) if name in found else name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {conceal(name): digest for name, digest in found.items()}
 
 
 def spec_record(spec: VolumeSpec) -> dict[str, Any]:
     """The spec for JSON, without what may be secret, as layers are public.
 
-    Left out are the values of pods' environment variables, and a notifier's arguments.
+    What came from variables is as the file has it. Left out are the values of pods' environment
+    variables, and a notifier's arguments.
     """
-    return spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}})
+    values = spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}})
+    record: dict[str, Any] = put_back(values, spec.texts)
+    return record
 
 
 def user() -> str:
@@ -235,5 +255,11 @@ def _decisive(section: object, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield key, value if isinstance(value, str) else json.dumps(value)
 
 
+def _is_below(key: str, others: Iterable[str]) -> bool:
+    """Whether a key is one of others, or below one of them."""
+    return any(key == other or key.startswith(f"{other}.") for other in others)
+
+
 def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    told = conceal(text)  # of a value that is cut short, a part would stay
+    return told if len(told) <= 80 else f"{told[:79]}…"

@@ -26,10 +26,9 @@ from kubernetes.client import V1ObjectMeta, V1Pod
 
 from chunkflow_core.commands.log_copy import log_url
 from chunkflow_core.errors import ChunkflowError
-from chunkflow_core.spec import load_spec
 from chunkflow_core.spec.runner import KubernetesRunner
 from chunkflow_core.spec.transport import check_transportable, to_environment
-from operators.command_operator import CommandOperator, failure_reported, raise_for, spec_of_file
+from operators.command_operator import CommandOperator, failure_reported, raise_for, spec_of_file, spec_of_task
 from operators.commands import Command
 from operators.kubernetes.api import PodApi, RefusedError, TryLaterError
 from operators.kubernetes.ends import BASE
@@ -197,7 +196,7 @@ class PodOperator(CommandOperator, KubernetesPodOperator):
                 memory=self._pods.memory,
                 name=name,
                 labels=self.labels,
-                arguments=["--log", self._log_url(context, name), "--", *command],
+                arguments=["--log", self._log_url(context, name, self.volume.written("exchange")), "--", *command],
                 environment=to_environment(self.volume),
                 avoided_nodes=self._pods.state.bad_nodes,
             )
@@ -214,7 +213,8 @@ class PodOperator(CommandOperator, KubernetesPodOperator):
     def _finish(self, context: Context, log: PodLog, outcome: Outcome) -> Any:
         """Show the log of a pod that has ended, judge the end, and go on accordingly."""
         name, namespace = log.name, log.namespace
-        self._pods.show_rest(log, outcome, self._log_url(context, name), interval=self.poll_interval)
+        copy = self._log_url(context, name, self.volume.exchange.path)
+        self._pods.show_rest(log, outcome, copy, interval=self.poll_interval)
         if self._killed:
             raise AirflowException(f"{Kind.CANCELLED.value}: the task was killed while pod {name} ran")
         outcome = self._pods.explained(name, namespace, outcome)
@@ -283,7 +283,7 @@ class PodOperator(CommandOperator, KubernetesPodOperator):
         """Read the spec as the run changes it, and the state that earlier processes have left."""
         params = context["params"] if self.in_volume_dag else {}
         changes = [f"{key}={params[name]}" for name, key in RUNNER_PARAMS.items() if params.get(name) is not None]
-        self.volume = load_spec(self.spec, changes)
+        self.volume = spec_of_task(self.spec, changes)
         check_transportable(self.volume)
         assert isinstance(self.volume.runner, KubernetesRunner)
         self._runner: KubernetesRunner = self.volume.runner
@@ -312,9 +312,9 @@ class PodOperator(CommandOperator, KubernetesPodOperator):
     def _namespace(self) -> str:
         return str(self._runner.namespace or self.hook.get_namespace() or self._incluster_namespace or "default")
 
-    def _log_url(self, context: Context, name: str) -> str:
+    def _log_url(self, context: Context, name: str, exchange: str) -> str:
         ti = context["ti"]
-        return log_url(self.volume.exchange.path, ti.dag_id, ti.run_id, name)
+        return log_url(exchange, ti.dag_id, ti.run_id, name)
 
 
 def _level(outcome: Outcome) -> int:

@@ -5,6 +5,8 @@ On the double by default; with ``-m cluster`` on a real cluster (``tests/README.
 
 from __future__ import annotations
 
+import json
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -12,11 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from kubernetes import client
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
-from tests.support.airflow.volumes import write_own_dag
-from tests.support.airflow.world import World, write_spec
+from chunkflow_core.spec import load_spec
+from chunkflow_core.storage.files import open_files
+from tests.support.airflow.volumes import connect_to_database, write_own_dag
+from tests.support.airflow.world import CANARY, ONE_BLOCK, World, write_spec
 from tests.support.cluster import clusters
 from tests.support.cluster.clusters import End, ends_from_outside
 from tests.support.volume import output_of
@@ -165,6 +171,56 @@ def test_ends_that_no_retry_cures_wait_for_the_user(world: World, deferrable: bo
     assert world.volumes.wait(name, run, world.cluster.limit) == "success"
     assert "8 of 8 blocks inferred, 7 blended" in world.volumes.log(name, run, "summary", 3)
     world.check_output(name)
+
+
+def test_a_secret_in_a_spec_is_told_to_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods have it from the cluster; it is in no manifest, log, database or file.
+
+    An inference that fails once tells neither.
+    """
+    name, ((variable, value),) = "canary", CANARY.items()
+    monkeypatch.setenv(variable, value)
+    secret = client.V1Secret(metadata=client.V1ObjectMeta(name=name), string_data={variable: value})
+    world.cluster.api.create_namespaced_secret(world.cluster.namespace, secret)
+    secret_env = {variable: {"secret": name, "key": variable}}
+    world.write(name, {"infer.0_0_0": ["exit 1"]}, ONE_BLOCK, secret_env=secret_env)
+    file = world.volumes.folder / f"{name}.yaml"
+    spec = yaml.safe_load(file.read_text())
+    spec["model"]["options"] = {"key": f"${{{variable}}}"}
+    spec["exchange"]["path"] += f"-${{{variable}}}"
+    file.write_text(yaml.safe_dump(spec))
+    world.volumes.known(name)
+    run = world.volumes.trigger(name)
+    assert world.volumes.wait(name, run, world.cluster.limit) == "success"
+
+    done = world.volumes.tasks(name, run)
+    tries = [(task, n + 1) for task, instance in done.items() for n in range(instance["try_number"])]
+    assert ("infer.0_0_0", 2) in tries
+    logs = {place: world.volumes.log(name, run, *place) for place in tries}
+    assert "mood: exit 1" in logs["infer.0_0_0", 1]
+    assert [place for place, log in logs.items() if value in log] == []
+    assert [row for row in rows_with(world.volumes.home, name) if value in row] == []
+    copies = open_files(load_spec(file).exchange.path)
+    names = [copy for copy in copies.list() if "logs/" in copy]
+    assert names
+    assert [copy["path"] for copy in copies.get(names) if value.encode() in copy["content"]] == []
+    if world.cluster.double:
+        pods = [pod for pod in world.cluster.double.created if pod.labels.get("chunkflow/volume") == name]
+        assert {pod.labels["chunkflow/stage"] for pod in pods} >= {"prepare", "plan", "infer", "verify", "report"}
+        assert [pod.name for pod in pods if value in json.dumps(pod.object)] == []
+        assert [pod.name for pod in pods if value in pod.text] == []
+
+
+def rows_with(home: Path, word: str) -> list[str]:
+    """All rows of Airflow's database in which a word stands."""
+    with closing(connect_to_database(home)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'")
+        found: list[str] = []
+        for (table,) in cursor.fetchall():
+            cursor.execute(f'SELECT t::text FROM "{table}" t WHERE t::text LIKE %s', (f"%{word}%",))
+            found += [row for (row,) in cursor.fetchall()]
+    assert len(found) > 10
+    return found
 
 
 def test_a_dag_of_ones_own(world: World, own_dag: OwnDag) -> None:

@@ -85,6 +85,29 @@ BAD: dict[str, tuple[dict[Any, Any], list[str]]] = {
         {"output": {"path": "file:///o", "range": ["0", "1"]}},
         ["output.range", '["0", "1"]', "numbers"],
     ),
+    "file that is not beside the model in storage": (
+        {"model": {"engine": "pytorch", "path": "s3://bucket/nets/m.py", "files": ["s3://bucket/gain.json"]}},
+        ["model.files", "s3://bucket/gain.json", "such as s3://bucket/nets/name"],
+    ),
+    "file above the model in storage": (
+        {"model": {"engine": "pytorch", "path": "s3://bucket/nets/m.py", "files": ["s3://bucket/nets/../gain.json"]}},
+        ["model.files", "s3://bucket/nets/../gain.json", "such as s3://bucket/nets/name"],
+    ),
+    "file on a disk of a model in storage": (
+        {"model": {"engine": "pytorch", "path": "s3://bucket/m.py", "files": ["gain.json"]}},
+        ["model.files", "gain.json", "such as s3://bucket/name"],
+    ),
+    "file in storage of a model on a disk": (
+        {"model": {**PYTORCH, "files": ["s3://bucket/gain.json"]}},
+        ["model.files", "s3://bucket/gain.json", "expected a path"],
+    ),
+    "file of a net in storage, which is a folder": (
+        {"model": {"engine": "pznet", "path": "s3://bucket/net", "files": ["s3://bucket/gain.json"]}},
+        ["model.files", "whole folder"],
+    ),
+    "file of no name": ({"model": {**PYTORCH, "files": ["a\0b"]}}, ["model.files", "without the character"]),
+    "one file that is no list": ({"model": {**PYTORCH, "files": "gain.json"}}, ["model.files", "gain.json", "list"]),
+    "identity with files": ({"model": {"engine": "identity", "files": ["x"]}}, ["model.path", "files", "identity"]),
     "unknown engine": ({"model": {"engine": "pytroch"}}, ["model.engine", "pytroch", "'pytorch'"]),
     "pytorch without a file": ({"model": {"engine": "pytorch"}}, ["model.path", "missing", "pytorch"]),
     "identity with a file": ({"model": {"engine": "identity", "path": "m.py"}}, ["model.path", "identity"]),
@@ -274,6 +297,44 @@ def test_bad_set_is_told(make_spec: MakeSpec, chunkflow: Command, override: str,
     assert outcome.returncode == 78
     assert len(outcome.stderr.splitlines()) == 1
     assert all(piece in outcome.stderr for piece in pieces), outcome.stderr
+
+
+@pytest.mark.parametrize("start", [2**53, 2**63, 10**30, -(10**30)])
+def test_a_region_too_far_away(make_spec: MakeSpec, chunkflow: Command, start: int) -> None:
+    corners = [[start, 0, 0], [start + 20, 48, 40]]
+    for key in ("roi", "input.bounds"):
+        outcome = chunkflow("plan", make_spec(), "--set", f"{key}={corners}")
+        assert outcome.returncode == 78
+        assert key in outcome.stderr
+        assert "within 2^53" in outcome.stderr
+        assert len(outcome.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [2**40, 2**63, 10**30, -(10**30)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "roi=[[0, 0, 0], [20, 48, {}]]",
+        "roi=[[{}, 0, 0], [20, 48, 40]]",
+        "input.bounds=[[0, 0, {}], [20, 48, 40]]",
+        "input.prefetch={}",
+        "patch_size=[8, 16, {}]",
+        "output_patch_size=[8, 16, {}]",
+        "patch_overlap=[2, 4, {}]",
+        "block_size=[12, 24, {}]",
+        "output.chunk_size=[6, {}, 12]",
+        "output.channels={}",
+        "model.threads={}",
+        "model.streams={}",
+        "model.batch_size={}",
+    ],
+)
+def test_integers_that_are_too_large(make_spec: MakeSpec, chunkflow: Command, key: str, value: int) -> None:
+    outcome = chunkflow("plan", make_spec(), "--set", key.format(value))
+    assert outcome.returncode == 78, outcome
+    assert len(outcome.stderr.splitlines()) == 1
+    told = key.partition("=")[0].removeprefix("output_")  # what does not fit the patch is told of the patch
+    assert told in outcome.stderr or "block_size" in outcome.stderr
 
 
 @pytest.mark.parametrize(

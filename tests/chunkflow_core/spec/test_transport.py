@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import zlib
@@ -98,7 +99,7 @@ JSON = st.recursive(
 @given(
     options=st.dictionaries(st.text(), JSON, max_size=4),
     low=st.floats(-1e6, 0, exclude_max=True),
-    batch=st.integers(1, 2**40),
+    batch=st.integers(1, 2**16),
     start=st.tuples(*[st.integers(-(10**9), 10**9)] * 3),
     zeros=st.booleans(),
 )
@@ -213,6 +214,14 @@ def test_model_files_beside_the_spec_can_not_travel(make_spec: MakeSpec, key: st
     good = load_spec(make_spec(model={"engine": "pytorch", "path": "/nets/model.py", "weights": "s3://bucket/w.pt"}))
     with pytest.raises(SpecError, match=expected.format(NAME)):
         transported(good, f"model.{key}={path}")
+
+
+@pytest.mark.parametrize("name", ["gain.json", "parts/*", "file://~/gain.json"])
+def test_listed_files_beside_the_spec_can_not_travel(make_spec: MakeSpec, name: str) -> None:
+    files = ["/nets/good.json", name]
+    spec = load_spec(make_spec(model={"engine": "pytorch", "path": "/nets/model.py", "files": files}))
+    with pytest.raises(SpecError, match=rf"^spec: model\.files\.1: {re.escape(name)}: a pod has "):
+        check_transportable(spec)
 
 
 def test_folders_below_home_can_not_travel(make_spec: MakeSpec) -> None:

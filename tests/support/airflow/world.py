@@ -28,6 +28,8 @@ from tests.support.volume import SHAPE
 
 ONE_BLOCK: Vector = (12, 24, 24)
 """Shape of a part of the input that is one block: z, y, x in voxels."""
+CANARY = {"CHUNKFLOW_TEST_CANARY": "canary-of-airflow-4711"}
+"""A variable of Airflow's environment, whose value stands nowhere else."""
 FIRST = "first"
 """Name of the volume that is there when Airflow starts, and stays."""
 
@@ -154,6 +156,7 @@ def start_world(folder: Path, kind: str) -> Iterator[World]:
         environment = (
             cluster.environment
             | ENVIRONMENT
+            | CANARY
             | {
                 "AIRFLOW__METRICS__STATSD_ON": "True",
                 "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
