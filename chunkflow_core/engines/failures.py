@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from chunkflow_core.errors import SpecError
+from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
 _MACHINE = re.compile(
@@ -21,10 +21,10 @@ _LONGEST = 500
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether an error is for want of memory or of the accelerator, and so worth a retry.
 
-    All others are the model's.
+    Errors of this library count, too: they say already what they are. All others are the model's.
     """
     named = type(error).__name__ in _MACHINE_KINDS
-    return named or isinstance(error, MemoryError) or _MACHINE.search(str(error)) is not None
+    return named or isinstance(error, MemoryError | ChunkflowError) or _MACHINE.search(str(error)) is not None
 
 
 def told(error: BaseException, spec: VolumeSpec) -> str:

@@ -86,7 +86,7 @@ def _forget_model() -> None:
     new = {name: sys.modules[name] for name in set(sys.modules) - _Imports.modules}
     for name in [name for name, module in new.items() if _is_of(name, module, folder)]:
         del sys.modules[name]
-    sys.path[:] = [place for place in sys.path if place in _Imports.path or not _is_inside(place, folder)]
+    sys.path[:] = [place for place in sys.path if place in _Imports.path or not is_inside(place, folder)]
 
 
 def forget_files() -> None:
@@ -123,8 +123,8 @@ def _is_installed(place: str) -> bool:
     return not _INSTALLED.isdisjoint((folder, *folder.parents))
 
 
-def _is_inside(place: str, folder: Path) -> bool:
-    """Whether a place is in a model's folder.
+def is_inside(place: str, folder: Path) -> bool:
+    """Whether a file or folder is in a model's folder, which has no links in its path.
 
     What is installed there is not, unless the model is, too.
     """
@@ -142,4 +142,4 @@ def _is_of(name: str, module: ModuleType, folder: Path) -> bool:
     if name.partition(".")[0] == __name__.partition(".")[0]:
         return False
     places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-    return any(_is_inside(place, folder) for place in places if place)
+    return any(is_inside(place, folder) for place in places if place)

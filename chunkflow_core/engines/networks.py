@@ -22,6 +22,7 @@ import torch
 
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.model_imports import import_file
+from chunkflow_core.engines.opened_files import watched
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
@@ -52,9 +53,17 @@ def load_model(spec: VolumeSpec, device: torch.device) -> Model:
     path = spec.model_path(spec.model.path)
     torch.manual_seed(0)  # a network without weights of its own is the same in every process
     try:
-        return _from_source(spec, path, device) if path.suffix == ".py" else _from_archive(spec, path, device)
+        if path.suffix != ".py":
+            return _from_archive(spec, path, device)
+        with watched(spec.model_files, Path(spec.folder)):
+            return _from_source(spec, path, device)
     except ChunkflowError:
         raise
+    except FileNotFoundError as error:
+        raise SpecError(
+            f"model.path: {path} can't be loaded: {told(error, spec)}. What a network opens besides model.path, "
+            "model.weights and the modules that it imports has to stand in model.files"
+        ) from error
     except (Exception, SystemExit) as error:  # whatever a model file does when it is run, sys.exit included
         if is_of_the_machine(error):
             raise

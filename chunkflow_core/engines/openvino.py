@@ -190,7 +190,7 @@ def _around(spec: VolumeSpec, converted: _Converted) -> Any:
 def _digest(spec: VolumeSpec) -> str:
     """Hash of all that decides what a conversion gives."""
     facts = {
-        "format": 1,
+        "format": 2,
         "versions": [version("openvino"), version("torch")],
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in spec.model_files],
         "patch": [1, spec.input_scale.channels, *spec.patch_size],

@@ -56,9 +56,14 @@ class PyTorch(Engine):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Version of PyTorch, device, and threads."""
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
-        return {"torch": torch.__version__, "device": name, "threads": self._spec.model.threads}
+        """Versions of PyTorch and of what it uses, device, instruction set, and threads."""
+        facts: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "threads": self._spec.model.threads}
+        facts["instruction set"] = torch.backends.cpu.get_cpu_capability()
+        if self._device.type == "cuda":
+            facts["device"] = torch.cuda.get_device_name(self._device)
+            cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+            facts |= {"cuda": torch.version.cuda or "", "cudnn": cudnn or 0}
+        return facts
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run a batch, on CPUs one patch at a time; see ``Engine.__call__``."""
@@ -171,6 +176,7 @@ def _make_deterministic(spec: VolumeSpec) -> None:
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if spec.model.compile or "torch._inductor" in sys.modules:
         torch.use_deterministic_algorithms(True)
+    torch.set_flush_denormal(False)  # a matter of each thread, which others inherit that it starts
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as that writes all twice
     torch.backends.cudnn.benchmark = False
     torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # newer than the next ones, and may overrule them

@@ -72,6 +72,11 @@ def check_writable(value: Any) -> Any:
     return value
 
 
+def is_remote(name: str) -> bool:
+    """Whether a path or address of a file is that of one which is not on a disk of this machine."""
+    return "://" in name and not name.startswith("file://")
+
+
 def is_fetchable(address: str) -> bool:
     """Whether a single file can be fetched from an address."""
     return re.match(rf"file://[/~]|{_STORES}", address) is not None or _has_alias(address)

@@ -13,14 +13,17 @@ import ast
 import glob
 import hashlib
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from chunkflow_core.errors import MissingInputError, SpecError, StorageError
+from chunkflow_core.storage.external_data import external_data
 
 if TYPE_CHECKING:
     from cloudfiles import CloudFiles
@@ -46,11 +49,52 @@ def with_companions(path: Path) -> list[Path]:
         return sorted(f for f in path.rglob("*") if f.is_file() and f.relative_to(path).parts[0] not in MADE_BY_LOADING)
     if path.suffix == ".py":
         return _with_imported_siblings(path)
-    beside = {
-        ".xml": [path.with_suffix(".bin")],
-        ".onnx": sorted(path.parent.glob(f"{glob.escape(path.name)}[._]data*")),
-    }
-    return [path, *(file for file in beside.get(path.suffix.lower(), []) if file.is_file())]
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
+        named = [path.parent / name for name in _named_in(path, path)]
+        if missing := [file for file in named if not file.is_file()]:
+            raise MissingInputError(f"there is no {missing[0]}, where {path.name} says that it has tensors")
+        return [path, *(file for file in named if file != path)]
+    beside = path.with_suffix(".bin")
+    return [path, beside] if suffix == ".xml" and beside.is_file() else [path]
+
+
+def listed_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The files that ``model.files`` names; each once, those of a glob sorted.
+
+    Args:
+        folder: Folder to which they are relative.
+        names: Paths, or globs; ``**`` stands for folders at any depth.
+
+    Raises:
+        MissingInputError: One of them names no file.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name.removeprefix("file://")).expanduser()
+        there = [folder / path]
+        if not there[0].exists():
+            # Path.glob takes no absolute ones
+            fitting = glob.glob(str(path), root_dir=folder, recursive=True, include_hidden=True)  # noqa: PTH207
+            there = [folder / other for other in sorted(fitting)]
+        files = [file for file in there if file.is_file() and "__pycache__" not in file.parts]
+        if not files:
+            raise MissingInputError(f"model.files: {name}: there is no such file (looked for in {folder})")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _named_in(file: Path, model: Path | str) -> list[str]:
+    """The files, relative to its own folder, that an ONNX file says its tensors are in.
+
+    Args:
+        file: The file that is read.
+        model: Its path or address for messages.
+    """
+    try:
+        return sorted(external_data(file, model))
+    except OSError as error:
+        raise MissingInputError(f"model file {model} can't be read: {error.strerror}") from error
 
 
 def imported_names(file: Path) -> set[str]:
@@ -87,7 +131,7 @@ def _with_imported_siblings(path: Path) -> list[Path]:
 
 
 @cache
-def fetch(address: str, *, folder: bool = False) -> Path:
+def fetch(address: str, *, folder: bool = False, files: tuple[str, ...] = ()) -> Path:
     """A model file, or a folder with all that is in it, on this machine.
 
     An address is looked up once a process.
@@ -95,6 +139,8 @@ def fetch(address: str, *, folder: bool = False) -> Path:
     Args:
         address: Storage address of the file or folder.
         folder: Whether it is a folder.
+        files: Further files to bring along, as ``listed_files`` takes them, relative to the folder
+            that the file is in.
 
     Raises:
         MissingInputError: There is no such file, or nothing in the folder.
@@ -108,8 +154,10 @@ def fetch(address: str, *, folder: bool = False) -> Path:
     address = address.rstrip("/")
     place, _, name = (address, "", "") if folder else address.rpartition("/")
     with storage_errors(f"fetching the model {address}"):
-        files = open_files(place)
-        objects = _folder(files, place) if folder else _file(files, place, name)
+        store = open_files(place)
+        objects = _folder(store, place) if folder else _file(store, place, name)
+        if objects:
+            objects |= {name: _object(store, place, name) for name in _listed(store, place, files)}
     if not objects:
         what = "nothing in the folder" if folder else "no model file"
         raise MissingInputError(f"there is {what} {address} (model.path and model.weights of the spec)")
@@ -139,7 +187,10 @@ def _file(files: CloudFiles, place: str, main: str) -> dict[str, Path]:
         name = todo.pop()
         if name not in found:
             found[name] = _object(files, place, name)
-            todo += _imported(files, found[name], there) if python else _beside(main, there)
+            if python:
+                todo += _imported(files, found[name], there)
+            elif name == main:
+                todo += _beside(files, place, main, found[main], there)
     return found
 
 
@@ -150,11 +201,46 @@ def _imported(files: CloudFiles, source: Path, there: set[str]) -> list[str]:
     return modules + [file for file in packages if file.endswith(".py")]
 
 
-def _beside(main: str, there: set[str]) -> list[str]:
+def _beside(files: CloudFiles, place: str, main: str, source: Path, there: set[str]) -> list[str]:
+    """The files that a compiled model can't do without.
+
+    Args:
+        files: The files of the model's folder.
+        place: Address of that folder.
+        main: Name of the model file.
+        source: Its path in the cache.
+        there: Names in the folder that begin as that of the model file.
+    """
     suffix = PurePosixPath(main).suffix.lower()
-    if suffix == ".onnx":
-        return [name for name in there if name.startswith((f"{main}.data", f"{main}_data"))]
-    return [name for name in there if suffix == ".xml" and name == f"{PurePosixPath(main).stem}.bin"]
+    if suffix != ".onnx":
+        return [name for name in there if suffix == ".xml" and name == f"{PurePosixPath(main).stem}.bin"]
+    names = [str(PurePosixPath(name)) for name in _named_in(source, f"{place}/{main}")]
+    for name in names:
+        if name not in there and name not in files.list(prefix=name):
+            raise MissingInputError(f"there is no {place}/{name}, where {main} says that it has tensors")
+    return names
+
+
+def _listed(files: CloudFiles, place: str, names: Iterable[str]) -> list[str]:
+    """The files below a place that ``model.files`` names; as ``listed_files``."""
+    found: list[str] = []
+    for name in names:
+        fixed = re.split(r"[*?\[]", name, maxsplit=1)[0]
+        below = [other for other in files.list(prefix=fixed) if "__pycache__" not in other.split("/")]
+        there = [name] if name in below else [o for o in below if _fits(o.split("/"), name.split("/"))]
+        if not there:
+            raise MissingInputError(f"model.files: there is no file {place}/{name}")
+        found += there
+    return found
+
+
+def _fits(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a glob, both cut at slashes."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return _fits(name, pattern[1:]) or (bool(name) and _fits(name[1:], pattern))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _fits(name[1:], pattern[1:])
 
 
 def _object(files: CloudFiles, place: str, name: str) -> Path:

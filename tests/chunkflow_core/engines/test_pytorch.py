@@ -106,6 +106,7 @@ def test_lower_precision_is_used_and_near(make_spec: MakeSpec, tmp_path: Path, o
         "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True",
         "torch.backends.cudnn.benchmark = True",
         "torch.use_deterministic_algorithms(False)",
+        "torch.set_flush_denormal(True)",
     ],
 )
 def test_settings_of_a_model_file_decide_no_number(
@@ -117,6 +118,7 @@ def test_settings_of_a_model_file_decide_no_number(
     assert torch.get_float32_matmul_precision() == "highest"
     assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     assert not torch.backends.cudnn.benchmark
+    assert (torch.tensor([1e-40]) * 0.5).item() > 0
     assert torch.are_deterministic_algorithms_enabled() and import_module("torch._inductor.config").deterministic
 
 

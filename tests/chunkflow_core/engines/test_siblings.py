@@ -72,7 +72,8 @@ def test_what_runs_is_what_the_files_hold(
         write(folder, "VALUE = 1\n", name)
     write(folder, ADDING)
     (tmp_path / "link").symlink_to(folder)
-    path = make_spec(model=pytorch(weights=..., path=f"{place}/model.py"), output=output)
+    model = pytorch(weights=..., path=f"{place}/model.py", files=[f"{place}/pytorch-unet/**"])
+    path = make_spec(model=model, output=output)
     assert load(path)(patches()).max() == 5
 
     file = folder / edited
@@ -93,7 +94,8 @@ def test_what_is_there_in_compiled_form_only_can_be_imported(
     write(
         tmp_path, "import hidden\ndef InstantiatedModel(x): return (x * 0 + hidden.VALUE).expand(-1, 2, -1, -1, -1)\n"
     )
-    assert load(make_spec(model=pytorch(weights=...), output=output))(patches()).max() == 3
+    model = pytorch(weights=..., files=["hidden.pyc"])
+    assert load(make_spec(model=model, output=output))(patches()).max() == 3
 
 
 def test_a_model_leaves_functions_of_no_file_their_source(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
