@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -18,16 +18,20 @@ FindingKind = Literal[
     "receipt",
     "donation",
     "incomplete",
+    "not compared",
     "not done",
 ]
 """What can be wrong.
 
 ``incomplete`` is a block that was begun, or whose donors have changed since; ``not done`` is one
-that was never begun.
+that was never begun. ``not compared`` is no damage: voxels were to be computed again, and this
+machine can't, as its network gives other bits.
 """
 
 _DUE: tuple[FindingKind, ...] = ("incomplete", "not done")
 """Findings that the planner sees by itself."""
+_NO_DAMAGE: tuple[FindingKind, ...] = (*_DUE, "not compared")
+"""Findings with which all that is there may be right."""
 _SHOWN = 20
 """Number of findings that are told of one by one."""
 
@@ -89,13 +93,12 @@ def advice(audit: Audit, spec: VolumeSpec) -> str:
     unfinished = f"{len(due)} of {audit.blocks} blocks are not done yet: `chunkflow-core run SPEC{part}` does them"
     if kinds <= {"not done"}:
         return f"{spec.output.path} is not complete: {unfinished}; nothing else is wrong"
-    lines = [f"{spec.output.path} is not right:" if kinds - set(_DUE) else f"{spec.output.path} is not complete:"]
-    lines += _shown(audit.findings)
+    lines = [f"{spec.output.path} {_state(kinds)}:", *_shown(audit.findings)]
     if "other model" in kinds:
         lines.append(
             f"`chunkflow-core run SPEC{part}` tells what differs from that spec, and what can be done about it"
         )
-    if kinds - {"other model", *_DUE}:
+    if kinds - {"other model", *_NO_DAMAGE}:
         lines.append(
             f"To do again just what is wrong: `chunkflow-core run SPEC --repair{part}` (in Airflow: trigger the "
             f"volume with only repair{where})"
@@ -103,6 +106,13 @@ def advice(audit: Audit, spec: VolumeSpec) -> str:
     if due and spec.skip.mask is not None:
         unfinished += " (with --check-input if the mask has been edited)"
     return "\n  ".join([*lines, unfinished] if due else lines)
+
+
+def _state(kinds: Set[FindingKind]) -> str:
+    """What can be said of an output with findings of some kinds."""
+    if kinds - set(_NO_DAMAGE):
+        return "is not right"
+    return "is not complete" if kinds & set(_DUE) else "is as its receipts say, but no voxel was computed again"
 
 
 def _shown(findings: Iterable[Finding]) -> list[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import heapq
 import logging
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from chunkflow_core.audit.findings import Audit
 from chunkflow_core.audit.stored import StoredAudit
 from chunkflow_core.errors import MissingInputError, SpecError, StorageError
 from chunkflow_core.exchange.codec import decompress
+from chunkflow_core.inference.reference import ReferencePatches, has_other_bits
+from chunkflow_core.lattice.block_numbers import BlockSet, block_of, number_of
+from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab, convert
 from chunkflow_core.lattice.weights import ExactStep
@@ -44,12 +48,14 @@ def windows(workspace: Workspace, stored: StoredAudit, count: int, run: str, see
         run: Name of a run; may be empty.
         seed: Chooses the windows.
     """
-    chance = random.Random(seed)
-    everywhere = sorted(stored.complete)
-    seamed = [index for index in everywhere if any(index)] or everywhere
-    recent = [index for index in seamed if run and run in stored.runs[index]]
-    recent = recent or heapq.nlargest(max(1, count // 2), seamed, key=lambda index: stored.finished[index])
-    at_recent, at_seams, anywhere = (_in_turn(blocks, chance) for blocks in (recent, seamed, everywhere))
+    chance, grid, complete = random.Random(seed), workspace.spec.grid, stored.complete
+    everywhere = _numbers(grid, complete)
+    seamed = _numbers(grid, filter(any, complete)) or everywhere
+    recent: Sequence[int] = _numbers(
+        grid, (index for index in complete if any(index) and run and stored.is_of(run, index))
+    )
+    recent = recent or heapq.nlargest(max(1, count // 2), seamed, key=lambda n: stored.finished(block_of(grid, n)))
+    at_recent, at_seams, anywhere = (_in_turn(grid, some, count, chance) for some in (recent, seamed, everywhere))
     for number in range(count if everywhere else 0):
         if number % 2 == 0:
             yield _window(workspace, next(at_recent), chance, across_faces=True)
@@ -59,10 +65,16 @@ def windows(workspace: Workspace, stored: StoredAudit, count: int, run: str, see
             yield _window(workspace, next(anywhere), chance, across_faces=False)
 
 
-def _in_turn(blocks: list[Vector], chance: random.Random) -> Iterator[Vector]:
-    """The blocks in a random order, again and again."""
+def _numbers(grid: BlockGrid, blocks: Iterable[Vector]) -> array[int]:
+    """Numbers of blocks: those of millions in eight bytes each."""
+    return array("Q", (number_of(grid, block) for block in blocks))
+
+
+def _in_turn(grid: BlockGrid, numbers: Sequence[int], count: int, chance: random.Random) -> Iterator[Vector]:
+    """The blocks with some numbers in a random order, again and again; ``count`` are asked for."""
     while True:
-        yield from chance.sample(blocks, len(blocks))
+        for number in chance.sample(numbers, min(count, len(numbers))):
+            yield block_of(grid, number)
 
 
 def _window(workspace: Workspace, index: Vector, chance: random.Random, *, across_faces: bool) -> Box:
@@ -74,24 +86,55 @@ def _window(workspace: Workspace, index: Vector, chance: random.Random, *, acros
     return Box(start, vector(a + w for a, w in zip(start, WINDOW, strict=True))) & roi
 
 
-def check_window(workspace: Workspace, window: Box, complete: set[Vector], audit: Audit) -> None:
-    """Compute a window again, and compare what of it belongs to blocks that are complete."""
-    spec = workspace.spec
+def check_window(workspace: Workspace, window: Box, complete: BlockSet, audit: Audit) -> None:
+    """Compute a window again, and compare what of it belongs to blocks that are complete.
+
+    Where the network gives other bits than where the volume was prepared, nothing is compared: that
+    is noted once, and is a finding unless the spec allows such machines.
+    """
+    spec, reference = workspace.spec, workspace.reference
+    if reference.is_other_machine:
+        _note_other_machine(audit, reference, allowed=spec.model.mixed_hardware)
+        return
     sums = workspace.inference.window(window)
     expected = workspace.masked(window, convert(sums, spec.output.dtype, ExactStep(*spec.output.range)))
-    known, touching = len(audit.findings), complete.intersection(spec.grid.blocks_touching(window))
+    known, touching = len(audit.findings), set(filter(complete.__contains__, spec.grid.blocks_touching(window)))
     for index in sorted(touching):
         block = spec.grid.block(index)
         for part in (box & window for box in (block.core, *block.frame)):
             if part:
                 _compare(workspace, index, part, expected[(slice(None), *part.slices(window.start))], audit)
     audit.seams += 1
-    if len(audit.findings) > known and _reads_something_else(spec, touching):
+    if len(audit.findings) > known and _has_other_bits(workspace, touching):
+        del audit.findings[known:]
+        log.warning("window %s: not compared: some of its patches were run on a machine that gives other bits", window)
+    elif len(audit.findings) > known and _reads_something_else(spec, touching):
         del audit.findings[known:]
         log.info(
             "window %s: the input has changed since, so it can't be compared; a run that checks the input follows",
             window,
         )
+
+
+def _note_other_machine(audit: Audit, reference: ReferencePatches, *, allowed: bool) -> None:
+    """Note that windows can't be compared on this machine."""
+    differences = "; ".join(reference.differences)
+    what = f"windows are not compared: {reference.told}: {differences}"
+    if allowed:
+        log.warning("%s", what)
+    elif not any(finding.kind == "not compared" for finding in audit.findings):
+        advice = "`verify` on a machine like that one compares them; `--seams 0` asks for no windows"
+        audit.add("not compared", None, "windows", f"{what}. {advice}")
+
+
+def _has_other_bits(workspace: Workspace, blocks: set[Vector]) -> bool:
+    """Whether blocks, or their donors, were inferred where the network gives other bits.
+
+    Only a spec that allows such machines has such blocks.
+    """
+    inferred = blocks.union(*map(workspace.spec.grid.donors, blocks))
+    receipts = (workspace.exchange.receipt("infer", block) for block in inferred)
+    return workspace.spec.model.mixed_hardware and any(has_other_bits(receipt) for receipt in receipts if receipt)
 
 
 def _reads_something_else(spec: VolumeSpec, blocks: set[Vector]) -> bool:

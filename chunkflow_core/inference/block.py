@@ -11,13 +11,14 @@ Reading, patches, and what the caller does with final pieces go on at the same t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import cycle, islice
 from threading import Lock
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.timing import Timings
+
+T = TypeVar("T")
 
 
 class Sums(Protocol):
@@ -135,11 +138,16 @@ class Inference:
         """A patch as the network gets it: float32 ``(channels, z, y, x)``."""
         return self.patches.take(position, self._read_patch(position))
 
-    def try_patch(self, position: Vector) -> float:
+    def try_patch(self, position: Vector, before: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
         """Run and check one patch, in all streams at once.
 
+        Args:
+            position: Position of the patch in the lattice, zyx.
+            before: Each of them runs another patch. It is called before, in a stream, as the first
+                time takes longer there: some several times, if there are more streams.
+
         Returns:
-            Seconds per patch, in all of its orientations.
+            Seconds per patch, in all of its orientations; and what each of ``before`` gave.
 
         Raises:
             DataError: The output is not as declared.
@@ -148,15 +156,18 @@ class Inference:
         patch = self.take(position)
         engine = patches.engine
         with ThreadPoolExecutor(engine.streams) as pool:
+            number = max(len(before), engine.streams)
+            given = list(pool.map(lambda run: run(), islice(cycle(before), number)))
+            start = perf_counter()
             outputs = list(pool.map(patches.forward, [patch] * engine.streams))
-            start = perf_counter()  # the first time takes longer
-            list(pool.map(patches.forward, [patch] * engine.streams))
             seconds = (perf_counter() - start) * len(patches.transforms) / (engine.streams * engine.batch_size)
-        patches.check(position, outputs[0])
         slab = Slab(self.spec.grid, window, window.shape[0], self.spec.output.channels, patches.values)
-        slab.add(position, outputs[0])  # compiles what blending needs, once for all processes
+        limits = (patches.values.low, patches.values.high)
+        # this also compiles what blending needs, once for all processes
+        if not slab.add(position, outputs[0], limits=limits) or patches.share < 1:
+            patches.check(position, outputs[0])
         slab.converted(window, self.spec.output.dtype)
-        return seconds
+        return seconds, given[: len(before)]
 
     def _read_patch(self, position: Vector) -> Planes:
         box = self.patches.input_box(position)

@@ -42,6 +42,11 @@ class DeviceSlab:
         self.start = region.start[0]
         self._weights: dict[tuple[int, int], torch.Tensor] = {}
 
+    def inside(self, position: Vector, patch: torch.Tensor) -> torch.Tensor:
+        """What of a patch, ``(channels, z, y, x)``, is added: what of it lies in the region."""
+        box = self.grid.patch_box(position)
+        return patch[(slice(None), *(box & self.region).slices(box.start))]
+
     def add(self, position: Vector, patch: torch.Tensor, share: float = 1.0) -> None:
         """Add a patch, weighted: float32 ``(channels, z, y, x)`` on the device; as ``Slab.add``."""
         box = self.grid.patch_box(position)
@@ -197,9 +202,9 @@ class OnDevice:
             part = voxels[(slice(None), *patches.input_box(position).slices(box.start))]
             slot.copy_(transform.apply(part.to(torch.float32) / scale))
         outputs = self._run_network(given)
-        extremes = torch.stack(outputs.flatten(1).aminmax(dim=1), dim=1)
-        for (position, transform), output, extreme in zip(batch, outputs, extremes, strict=False):
-            self._extremes.append((position, extreme))
+        for (position, transform), output in zip(batch, outputs, strict=False):
+            counting = output if patches.share < 1 else self._slab.inside(position, output)  # as on CPUs
+            self._extremes.append((position, torch.stack(counting.aminmax())))
             self._slab.add(position, transform.undo(output), patches.share)
             if transform == patches.transforms[-1]:
                 self._timings.count("patches")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange.folder import Exchange, Trial
+from chunkflow_core.inference.reference import Reference
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.machine import peak_memory
 from chunkflow_core.spec import VolumeSpec
@@ -33,8 +34,10 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
         run: Name of the run, for provenance.
         other: ``overwrite`` and ``mixture`` claim an output of another fingerprint. Either way no
             block of this one counts as done; they differ in what provenance says is meant to come
-            of it.
-        once: Whether to try the model only if this has not been done for this fingerprint.
+            of it. ``overwrite`` also claims one of this fingerprint that was done on a machine
+            that gives other bits.
+        once: Whether to try the model only if this has not been done for this fingerprint, and
+            nothing of it is to be discarded.
 
     Returns:
         What one patch took, which is left in the exchange for estimates.
@@ -53,12 +56,22 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
     history = History(spec)
     if layer is not None:
         _check_history(spec, history, other)
-    trial = (exchange.trial() if once else None) or _try_model(workspace)
+    anew = layer is None or history.fingerprint != spec.fingerprint  # whatever of this fingerprint was done
+    known = exchange.trial() if once and not anew and other != "overwrite" else None
+    if known is None or workspace.reference.stored() is None:
+        known, here = _try_model(workspace)
+        anew = anew or _is_of_another_machine(workspace, here, other)
+        if anew:
+            _discard_receipts(exchange, "the output layer is gone" if layer is None else "the output is claimed anew")
+        if anew or workspace.reference.stored() is None:
+            workspace.reference.store(here)
+        if anew:
+            _discard_receipts(exchange, "they were left meanwhile")
     if layer is None:
-        _make_anew(spec, exchange, run)
+        make_output(spec, run)
     else:
-        _claim(spec, exchange, layer, history, other, run)
-    return trial
+        _claim(spec, layer, history, other, run, anew=anew)
+    return known
 
 
 def make_output(spec: VolumeSpec, run: str = "") -> None:
@@ -68,14 +81,37 @@ def make_output(spec: VolumeSpec, run: str = "") -> None:
     log.info("output %s made: %s", spec.output.path, spec.grid.roi)
 
 
-def _try_model(workspace: Workspace) -> Trial:
-    """Run one patch, so that a wrong shape or range shows before any block is run."""
+def _try_model(workspace: Workspace) -> tuple[Trial, Reference]:
+    """Run one patch, so that a wrong shape or range shows before any block is run.
+
+    Returns:
+        What it took; and what the network gives here for the reference patches.
+    """
     middle = vector(axis.count // 2 for axis in workspace.spec.grid.axes)
-    seconds = workspace.inference.try_patch(middle)
-    trial = Trial(seconds, peak_memory(), workspace.engine.streams)
+    seconds, digests = workspace.trial.try_patch(middle, workspace.reference.runs)
+    trial = Trial(seconds, peak_memory(), workspace.trial.patches.engine.streams)
     log.info("model %s: %.3f s per patch, %d at a time", workspace.spec.model.engine, trial.seconds, trial.streams)
     workspace.exchange.put_trial(trial)
-    return trial
+    return trial, workspace.reference.here(digests)
+
+
+def _is_of_another_machine(workspace: Workspace, here: Reference, other: Other) -> bool:
+    """Whether what was done is to be discarded, as it was done on a machine that gives other bits.
+
+    Raises:
+        SpecError: It was done there, and neither this is asked for, nor may machines be mixed.
+    """
+    workspace.reference.compare(here)
+    if workspace.reference.is_other_machine and other == "overwrite":
+        log.warning("%s: its blocks are done again", workspace.reference.told)
+        return True
+    workspace.reference.check()
+    return False
+
+
+def _discard_receipts(exchange: Exchange, why: str) -> None:
+    if discarded := exchange.delete_receipts():
+        log.warning("%s: %d receipts are discarded", why, discarded)
 
 
 def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
@@ -103,28 +139,19 @@ def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
         )
 
 
-def _make_anew(spec: VolumeSpec, exchange: Exchange, run: str) -> None:
-    """Make the output layer, and discard the receipts of an earlier one, which would be lies."""
-    discarded = exchange.delete_receipts()
-    if discarded:
-        log.info("the output layer is gone: %d receipts of an earlier one are discarded", discarded)
-    make_output(spec, run)
-
-
-def _claim(spec: VolumeSpec, exchange: Exchange, layer: LayerScale, history: History, other: Other, run: str) -> None:
+def _claim(spec: VolumeSpec, layer: LayerScale, history: History, other: Other, run: str, *, anew: bool) -> None:
     """Claim the output layer for this spec and extend it, where need be.
 
     What is done here can be done again; the step in its provenance, which says that there is
     nothing to do, comes last.
     """
-    roi, claimed = spec.grid.roi, history.fingerprint != spec.fingerprint
-    if not claimed and history.is_of(roi) and layer.bounds == roi:
+    roi = spec.grid.roi
+    if not anew and history.is_of(roi) and layer.bounds == roi:
         return
     mode: Mode = "extend"
-    if claimed:
+    if anew:
         mode = "new" if history.fingerprint is None or other == "refuse" else other
-        discarded = exchange.delete_receipts()  # true only until the other spec wrote
-        log.warning("output %s is claimed (%s): %d receipts are discarded", spec.output.path, mode, discarded)
+        log.warning("output %s is claimed (%s)", spec.output.path, mode)
     if layer.bounds != roi:
         extend_output(spec, layer)
         log.info("output %s extended: %s, it was %s", spec.output.path, roi, layer.bounds)

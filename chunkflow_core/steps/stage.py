@@ -20,6 +20,7 @@ from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.machine import peak_memory
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.signatures import WrittenChunk
 from chunkflow_core.timing import Timings
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class StageWork:
 
     def write(
         self, box: Box, converted: Callable[[], NDArray[Any]], window: MaskWindow | None = None
-    ) -> dict[str, str]:
+    ) -> dict[str, WrittenChunk]:
         """Write a box of the output, set to 0 outside the mask.
 
         Args:
@@ -68,10 +69,10 @@ class StageWork:
             window: The mask over the box or more, if it has been read already.
 
         Returns:
-            Names of the storage chunks written, with digests of their voxels.
+            Names of the storage chunks written, with what is known of each.
         """
         data = self.timings.measure("convert", self.workspace.masked, box, converted(), window)
-        written: dict[str, str] = self.timings.measure("write", self.workspace.output.write, box, data)
+        written: dict[str, WrittenChunk] = self.timings.measure("write", self.workspace.output.write, box, data)
         self.timings.count("bytes written", data.nbytes)
         return written
 
@@ -81,12 +82,12 @@ class StageWork:
         log.info("block %s: planes %d–%d of %d–%d done", self.block.name, start, stop, first, last)
 
     def complete(
-        self, *, written: dict[str, str], voxels: int, engine: Engine | None = None, **particulars: Any
+        self, *, written: dict[str, WrittenChunk], voxels: int, engine: Engine | None = None, **particulars: Any
     ) -> StageResult:
         """Write the receipt, last of all.
 
         Args:
-            written: Names of the storage chunks written, with digests of their voxels.
+            written: Names of the storage chunks written, with what is known of each.
             voxels: Number of voxels that the stage has worked on, for its speed.
             engine: What has run patches, if any were run.
             particulars: Fields of :class:`Receipt` that only this stage fills in.
@@ -103,6 +104,7 @@ class StageWork:
             geometry=workspace.spec.block_digest(self.block.index),
             run=self.run,
             written=written,
+            stored=workspace.outputs.as_written(workspace.output, self.stage, self.block.index, written),
             changes=self._changes(written),
             facts=self._facts(voxels, engine),
             **particulars,
@@ -111,12 +113,13 @@ class StageWork:
         exchange.put_receipt(receipt)
         return StageResult(receipt, up_to_date=False)
 
-    def _changes(self, written: dict[str, str]) -> tuple[str, ...]:
+    def _changes(self, written: dict[str, WrittenChunk]) -> tuple[str, ...]:
         """The latest runs in which what the stage writes has changed."""
         if self.before is None:
             return (self.run,)
-        earlier = tuple(name for name in self.before.changes if name != self.run)
-        return self.before.changes if self.before.written == written else (self.run, *earlier)[:_CHANGES]
+        if self.before.voxels == {name: chunk.voxels for name, chunk in written.items()}:
+            return self.before.changes
+        return (self.run, *(name for name in self.before.changes if name != self.run))[:_CHANGES]
 
     def _facts(self, voxels: int, engine: Engine | None) -> dict[str, Any]:
         wall, streams = perf_counter() - self.started, engine.streams if engine else 1
@@ -132,7 +135,7 @@ class StageWork:
             "host": socket.gethostname(),
             "processor": platform.processor() or platform.machine(),
             "peak_memory_bytes": peak_memory(),
-            **(engine.description if engine else {}),
+            **(engine.description | self.workspace.reference.facts if engine else {}),
         }
 
 

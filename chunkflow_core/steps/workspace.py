@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +13,11 @@ from chunkflow_core.engines.base import Engine
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.inference.block import Inference
 from chunkflow_core.inference.mask import Mask, MaskWindow
+from chunkflow_core.inference.reference import ReferencePatches
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.planning.inputs import Inputs
+from chunkflow_core.planning.outputs import Outputs
 from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import open_output
@@ -57,10 +60,12 @@ class Workspace:
     def check_claim(self) -> None:
         """Check that the output layer is this spec's to write to; ``SpecError`` if not.
 
-        It is not if another model has claimed it during a run.
+        It is not if another model has claimed it during a run, or another kind of machine: then the
+        reference patches are no longer those that this process has compared with.
         """
         _ = self.output  # a layer that is missing altogether is told as such
         check_claim(self.spec)
+        self.reference.check_unchanged()
 
     @cached_property
     def exchange(self) -> Exchange:
@@ -97,11 +102,24 @@ class Workspace:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that runs patches.
+        """The engine that runs patches, with which a reference patch has been run first.
 
         Raises:
-            SpecError: The model can't be used, or its files are not those of the fingerprint.
+            SpecError: The model can't be used, its files are not those of the fingerprint, or it
+                gives other bits here than the reference has.
         """
+        engine = self._any_engine
+        self.reference.check()
+        return engine
+
+    @cached_property
+    def reference(self) -> ReferencePatches:
+        """The reference patches of the fingerprint, and whether this machine gives their bits."""
+        return ReferencePatches(self.spec, self.exchange.path, lambda: self._any_engine)
+
+    @cached_property
+    def _any_engine(self) -> Engine:
+        """The engine, whatever bits it gives here."""
         if self._engine is not None:
             return self._engine
         _ = self.spec.fingerprint  # made of the files before they are loaded
@@ -111,7 +129,12 @@ class Workspace:
 
     def state(self, *, confirm: bool = False) -> ExchangeState:
         """What is there at present, for the planner; ``confirm`` as ``ExchangeState`` has it."""
-        return ExchangeState(self.exchange, lambda: self.inputs, confirm=confirm)
+        return ExchangeState(self.exchange, lambda: self.inputs, lambda: self.outputs, confirm=confirm)
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """What can tell whether storage chunks are still what blocks have written."""
+        return Outputs(self.exchange, lambda: open_output(self.spec, may_grow=True))
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -121,4 +144,12 @@ class Workspace:
     @cached_property
     def inference(self) -> Inference:
         """What runs and sums patches."""
-        return Inference(self.spec, lambda: self.engine, self.input, self.input.scale.chunk[0], self.mask)
+        return self._inference(lambda: self.engine)
+
+    @cached_property
+    def trial(self) -> Inference:
+        """What runs patches whatever bits it gives here: to try the model, not for blocks."""
+        return self._inference(lambda: self._any_engine)
+
+    def _inference(self, load: Callable[[], Engine]) -> Inference:
+        return Inference(self.spec, load, self.input, self.input.scale.chunk[0], self.mask)

@@ -75,6 +75,7 @@ def test_output_of_another_fingerprint_is_refused(make_spec: MakeSpec, tmp_path:
     ("changes", "difference"),
     [
         (("name=renamed", "schedule='@daily'", "model.streams=1", "output.compression=none"), None),
+        (("model.device=cpu", "model.mixed_hardware=true"), None),
         (("skip.zeros=false",), "skip.zeros: true, now false"),
         (("model.output=1",), "model.output: not set, now 1"),
         (("model.options={a: {b: [1]}}",), "model.options.a.b: not set, now [1]"),

@@ -45,7 +45,7 @@ GAP = "1 block failed, 3 more wait for it: 14,496 voxels of the output (37.8 % o
 MODEL = """
 import json, os, pathlib, signal
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent.parent  # what it reads there is no part of the model
 
 def InstantiatedModel(x):
     patch = " ".join(str(round(float(voxel) * 255)) for voxel in x[0, 0, 0, 0, :8])
@@ -68,9 +68,10 @@ class Trouble:
     """A prepared volume with a model that fails at one patch of some blocks."""
 
     def __init__(self, make_spec: MakeSpec, **changes: object) -> None:
-        self.path = make_spec(model={"engine": "pytorch", "path": "model.py"}, **changes)
+        self.path = make_spec(model={"engine": "pytorch", "path": "model/model.py"}, **changes)
         self.folder = self.path.parent
-        (self.folder / "model.py").write_text(MODEL)
+        (self.folder / "model").mkdir()
+        (self.folder / "model" / "model.py").write_text(MODEL)
         assert main(["prepare", str(self.path)]) == 0
         (self.folder / "patches").unlink()
         self.spec: VolumeSpec = load_spec(self.path)

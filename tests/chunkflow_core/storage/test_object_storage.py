@@ -82,7 +82,7 @@ def test_headers(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None
     assert open_files(spec.output.path).get(name)[:2] != b"\x1f\x8b"  # once
     exchange = workspace.exchange.path
     donation = next(iter(workspace.exchange.donation_keys()))
-    assert header(exchange, f"donations/0_0_0/{donation}") == (None, "no-cache", "application/octet-stream")
+    assert header(exchange, f"donations/0_0_0/0_0_0/{donation}") == (None, "no-cache", "application/octet-stream")
     receipt = workspace.exchange.receipt("infer", (0, 0, 0))
     assert receipt is not None
     assert header(exchange, f"receipts/infer/0_0_0/{receipt.name}") == (None, "no-cache", "application/json")
@@ -120,8 +120,10 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     """A block takes one request for each object that is read, written or deleted.
 
     It takes another for each layer's ``info``, and few listings. The output's provenance is read at
-    first, before each piece that is written, and before the receipt. Listings are of the block's
-    receipts (to find, and to retract them), of its donations, and of the input's storage chunks.
+    first, before each piece that is written, and before the receipt; the file of reference patches
+    when the engine is loaded, and then with it. Listings are of the block's
+    receipts (to find, and to retract them), of its donations, and of the input's storage chunks,
+    before they are read and afterwards. Of what it has written nothing is asked.
     """
     store = use(kind)
     path = spec_for(store, tmp_path)
@@ -138,7 +140,7 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     counts = store.proxy.counts()
     pieces = sum(bool(piece.core) for piece in spec.grid.pieces(spec.grid.block((0, 0, 0))))
     reads = {"GET info": 2, "GET provenance": 2 + pieces, "GET receipts": 1, "GET chunk": 8}
-    reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 2}
+    reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 4, "GET other": 2 + pieces}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
     assert written == result.storage_chunks + given + 1

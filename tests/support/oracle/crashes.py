@@ -8,7 +8,7 @@ the calls of the operating system and of CloudFiles, so that a crash can be put 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,3 +131,6 @@ class InlineExecutor:
         except BaseException as error:
             future.set_exception(error)
         return future
+
+    def map(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
+        return map(function, *arguments)

@@ -16,19 +16,24 @@ import numpy as np
 from tests.support.oracle.geometry import Geometry, Index
 
 
-def donations(folder: Path) -> set[str]:
-    """Names of all donations below a model's folder of the exchange."""
-    return {file.name for file in (folder / "donations").rglob("*") if file.is_file() and "%" in file.name}
+def donations(folder: Path) -> set[Path]:
+    """All donations below a model's folder of the exchange."""
+    return {file for file in (folder / "donations").rglob("*") if file.is_file() and "%" in file.name}
 
 
-def receipts(folder: Path, geometry: Geometry) -> dict[tuple[str, Index], set[tuple[str, str]]]:
-    """Stages of blocks that are said to be done: the box for which, and the run that did it."""
-    found: dict[tuple[str, Index], set[tuple[str, str]]] = {}
+def receipts(folder: Path, geometry: Geometry) -> dict[tuple[str, Index], dict[Path, str]]:
+    """Stages of blocks that are said to be done: the receipts, and the run that did it by each."""
+    found: dict[tuple[str, Index], dict[Path, str]] = {}
     for stage in ("infer", "blend"):
         for file in (folder / "receipts" / stage).rglob("*%*.json"):
-            box, run = file.name.partition("%")[0], json.loads(file.read_bytes())["receipt"]["run"]
-            found.setdefault((stage, geometry.owner(corners(box)[0])), set()).add((box, run))
+            run = json.loads(file.read_bytes())["receipt"]["run"]
+            found.setdefault((stage, donor_of(file.name, geometry)), {})[file] = run
     return found
+
+
+def donor_of(file: str, geometry: Geometry) -> Index:
+    """The block that a file is named after."""
+    return geometry.owner(corners(file)[0])
 
 
 def receiver_of(donation: str, geometry: Geometry) -> Index:

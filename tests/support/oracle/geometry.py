@@ -124,6 +124,19 @@ class Geometry:
         frame[~self.own(block)] = False
         return frame
 
+    @cached_property
+    def chunks(self) -> dict[str, tuple[str, Index]]:
+        """Names of the output's storage chunks, with the stage and the block that write each."""
+        case, found = self.case, {}
+        for corner in product(*(range(a, b, c) for a, b, c in zip(case.start, case.stop, case.chunk, strict=True))):
+            stop = [min(a + c, b) for a, b, c in zip(corner, case.stop, case.chunk, strict=True)]
+            index = self.owner(corner)
+            block = self.blocks[index]
+            in_frame = self.frame(block)[tuple(a - axis.start for a, axis in zip(corner, block, strict=True))]
+            name = "_".join(f"{a}-{b}" for a, b in zip(reversed(corner), reversed(stop), strict=True))
+            found[name] = "blend" if in_frame else "infer", index
+        return found
+
     def own(self, block: Block) -> Mask:
         """The voxels of a block, among those of its reach."""
         own = np.zeros([axis.reach_stop - axis.start for axis in block], bool)
