@@ -106,6 +106,10 @@ def repair(
         exchange.retract(stage, block)
         log.info("%s: the receipt of block %s for %s is retracted", why, block, stage)
     files = [finding for finding in audit.findings if finding.kind in ("receipt", "donation")]
+    for block, finding in _of_blocks(files, "receipt"):
+        its: Stage = "infer" if finding.subject.startswith("receipts/infer/") else "blend"
+        if exchange.receipt(its, block) is None:
+            exchange.retract(its, block)  # all of them: one of several may not be left alone
     exchange.delete_files([finding.subject for finding in files])
     strays = [finding for finding in audit.findings if finding.kind == "stray chunk"]
     workspace.output.delete_chunks([finding.subject for finding in strays])

@@ -17,7 +17,7 @@ from typing import cast
 
 from chunkflow_core.audit.findings import Audit, FindingKind
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.exchange.folder import blocks_of, group_of
+from chunkflow_core.exchange.folder import VOID, blocks_of, group_of
 from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Stage, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt, agreed
 from chunkflow_core.lattice.block_numbers import BlockSet, number_of
@@ -150,8 +150,13 @@ class StoredAudit:
         """
         current: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
         outdated: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
+        void = set[Vector]()
         for name, receipt in self._exchange.stored_receipts(stage, [group]):
             block = self._exchange.owner(name)
+            if block is not None and name.endswith(VOID):
+                void.add(block)
+                self._bad_receipt(name, block, "the block's receipts were being deleted, and count no more")
+                continue
             if isinstance(receipt, str) or block is None:
                 why = receipt if isinstance(receipt, str) else "its block is none of the volume's"
                 self._bad_receipt(name, block, f"the receipt can't be right: {why}")
@@ -161,7 +166,7 @@ class StoredAudit:
             kind[block][name] = receipt
         begun.update(current, outdated)
         found = {}
-        for block, several in current.items():
+        for block, several in ((block, several) for block, several in current.items() if block not in void):
             for name in outdated.pop(block, {}):
                 self._bad_receipt(name, block, "a receipt from before the ROI grew stands beside the one that counts")
             if counting := agreed(list(several.values())):

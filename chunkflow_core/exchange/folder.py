@@ -48,6 +48,8 @@ from chunkflow_core.storage.files import is_on_disk, open_files, put_file, stora
 _TRIAL = "trial.json"
 _UNDONE = "repair.json"
 _NOTE = ".same"
+VOID = "%void.json"
+"""Ending of the name of a file that voids all receipts of its block while they are deleted."""
 _GROUP = 8
 """Edge of a group, in blocks."""
 _LISTINGS = 16
@@ -175,6 +177,8 @@ class Exchange:
         """
         box = self.spec.grid.block(block).box
         names = self._list(f"{_receipts(stage, group_of(block))}/{box.key}%")
+        if any(name.endswith(VOID) for name in names):
+            return None
         return receipts.agreed([receipt for receipt in self._parsed(names) if receipt])
 
     def receipts(self, stage: Stage, groups: Iterable[Vector] | None = None) -> dict[Vector, Receipt]:
@@ -211,6 +215,7 @@ class Exchange:
         """
         found: dict[Vector, list[tuple[str, Mark]]] = defaultdict(list)
         notes: dict[Vector, set[tuple[str, str]]] = defaultdict(set)
+        void = set[Vector]()
         for group, names in self._list_groups(f"receipts/{stage}", groups):
             for name in names:
                 box, _, text = name.removesuffix(".json").partition("%")
@@ -220,11 +225,13 @@ class Exchange:
                         continue
                     if mark is not None:
                         found[block].append((box, mark))
+                    elif name.endswith(VOID):
+                        void.add(block)
                     elif text.endswith(_NOTE):
                         before, _, now = text.removesuffix(_NOTE).partition("%")
                         notes[block].add((before, now))
         marks: dict[Vector, Mark] = {}
-        for block, named in found.items():
+        for block, named in ((block, named) for block, named in found.items() if block not in void):
             several = [mark for _, mark in named]
             if len(named) > 1 and block in self.spec.grid:
                 present = self.spec.grid.block(block).box.key
@@ -244,15 +251,22 @@ class Exchange:
     def retract(self, stage: Stage, block: Vector) -> None:
         """Delete a block's receipts, before anything that they vouch for is changed.
 
-        A disk is looked at again. An object store has answered for each deletion, and another
-        listing would be another request a block.
+        Where there are several, which disagree, none of them counts any more if this is ended
+        before all are deleted. A disk is looked at again. An object store has answered for each
+        deletion, and another listing would be another request a block.
 
         Raises:
             StorageError: A receipt is there afterwards.
         """
-        listing = partial(self._receipts_of, stage, block)
-        deleted = self._delete_all(listing, look_again=is_on_disk(self.path))
-        if not deleted and is_on_disk(self.path):
+        void = f"{_receipts(stage, group_of(block))}/{self.spec.grid.block(block).box.key}{VOID}"
+        names = self._receipts_of(stage, block)
+        if several := void in names or sum(name.endswith(".json") for name in names) > 1:
+            put_file(self.path, void, b"{}")
+        look_again = partial(self._receipts_of, stage, block) if is_on_disk(self.path) else None
+        self._delete_all([name for name in names if name != void], look_again, void)
+        if several:
+            self.delete_files([void])
+        if not names and is_on_disk(self.path):
             # An attempt that was killed may have deleted them: no power loss brings them back.
             sync_folders([local_path(self.path) / _receipts(stage, group_of(block))])
 
@@ -262,7 +276,8 @@ class Exchange:
         Raises:
             StorageError: A receipt is there afterwards.
         """
-        names = self._delete_all(lambda: [n for stage in reversed(STAGES) for n in self._list(f"receipts/{stage}/")])
+        names = self._all_receipts()
+        self._delete_all(names, self._all_receipts)
         return sum(not name.endswith(_NOTE) for name in names)
 
     def groups(self) -> Iterator[Vector]:
@@ -336,21 +351,23 @@ class Exchange:
         with storage_errors(f"deleting files in {self.path}"):
             self._files.delete(list(names))
 
-    def _delete_all(self, listing: Callable[[], list[str]], *, look_again: bool = True) -> list[str]:
-        """Delete what a listing names, look whether any is left, and return the names.
+    def _all_receipts(self) -> list[str]:
+        """Names of all files among the receipts, those of blends first."""
+        return [name for stage in reversed(STAGES) for name in self._list(f"receipts/{stage}/")]
+
+    def _delete_all(self, names: list[str], look_again: Callable[[], list[str]] | None, but: str = "") -> None:
+        """Delete files, and look whether any is left, but for one.
 
         A receipt that stays, or that another attempt leaves meanwhile, would vouch for what is
         going to be replaced.
         """
-        if not (names := listing()):
-            return []
-        self.delete_files(names)
-        if look_again and (left := listing()):
+        if names:
+            self.delete_files(names)
+        if names and look_again and (left := [name for name in look_again() if name != but]):
             raise StorageError(
                 f"{self.path}: {len(names)} files have been deleted, and there are {len(left)}, such as {left[0]}. "
                 "Another attempt may have written them meanwhile: run again when it has ended"
             )
-        return names
 
     def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
         for group, names in self._list_groups(folder, groups):
@@ -415,7 +432,8 @@ class Exchange:
         for group, found in self._list_groups(folder, groups, ahead=2):
             names = (f"{folder}/{_index_name(group)}/{name}" for name in found)
             present = sorted((block, name) for name in names if (block := self._present(name)) is not None)
-            parsed = filter(None, self._parsed(name for _, name in present))
+            void = {block for block, name in present if name.endswith(VOID)}
+            parsed = filter(None, self._parsed(name for block, name in present if block not in void))
             for _, several in groupby(parsed, key=lambda receipt: receipt.block):
                 if (counting := receipts.agreed(list(several))) is not None:
                     yield counting

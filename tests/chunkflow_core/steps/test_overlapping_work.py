@@ -252,3 +252,39 @@ def test_an_input_that_changes_and_changes_back(
     file.write_bytes(edited)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert FIRST in due(spec, check_input=True).infer
+
+
+@pytest.mark.parametrize("deletions", range(3))
+def test_an_attempt_that_is_killed_while_it_takes_back_receipts_that_disagree(
+    prepared: Path, tmp_path: Path, late: Late, monkeypatch: pytest.MonkeyPatch, deletions: int
+) -> None:
+    """One left alone would vouch for storage chunks of which some are the other attempt's."""
+    assert main(["run", str(prepared), "--seams", "0", "--set", "exchange.donations=keep"]) == 0
+    spec = load_spec(prepared, ["exchange.donations=keep"])
+
+    def edited_and_done() -> None:
+        overwrite(tmp_path / "input", 100)
+        inference_and_donate(Workspace(spec), FIRST, run="other", why="forced")
+
+    late(spec, edited_and_done)
+    assert Exchange(spec).receipt("infer", FIRST) is None
+    unlink, left = Path.unlink, [deletions]
+
+    def die(self: Path, *, missing_ok: bool = False) -> None:
+        if "receipts" in self.parts and self.exists():
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        unlink(self, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", die)
+        Exchange(spec).retract("infer", FIRST)
+
+    assert FIRST in due(spec).infer
+    assert Exchange(spec).receipt("infer", FIRST) is None
+    assert FIRST not in {receipt.block for receipt in Exchange(spec).receipts("infer").values()}
+    assert main(["verify", str(prepared), "--seams", "0"]) == 65
+    assert main(["run", str(prepared), "--repair", "--seams", "2"]) == 0
+    assert not list(tmp_path.glob("exchange/*/receipts/*/*/*void*"))
+    np.testing.assert_array_equal(output_of(prepared), fresh(prepared, tmp_path))

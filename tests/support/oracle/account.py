@@ -245,7 +245,11 @@ class World(Volume):
     def note(self, run: str, now: float) -> None:
         """Note what a run has done until a time in seconds, and what is gone."""
         receipts, found = self.account.receipts, exchange.receipts(self.exchange, self.geometry)
+        void = exchange.void(self.exchange, self.geometry)
         for at, several in receipts.items():
+            if at in void:
+                receipts[at] = {}
+                continue
             there = {name: done for name, done in several.items() if done.file in found.get(at, {})}
             if not _agree(several.values()) and len(there) < len(several):
                 # One that is left would count again, with the donations of the other.

@@ -15,6 +15,15 @@ import numpy as np
 
 from tests.support.oracle.geometry import Geometry, Index
 
+VOID = "%void.json"
+"""Ending of what voids the receipts of a block."""
+
+
+def void(folder: Path, geometry: Geometry) -> set[tuple[str, Index]]:
+    """Stages of blocks whose receipts count no more, as their deletion has begun."""
+    files = {stage: (folder / "receipts" / stage).rglob(f"*{VOID}") for stage in ("infer", "blend")}
+    return {(stage, donor_of(file.name, geometry)) for stage, found in files.items() for file in found}
+
 
 def donations(folder: Path) -> set[Path]:
     """All donations below a model's folder of the exchange."""
@@ -26,6 +35,8 @@ def receipts(folder: Path, geometry: Geometry) -> dict[tuple[str, Index], dict[P
     found: dict[tuple[str, Index], dict[Path, str]] = {}
     for stage in ("infer", "blend"):
         for file in (folder / "receipts" / stage).rglob("*%*.json"):
+            if file.name.endswith(VOID):
+                continue
             run = json.loads(file.read_bytes())["receipt"]["run"]
             found.setdefault((stage, donor_of(file.name, geometry)), {})[file] = run
     return found
