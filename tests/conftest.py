@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import yaml
 from xdist.scheduler import LoadScopeScheduling
 
+from chunkflow_core import variables
 from chunkflow_core.__main__ import main
 from tests.support.airflow.failure_summary import pytest_runtest_makereport, pytest_terminal_summary
 from tests.support.airflow.local import SERVICES, local_volumes
@@ -115,6 +116,16 @@ class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
     """Take the place of ``--dist``."""
     return TogetherScheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_conceal() -> Iterator[None]:
+    """Lets each test begin as a process of its own does, which knows no variables yet."""
+    known = variables._Known
+    before = known.texts, known.pattern
+    known.texts, known.pattern = {}, None
+    yield
+    known.texts, known.pattern = before
 
 
 @pytest.fixture(scope="session")
