@@ -22,6 +22,7 @@ from chunkflow_core import variables
 from chunkflow_core.__main__ import main
 from tests.support.airflow.failure_summary import pytest_runtest_makereport, pytest_terminal_summary
 from tests.support.airflow.local import SERVICES, local_volumes
+from tests.support.harms import Volume
 from tests.support.nursery import shared
 from tests.support.volume import spec_content, write_layer
 
@@ -116,6 +117,18 @@ class TogetherScheduling(LoadScopeScheduling):  # type: ignore[misc]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherScheduling:
     """Take the place of ``--dist``."""
     return TogetherScheduling(config, log)
+
+
+@pytest.fixture(scope="module")
+def finished_volume(tmp_path_factory: pytest.TempPathFactory) -> Volume:
+    return Volume(tmp_path_factory.mktemp("volume"))
+
+
+@pytest.fixture
+def volume(finished_volume: Volume) -> Volume:
+    """A finished volume, to be harmed; each test gets it as it was."""
+    finished_volume.restore()
+    return finished_volume
 
 
 @pytest.fixture(autouse=True)

@@ -166,7 +166,9 @@ class StoredAudit:
             kind[block][name] = receipt
         begun.update(current, outdated)
         found = {}
-        for block, several in ((block, several) for block, several in current.items() if block not in void):
+        for block in void:
+            current.pop(block, None)
+        for block, several in current.items():
             for name in outdated.pop(block, {}):
                 self._bad_receipt(name, block, "a receipt from before the ROI grew stands beside the one that counts")
             if counting := agreed(list(several.values())):

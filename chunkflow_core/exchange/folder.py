@@ -231,7 +231,8 @@ class Exchange:
                         before, _, now = text.removesuffix(_NOTE).partition("%")
                         notes[block].add((before, now))
         marks: dict[Vector, Mark] = {}
-        for block, named in ((block, named) for block, named in found.items() if block not in void):
+        for block in found.keys() - void:
+            named = found[block]
             several = [mark for _, mark in named]
             if len(named) > 1 and block in self.spec.grid:
                 present = self.spec.grid.block(block).box.key

@@ -36,8 +36,7 @@ class Outputs:
 
     def as_written(self, layer: OutputLayer, stage: Stage, block: Vector, written: Mapping[str, WrittenChunk]) -> str:
         """Digest of what storage said when a stage wrote: see ``Receipt.stored``."""
-        names = [chunk.key for box in self._boxes(stage, block) for chunk in layer.expected_chunks(box)]
-        if not all(name in written and written[name].stored for name in names):
+        if not all(name in written and written[name].stored for name in self._names(layer, stage, block)):
             return ""
         signatures = layer.signatures()
         for name, chunk in written.items():
@@ -61,12 +60,11 @@ class Outputs:
                 read again.
         """
         layer, signatures = self._layer, self._layer.signatures()
-        boxes = list(self._boxes(receipt.stage, receipt.block))
-        signatures.load(boxes)
+        signatures.load(self._boxes(receipt.stage, receipt.block))
         now = self._digest(signatures, receipt.stage, receipt.block)
         if now and now == receipt.stored:
             return True
-        names = [chunk.key for box in boxes for chunk in layer.expected_chunks(box)]
+        names = self._names(layer, receipt.stage, receipt.block)
         if any(wrong_chunk(layer, name, receipt, signatures.number(name)) for name in names):
             return False
         if confirm:
@@ -76,6 +74,10 @@ class Outputs:
     def _boxes(self, stage: Stage, index: Vector) -> Iterator[Box]:
         block = self._grid.block(index)
         yield from (box for box in ((block.core,) if stage == "infer" else block.frame) if box)
+
+    def _names(self, layer: OutputLayer, stage: Stage, block: Vector) -> Iterator[str]:
+        """Names of the storage chunks that a stage writes."""
+        return (chunk.key for box in self._boxes(stage, block) for chunk in layer.expected_chunks(box))
 
     def _digest(self, signatures: LayerSignatures, stage: Stage, block: Vector) -> str:
         digests = [signatures.digest(box) for box in self._boxes(stage, block)]

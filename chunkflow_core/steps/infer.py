@@ -99,8 +99,8 @@ def inference_and_donate(
 
 def _is_enough(workspace: Workspace, done: Receipt, run: str, why: Reason | None) -> bool:
     """Whether an intact receipt makes it needless to do the block."""
-    of_this_run = run != "" and done.run == run and workspace.exchange.has_donations(done)
-    if why not in (None, "input", "output") and not of_this_run:
+    anew = why not in (None, "input", "output")
+    if anew and not (run != "" and done.run == run and workspace.exchange.has_donations(done)):
         return False
     if why not in (None, "output") and not workspace.inputs.unchanged(done, confirm=why == "input"):
         return False

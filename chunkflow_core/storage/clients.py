@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 from botocore.exceptions import (  # type: ignore[import-untyped]
@@ -35,12 +35,6 @@ PATIENCE_VARIABLE = "CHUNKFLOW_STORAGE_PATIENCE"
 """Environment variable: seconds for which a request is tried again before a command gives up."""
 
 _PATIENCE = 180.0
-
-_LARGEST_UPLOAD: Final = 5 * 10**9
-"""Size in bytes up to which a file is uploaded whole. S3 takes no more in one request.
-
-CloudFiles would cut files of 100 MB up into parts that have names of their own.
-"""
 
 _ENDPOINT = re.compile(rf"(?P<format>{PRECOMPUTED})?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
 
@@ -72,7 +66,7 @@ def located(path: str) -> dict[str, Any]:
 
 def open_files(path: str) -> CloudFiles:
     """The files below an address; nothing is read yet."""
-    return CloudFiles(**located(path), progress=False, composite_upload_threshold=_LARGEST_UPLOAD)
+    return CloudFiles(**located(path), progress=False)
 
 
 def meaning(error: Exception) -> type[ChunkflowError] | None:

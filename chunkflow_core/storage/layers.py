@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import cached_property
 from time import time
 from typing import Any, Final
@@ -227,14 +226,6 @@ class OutputLayer:
         with storage_errors(f"listing {self.path}"):
             names = (name.removeprefix(folder) for name in layer_files(self.path).list(prefix=folder))
             return {name for name in names if "/" not in name and not name.endswith(PARTIAL)}
-
-    def chunk_named(self, name: str) -> Box | None:
-        """The storage chunk of the layer with a name; None if the layer has none of this name."""
-        with suppress(ValueError):
-            box = Box.from_key(name)
-            if box.key == name and box == self.chunk_at(box.start):
-                return box
-        return None
 
     def chunk_at(self, voxel: Vector) -> Box | None:
         """The storage chunk that holds a voxel; None outside the layer."""

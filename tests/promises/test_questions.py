@@ -22,17 +22,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Volume:
-    return Volume(tmp_path_factory.mktemp("volume"))
-
-
-@pytest.fixture
-def volume(finished: Volume) -> Volume:
-    finished.restore()
-    return finished
-
-
 def trace(folder: Path) -> dict[str, tuple[int, int, int]]:
     """When each file and folder has changed, in content, name or rights: a kernel's times.
 

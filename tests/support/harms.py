@@ -32,6 +32,9 @@ FRAME = "24-32_24-32_12-16"
 """A storage chunk of the last block's frame."""
 
 
+_PARTS = ("input", "output", "exchange")
+
+
 class Volume:
     """A finished volume, whose donations are kept. It can be put back to what it was."""
 
@@ -41,13 +44,13 @@ class Volume:
         self.spec: VolumeSpec = load_spec(self.path, ["exchange.donations=keep"])
         self.scale = next(path for path in (folder / "output").iterdir() if path.is_dir() and path.name != "runs")
         self.exchange = Path(Exchange(self.spec).path.removeprefix("file://"))
-        for part in ("output", "exchange"):
+        for part in _PARTS:
             shutil.copytree(folder / part, folder / f"{part} as it was")
         self.healthy = self.contents()
         self.times = self.written()
 
     def restore(self) -> None:
-        for part in ("output", "exchange"):
+        for part in _PARTS:
             shutil.rmtree(self.folder / part)
             shutil.copytree(self.folder / f"{part} as it was", self.folder / part)
 

@@ -29,17 +29,6 @@ from tests.support.harms import (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Volume:
-    return Volume(tmp_path_factory.mktemp("volume"))
-
-
-@pytest.fixture
-def volume(whole: Volume) -> Volume:
-    whole.restore()
-    return whole
-
-
 def mend(volume: Volume, *, seams: int = 0) -> Plan:
     workspace = Workspace(volume.spec)
     due = plan(volume.spec, Request(blocks=repair(workspace, seams=seams, seed=0)), workspace.state())

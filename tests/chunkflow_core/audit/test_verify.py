@@ -36,17 +36,6 @@ from tests.support.harms import (
 from tests.support.volume import write_volume
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Volume:
-    return Volume(tmp_path_factory.mktemp("volume"))
-
-
-@pytest.fixture
-def volume(whole: Volume) -> Volume:
-    whole.restore()
-    return whole
-
-
 def found(volume: Volume, **options: object) -> list[Finding]:
     return verify(Workspace(volume.spec), seed=0, **options).findings  # type: ignore[arg-type]
 
