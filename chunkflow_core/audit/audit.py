@@ -18,7 +18,7 @@ from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.progress import progress
-from chunkflow_core.steps.provenance import History, check_claim
+from chunkflow_core.steps.provenance import History
 from chunkflow_core.steps.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def repair(
             that.
     """
     spec, exchange = workspace.spec, workspace.exchange
-    check_claim(spec)
+    workspace.check_claim()
     number = len(spec.grid.blocks_touching(spec.grid.roi if box is None else box))
     with progress("repair: audit", number + seams, "steps") as step_done:
         audit = verify(workspace, box=box, seams=seams, deep=True, seed=seed, step_done=step_done)

@@ -17,7 +17,8 @@ from typing import cast
 
 from chunkflow_core.audit.findings import Audit, FindingKind
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.exchange.folder import VOID, blocks_of, group_of
+from chunkflow_core.exchange.folder import VOID
+from chunkflow_core.exchange.groups import blocks_of, group_of
 from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Stage, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt, agreed
 from chunkflow_core.lattice.block_numbers import BlockSet, number_of

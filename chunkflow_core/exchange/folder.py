@@ -1,6 +1,6 @@
 """Donations and receipts: what blocks leave for each other in shared storage.
 
-Layout below ``<exchange>/<fingerprint>/``, in groups of 8 × 8 × 8 blocks::
+Layout below ``<exchange>/<fingerprint>/<epoch>/``, in groups of 8 × 8 × 8 blocks::
 
     donations/<group>/<block>/<block-range>%<box-range> weighted partial sums, self-describing
     receipts/infer/<group>/<block-range>%<mark>.json    written last by inference-and-donate
@@ -9,6 +9,9 @@ Layout below ``<exchange>/<fingerprint>/``, in groups of 8 × 8 × 8 blocks::
     trial.json                                          what prepare has measured, for estimates
     reference.json                                      what the network gives on the first machine
     repair.json                                         the blocks that the last repair has undone
+
+An epoch (``claims.py``) begins when the spec takes the output layer. What was left in an earlier
+one, or is left there late, counts for nothing; cleaning up deletes it.
 
 A listing says all that planning needs: the names of receipts have it in their marks (``marks.py``).
 Groups are listed at the same time. A note (``.same``) says what has been found out by reading
@@ -30,28 +33,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange import donations, receipts
+from chunkflow_core.exchange.claims import Claim, Claims
+from chunkflow_core.exchange.epochs import folder_of
+from chunkflow_core.exchange.groups import group_name, group_of, groups_of
 from chunkflow_core.exchange.marks import STAGES, Mark, Stage, merged, parse_mark
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
-from chunkflow_core.lattice.blocks import BlockGrid, Donation, donor_part, given_box
-from chunkflow_core.lattice.boxes import Vector, ceil_to, indices, vector
+from chunkflow_core.lattice.blocks import Donation, donor_part, given_box
+from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.disk import PARTIAL, local_path
 from chunkflow_core.storage.durable import sync_folders
-from chunkflow_core.storage.files import is_on_disk, open_files, put_file, storage_errors
+from chunkflow_core.storage.files import Files, is_on_disk, open_files, put_file, storage_errors
 
+_UNCLAIMED = "unclaimed"
+"""Where a spec has left nothing, since the output layer is not its own."""
 _TRIAL = "trial.json"
 _UNDONE = "repair.json"
 _NOTE = ".same"
 VOID = "%void.json"
 """Ending of the name of a file that voids all receipts of its block while they are deleted."""
-_GROUP = 8
-"""Edge of a group, in blocks."""
 _LISTINGS = 16
 """Number of listings requested at a time."""
 _FETCHED = 64
@@ -71,18 +76,50 @@ class Trial:
 
 
 class Exchange:
-    """The folder of one fingerprint in the exchange.
+    """The folder of one fingerprint in the exchange, of the epoch that holds when it is first used.
 
     What reads or writes raises ``StorageError`` if the storage does not answer, and ``SpecError``
     if it refuses the credentials.
     """
 
-    def __init__(self, spec: VolumeSpec) -> None:
-        """Open the exchange of a spec; nothing is read or written yet."""
+    def __init__(self, spec: VolumeSpec, epoch: str = "") -> None:
+        """Open the exchange of a spec; nothing is read or written yet.
+
+        Args:
+            spec: The volume.
+            epoch: Name of the epoch; default: the spec's present one, as the last claim on its
+                output says, which is looked up at the first use.
+        """
         self.fingerprint, self.spec = spec.fingerprint, spec
-        self.path = f"{plain(spec.exchange.path)}/{self.fingerprint}"
+        self._claims = Claims(spec)
+        self._held: Claim | None = None
+        if epoch:
+            self.epoch = epoch
         self._origin, self._size = spec.grid.roi.start, spec.grid.block_size
-        self._files = open_files(self.path)
+
+    @cached_property
+    def path(self) -> str:
+        """Address of the folder."""
+        return f"{folder_of(self.spec)}/{self.epoch}"
+
+    @cached_property
+    def epoch(self) -> str:
+        """Name of the epoch."""
+        self._held = self._claims.own()
+        return self._held.epoch if self._held else _UNCLAIMED
+
+    @cached_property
+    def _files(self) -> Files:
+        return open_files(self.path)
+
+    def check_claim(self) -> None:
+        """Make sure that the output is still the spec's own to write to, and the epoch the same.
+
+        Raises:
+            SpecError: It isn't: what would be done now is worth nothing, or does harm.
+        """
+        epoch = self.epoch  # which looks up the claim
+        self._held = self._claims.check(self._held, epoch)
 
     def put_donation(self, donation: Donation, payload: bytes | None) -> DonationEntry:
         """Store a donation, and return its entry for the donor's receipt.
@@ -152,7 +189,7 @@ class Exchange:
                 key = name.rpartition("/")[2]
                 with suppress(ValueError):  # of what is no donation
                     given_box(key)
-                    if self._donation(key) == f"donations/{_index_name(group)}/{name}":
+                    if self._donation(key) == f"donations/{group_name(group)}/{name}":
                         found[self._donor(key)].append(key)
         return found
 
@@ -271,19 +308,9 @@ class Exchange:
             # An attempt that was killed may have deleted them: no power loss brings them back.
             sync_folders([local_path(self.path) / _receipts(stage, group_of(block))])
 
-    def delete_receipts(self) -> int:
-        """Delete all receipts, those of blends first, and return how many there were.
-
-        Raises:
-            StorageError: A receipt is there afterwards.
-        """
-        names = self._all_receipts()
-        self._delete_all(names, self._all_receipts)
-        return sum(not name.endswith(_NOTE) for name in names)
-
     def groups(self) -> Iterator[Vector]:
         """All groups of the volume's blocks."""
-        return indices((0, 0, 0), vector(ceil_to(n, _GROUP) // _GROUP for n in self.spec.grid.shape))
+        return groups_of(self.spec.grid)
 
     def put_undone(self, blocks: Iterable[Vector]) -> None:
         """Remember which blocks a repair is about to undo."""
@@ -334,7 +361,7 @@ class Exchange:
         sizes: dict[str, int] = {}
         for group in groups:
             with storage_errors(f"listing donations in {self.path}"):
-                sizes.update(self._files.list(prefix=f"donations/{_index_name(group)}/", size=True))
+                sizes.update(self._files.list(prefix=f"donations/{group_name(group)}/", size=True))
         return {name: size for name, size in sizes.items() if not name.endswith(PARTIAL)}
 
     def owner(self, name: str) -> Vector | None:
@@ -352,10 +379,6 @@ class Exchange:
         with storage_errors(f"deleting files in {self.path}"):
             self._files.delete(list(names))
 
-    def _all_receipts(self) -> list[str]:
-        """Names of all files among the receipts, those of blends first."""
-        return [name for stage in reversed(STAGES) for name in self._list(f"receipts/{stage}/")]
-
     def _delete_all(self, names: list[str], look_again: Callable[[], list[str]] | None, but: str = "") -> None:
         """Delete files, and look whether any is left, but for one.
 
@@ -372,7 +395,7 @@ class Exchange:
 
     def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
         for group, names in self._list_groups(folder, groups):
-            yield from (f"{folder}/{_index_name(group)}/{name}" for name in names if not name.endswith(_NOTE))
+            yield from (f"{folder}/{group_name(group)}/{name}" for name in names if not name.endswith(_NOTE))
 
     def _donation(self, key: str) -> str:
         return f"{_donations(self._donor(key))}/{key}"
@@ -407,13 +430,13 @@ class Exchange:
         wanted = deque(groups)
         if len(wanted) > _LISTINGS:  # most may not be there yet
             there = set(self._folders(folder))
-            wanted = deque(group for group in wanted if _index_name(group) in there)
+            wanted = deque(group for group in wanted if group_name(group) in there)
         listed = deque[tuple[Vector, str, Future[list[str]]]]()
         with ThreadPoolExecutor(_LISTINGS, thread_name_prefix="list") as pool:
             while wanted or listed:
                 while wanted and len(listed) < ahead:
                     group = wanted.popleft()
-                    prefix = f"{folder}/{_index_name(group)}/"
+                    prefix = f"{folder}/{group_name(group)}/"
                     listed.append((group, prefix, pool.submit(self._list, prefix)))
                 group, prefix, names = listed.popleft()
                 yield group, [name[len(prefix) :] for name in names.result()]
@@ -431,7 +454,7 @@ class Exchange:
         """The receipts of some groups that count, by group, then by block."""
         folder = f"receipts/{stage}"
         for group, found in self._list_groups(folder, groups, ahead=2):
-            names = (f"{folder}/{_index_name(group)}/{name}" for name in found)
+            names = (f"{folder}/{group_name(group)}/{name}" for name in found)
             present = sorted((block, name) for name in names if (block := self._present(name)) is not None)
             void = {block for block, name in present if name.endswith(VOID)}
             parsed = filter(None, self._parsed(name for block, name in present if block not in void))
@@ -463,26 +486,10 @@ class Exchange:
                 yield name, contents.pop(name)
 
 
-def group_of(block: Vector) -> Vector:
-    """The group that a block is in."""
-    z, y, x = block
-    return (z // _GROUP, y // _GROUP, x // _GROUP)
-
-
-def blocks_of(group: Vector, grid: BlockGrid) -> Iterator[Vector]:
-    """The blocks of a group that a volume has, x fastest."""
-    start = vector(_GROUP * g for g in group)
-    return indices(start, vector(min(a + _GROUP, n) for a, n in zip(start, grid.shape, strict=True)))
-
-
-def _index_name(index: Vector) -> str:
-    return "{}_{}_{}".format(*index)
-
-
 def _donations(donor: Vector) -> str:
     """The folder of what a block donates, wherever it ends: the ROI may grow."""
-    return f"donations/{_index_name(group_of(donor))}/{_index_name(donor)}"
+    return f"donations/{group_name(group_of(donor))}/{group_name(donor)}"
 
 
 def _receipts(stage: Stage, group: Vector) -> str:
-    return f"receipts/{stage}/{_index_name(group)}"
+    return f"receipts/{stage}/{group_name(group)}"

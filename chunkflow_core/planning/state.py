@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Set
 from functools import partial
 from typing import cast
 
-from chunkflow_core.exchange.folder import Exchange, group_of
+from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.groups import group_of
 from chunkflow_core.exchange.marks import BlendingMark, InferenceMark, Mark, Stage, is_known
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import given_box

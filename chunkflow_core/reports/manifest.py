@@ -138,6 +138,7 @@ class Outcome:
         history = History(self._spec)
         if len(history.fingerprints) > 1 and history.fingerprint == self._spec.fingerprint and self._is_whole():
             history.add("whole", self._run)
+            history.tell()
         return history.fingerprints if len(history.fingerprints) > 1 else []
 
     def _is_whole(self) -> bool:

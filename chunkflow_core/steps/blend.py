@@ -47,6 +47,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
     block = spec.grid.block(index)
     if not spec.grid.has_frame(index):
         return StageResult(None, up_to_date=True)
+    workspace.check_claim()
     donors = [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)]
     windows = workspace.frame_windows(block)
     consumed = {receipt.box: receipt.given(index, mask_digest(windows)) for receipt in donors}

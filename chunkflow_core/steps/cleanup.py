@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from chunkflow_core.exchange.epochs import delete_earlier
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.lattice.blocks import given_box
 from chunkflow_core.lattice.boxes import Vector
@@ -36,6 +37,7 @@ def cleanup(spec: VolumeSpec, *, now: float | None = None) -> int:
     for path in (exchange.path, plain(spec.output.path)):
         if is_on_disk(path):
             delete_partials(path, older_than=_HOUR)
+    delete_earlier(spec, exchange.epoch)
     policy = spec.exchange.donations
     if policy == "keep":
         return 0

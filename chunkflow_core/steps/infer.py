@@ -57,10 +57,10 @@ def inference_and_donate(
         StorageError: The storage does not answer, or the input was changed while it was read.
     """
     spec, exchange = workspace.spec, workspace.exchange
+    workspace.check_claim()  # and again later, since a block can take hours
     done = exchange.receipt("infer", index)
     if done is not None and done.geometry == spec.block_digest(index) and _is_enough(workspace, done, run, why):
         return StageResult(done, up_to_date=True)
-    workspace.check_claim()  # and again later, since a block can take hours
     work = StageWork(workspace, "infer", spec.grid.block(index), run, before=done)
     signature = workspace.inputs.signature_now(index)  # before anything is read
     block_run = workspace.inference.run(work.block, work.timings, patch_done)

@@ -6,7 +6,8 @@ import logging
 from typing import Literal
 
 from chunkflow_core.errors import SpecError
-from chunkflow_core.exchange.folder import Exchange, Trial
+from chunkflow_core.exchange.epochs import delete_earlier, new_epoch
+from chunkflow_core.exchange.folder import Trial
 from chunkflow_core.inference.reference import Reference
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.machine import peak_memory
@@ -45,7 +46,7 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
     Raises:
         SpecError, MissingInputError, DataError, StorageError: A block would fail of the same later.
     """
-    spec, exchange = workspace.spec, workspace.exchange
+    spec = workspace.spec
     roi, bounds = spec.grid.roi, workspace.input.bounds
     if roi not in bounds:
         raise SpecError(
@@ -56,28 +57,37 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
     history = History(spec)
     if layer is not None:
         _check_history(spec, history, other)
-    anew = layer is None or history.fingerprint != spec.fingerprint  # whatever of this fingerprint was done
-    known = exchange.trial() if once and not anew and other != "overwrite" else None
+    anew = layer is None or not history.is_own
+    known = workspace.exchange.trial() if once and not anew and other != "overwrite" else None
     if known is None or workspace.reference.stored() is None:
-        known, here = _try_model(workspace)
+        trial, here = _try_model(workspace)
         anew = anew or _is_of_another_machine(workspace, here, other)
         if anew:
-            _discard_receipts(exchange, "the output layer is gone" if layer is None else "the output is claimed anew")
+            workspace.enter_epoch(new_epoch(spec))
         if anew or workspace.reference.stored() is None:
-            workspace.reference.store(here)
-        if anew:
-            _discard_receipts(exchange, "they were left meanwhile")
+            workspace.reference.store(here)  # before the claim: no block is done without
+        workspace.exchange.put_trial(trial)
+        known = trial
+    epoch = workspace.exchange.epoch if anew else ""
     if layer is None:
-        make_output(spec, run)
+        _make(spec, history, run, epoch)
     else:
-        _claim(spec, layer, history, other, run, anew=anew)
+        _claim(spec, layer, history, other, run, epoch)
+    if anew and (discarded := delete_earlier(spec, epoch)):
+        why = "the output layer is gone" if layer is None else "the output is claimed anew"
+        log.warning("%s: %d receipts are discarded", why, discarded)
     return known
 
 
-def make_output(spec: VolumeSpec, run: str = "") -> None:
+def make_output(spec: VolumeSpec) -> None:
     """Make the output layer, as this spec's own; stages write to no other."""
+    _make(spec, History(spec), "", new_epoch(spec))
+
+
+def _make(spec: VolumeSpec, history: History, run: str, epoch: str) -> None:
+    history.add("new", run, epoch)  # first: of two that find no layer, one makes it
     create_output(spec)
-    History(spec).add("new", run)
+    history.tell()
     log.info("output %s made: %s", spec.output.path, spec.grid.roi)
 
 
@@ -91,7 +101,6 @@ def _try_model(workspace: Workspace) -> tuple[Trial, Reference]:
     seconds, digests = workspace.trial.try_patch(middle, workspace.reference.runs)
     trial = Trial(seconds, peak_memory(), workspace.trial.patches.engine.streams)
     log.info("model %s: %.3f s per patch, %d at a time", workspace.spec.model.engine, trial.seconds, trial.streams)
-    workspace.exchange.put_trial(trial)
     return trial, workspace.reference.here(digests)
 
 
@@ -107,11 +116,6 @@ def _is_of_another_machine(workspace: Workspace, here: Reference, other: Other) 
         return True
     workspace.reference.check()
     return False
-
-
-def _discard_receipts(exchange: Exchange, why: str) -> None:
-    if discarded := exchange.delete_receipts():
-        log.warning("%s: %d receipts are discarded", why, discarded)
 
 
 def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
@@ -139,17 +143,26 @@ def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
         )
 
 
-def _claim(spec: VolumeSpec, layer: LayerScale, history: History, other: Other, run: str, *, anew: bool) -> None:
+def _claim(spec: VolumeSpec, layer: LayerScale, history: History, other: Other, run: str, epoch: str) -> None:
     """Claim the output layer for this spec and extend it, where need be.
 
-    What is done here can be done again; the step in its provenance, which says that there is
-    nothing to do, comes last.
+    What is done here can be done again; the claim, which says that there is nothing to do, comes
+    last.
+
+    Args:
+        spec: The volume.
+        layer: The layer's scale.
+        history: What has become of the layer so far.
+        other: What is to be done with another spec's output.
+        run: Name of the run.
+        epoch: Name of the epoch that begins; empty if the layer is the spec's own and stays so.
     """
     roi = spec.grid.roi
-    if not anew and history.is_of(roi) and layer.bounds == roi:
+    if not epoch and history.is_of(roi) and layer.bounds == roi:
+        history.tell()
         return
     mode: Mode = "extend"
-    if anew:
+    if epoch:
         mode = "new" if history.fingerprint is None or other == "refuse" else other
         log.warning("output %s is claimed (%s)", spec.output.path, mode)
     if layer.bounds != roi:
@@ -159,4 +172,5 @@ def _claim(spec: VolumeSpec, layer: LayerScale, history: History, other: Other, 
             log.warning("the %d smaller scales of the layer are as they were", len(layer.info["scales"]) - 1)
     if not history.is_of(roi):
         log.info("%d storage chunks that its old end had cut short are deleted", delete_cut_short(spec))
-    history.add(mode, run)
+    history.add(mode, run, epoch)
+    history.tell()

@@ -1,7 +1,9 @@
-"""Who has written to an output layer: this project's steps in CloudVolume's ``provenance`` file.
+"""What has become of an output layer: its claims, and CloudVolume's ``provenance`` file.
 
-Each step has ``by`` and ``method``; those of this project say there which spec has claimed the
-layer, how, and for which ROI. The last of them is the one that holds.
+Each claim (``exchange/claims.py``) is a step: which spec has taken the layer, how, and for which
+ROI. The provenance file repeats them for people and other programs, with ``by`` and ``method``; it
+decides nothing, since other programs write it too. Only of a layer that nobody has claimed, of an
+earlier version or a copy, it tells whose voxels are there.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from chunkflow_core.errors import SpecError, StorageError
+from chunkflow_core.exchange.claims import Claim, Claims
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.weights import NUMERICS_VERSION
 from chunkflow_core.spec import VolumeSpec
@@ -53,26 +55,22 @@ Of the ROI, only the start decides.
 
 
 class History:
-    """An output layer's provenance, as it is when this is made. One that can't be read is empty."""
+    """What has become of an output layer, as it is when this is made."""
 
     def __init__(self, spec: VolumeSpec) -> None:
-        """Read the provenance of a spec's output; ``StorageError`` if storage does not answer."""
-        self._spec = spec
-        with storage_errors(f"reading the provenance of {spec.output.path}"):
-            content = layer_files(spec.output.path).get("provenance")
-        self._content = _parse(content)
-        self.readable = content is None or _is_json(content)
-        """Whether the file is whole, or isn't there, rather than a part of what is written."""
-        steps = self._content["processing"]
-        ours = [step for step in steps if isinstance(step.get("method"), dict) and step["method"].get("task") == _TASK]
-        self.by: str = str(ours[-1].get("by", "")) if ours else ""
+        """Read the last claim on a spec's output; ``StorageError`` if storage does not answer."""
+        self._spec, self._claims = spec, Claims(spec)
+        self.claim: Claim | None = self._claims.last()
+        """The claim that holds; None if nobody has claimed the layer."""
+        ours = [] if self.claim else [step for step in _provenance(spec)["processing"] if _is_ours(step)]
+        self.by: str = self.claim.by if self.claim else str(ours[-1].get("by", "")) if ours else ""
         """User who has made the last step."""
-        self.last: dict[str, Any] = ours[-1]["method"] if ours else {}
+        self.last: dict[str, Any] = self.claim.step if self.claim else ours[-1]["method"] if ours else {}
         """What the last step says; empty if there is none."""
 
     @property
     def fingerprint(self) -> str | None:
-        """Fingerprint of the spec that has claimed the layer last; None if unknown."""
+        """Fingerprint of the spec that has taken the layer last; None if unknown."""
         return self.last.get("fingerprint")
 
     @property
@@ -85,26 +83,48 @@ class History:
         """Whether the last step was made for this ROI."""
         return self.last.get("roi") == [list(corner) for corner in roi.corners]
 
-    def add(self, mode: Mode, run: str) -> None:
-        """Append a step of this spec, and store it.
+    @property
+    def is_own(self) -> bool:
+        """Whether a claim says that the layer is this spec's."""
+        return self.claim is not None and self.claim.fingerprint == self._spec.fingerprint
+
+    def add(self, mode: Mode, run: str, epoch: str = "") -> None:
+        """Claim the layer for this spec; :meth:`tell` tells it in the layer's provenance.
 
         Args:
             mode: Why there is a step.
             run: Name of the run that makes it.
+            epoch: Name of the epoch that begins; default: the last one goes on.
+
+        Raises:
+            StorageError: Somebody else has claimed it meanwhile, or storage does not answer.
         """
-        self.last = self._step(mode, run)
-        self.by = user()
-        self._content["processing"].append({"by": self.by, "method": self.last})
+        step = self._step(mode, run) | {"epoch": epoch or str(self.last["epoch"])}
+        self.claim = self._claims.add(self.claim, user(), step)
+        self.by, self.last = self.claim.by, self.claim.step
+
+    def tell(self) -> None:
+        """Tell in the layer's provenance of all claims that it doesn't have yet.
+
+        Two that write it at once may lose what one of them has written: the next one tells it.
+        """
+        content, known = _provenance(self._spec), set[int]()
+        for step in filter(_is_ours, content["processing"]):
+            known.add(step["method"].get("claim", 0))
+        missing = self._claims.others_than(known)
+        if not missing:
+            return
+        content["processing"] += [{"by": claim.by, "method": claim.step | {"claim": claim.number}} for claim in missing]
         path, source = self._spec.input.path, self._spec.written("input")
         if path != source:  # a layer is made with the path itself
-            self._content["sources"] = [known for known in self._content["sources"] if known != path]
-            self._content["description"] = str(self._content["description"]).replace(path, source)
-        if source not in self._content["sources"]:
-            self._content["sources"].append(source)
-        put_file(plain(self._spec.output.path), "provenance", json.dumps(self._content, indent=2).encode())
+            content["sources"] = [known for known in content["sources"] if known != path]
+            content["description"] = str(content["description"]).replace(path, source)
+        if source not in content["sources"]:
+            content["sources"].append(source)
+        put_file(plain(self._spec.output.path), "provenance", json.dumps(content, indent=2).encode())
 
     def differences(self) -> list[str]:
-        """What differs in this spec from the one that has claimed the layer last, line by line.
+        """What differs in this spec from the one that has taken the layer last, line by line.
 
         Each line has the key, the old value, and the new value. Values of variables are on no
         record; where the text is the same, they may be what differs.
@@ -144,30 +164,6 @@ class History:
         }
 
 
-def check_claim(spec: VolumeSpec) -> None:
-    """Make sure that an output layer is a spec's own to write to. Reads one small file.
-
-    Raises:
-        SpecError: This spec is not the one that has claimed the output layer last.
-        StorageError: The file is not JSON; other programs write it too, and not all in one step.
-    """
-    history = History(spec)
-    if history.fingerprint == spec.fingerprint:
-        return
-    if not history.readable:
-        raise StorageError(f"the provenance of {spec.output.path} can't be read: it is being written, or damaged")
-    if history.fingerprint is None:
-        raise SpecError(
-            f"output.path: {spec.output.path} does not say whose it is; run `chunkflow-core prepare SPEC` first"
-        )
-    raise SpecError(
-        f"output.path: {spec.output.path} is claimed for fingerprint {history.fingerprint} (since "
-        f"{history.last.get('time', '?')}, by {history.by or '?'}), this spec is of {spec.fingerprint}: another one "
-        "has taken it over, or this one was changed since. `chunkflow-core prepare SPEC`, or a new run in Airflow, "
-        "tells what differs and what can be done about it"
-    )
-
-
 def digests(spec: VolumeSpec) -> dict[str, str]:
     """SHA-256 of each file that makes the model, in hexadecimal, by name.
 
@@ -205,12 +201,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+def _provenance(spec: VolumeSpec) -> dict[str, Any]:
+    """The provenance of a spec's output; an empty one if there is none that can be read."""
+    with storage_errors(f"reading the provenance of {spec.output.path}"):
+        return _parse(layer_files(spec.output.path).get("provenance"))
+
+
+def _is_ours(step: dict[str, Any]) -> bool:
+    """Whether a step in a provenance is of this project."""
+    return isinstance(step.get("method"), dict) and step["method"].get("task") == _TASK
 
 
 def _parse(text: bytes | None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from chunkflow_core.planning.outputs import Outputs
 from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import open_output
-from chunkflow_core.steps.provenance import check_claim
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 
 
@@ -60,17 +59,21 @@ class Workspace:
     def check_claim(self) -> None:
         """Check that the output layer is this spec's to write to; ``SpecError`` if not.
 
-        It is not if another model has claimed it during a run, or another kind of machine: then the
-        reference patches are no longer those that this process has compared with.
+        It is not if another model, or another kind of machine, has taken it during a run.
         """
         _ = self.output  # a layer that is missing altogether is told as such
-        check_claim(self.spec)
-        self.reference.check_unchanged()
+        self.exchange.check_claim()
 
     @cached_property
     def exchange(self) -> Exchange:
-        """Where donations and receipts are."""
+        """Where donations and receipts are, in the epoch that holds when this is first asked."""
         return Exchange(self.spec)
+
+    def enter_epoch(self, epoch: str) -> None:
+        """Go on in an epoch that begins."""
+        for of_the_last in ("exchange", "reference", "engine", "inputs", "outputs"):
+            vars(self).pop(of_the_last, None)
+        self.exchange = Exchange(self.spec, epoch)
 
     @cached_property
     def mask(self) -> Mask | None:

@@ -42,8 +42,18 @@ _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenac
 
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, DefaultCredentialsError)
 
-_SET_UP_WRONG = {"AccessDenied", "ExpiredToken", "AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidToken"}
-"""Error codes of S3 for wrong credentials or settings, beside those of status 401 and 403."""
+_SET_UP_WRONG = {
+    "AccessDenied",
+    "ExpiredToken",
+    "AuthorizationHeaderMalformed",
+    "PermanentRedirect",
+    "InvalidToken",
+    "NotImplemented",
+}
+"""Error codes of S3 for wrong credentials or settings, beside those of status 401 and 403.
+
+The last is of stores that don't know what a request asks for.
+"""
 
 
 def located(path: str) -> dict[str, Any]:
@@ -82,6 +92,8 @@ def meaning(error: Exception) -> type[ChunkflowError] | None:
     if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
         return None
     status, code = _status(error)
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        return None  # an answer, to who has asked for it
     if status in (401, 403) or code in _SET_UP_WRONG:
         return SpecError
     return MissingInputError if status == 404 else StorageError

@@ -5,6 +5,7 @@ CloudFiles brings the clients of all object stores along, which takes a second o
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,9 @@ from chunkflow_core.storage.durable import each, make_folder, sync_folders, sync
 
 PARTIAL = ".partial"
 """Ending of the names of files that are being written."""
+
+_CANNOT_LINK = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)
+"""What file systems answer that have no hard links, such as some that show a bucket as a disk."""
 
 
 class DiskFiles:
@@ -175,6 +179,40 @@ def replace_file(target: Path, content: bytes, compression: str | None, *, durab
     if durable and others:
         sync_folders([target.parent])
     return signature
+
+
+def create_file(target: Path, content: bytes) -> bool:
+    """Write a file that is not there yet, and say whether it was made: of several, one is told so.
+
+    Where there are hard links, the file appears with its whole content. It stays after a power
+    loss.
+    """
+    make_folder(target.parent)
+    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        _write_anew(partial, content)
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        try:
+            _write_anew(target, content)
+        except FileExistsError:
+            return False
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folders([target.parent])
+    return True
+
+
+def _write_anew(file: Path, content: bytes) -> None:
+    """Write a file that lasts; ``FileExistsError`` if it is there."""
+    with file.open("xb") as written:
+        written.write(content)
+        written.flush()
+        os.fsync(written.fileno())
 
 
 def delete_partials(path: str, older_than: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from chunkflow_core.errors import ChunkflowError, DataError, MissingInputError, StorageError
 from chunkflow_core.storage.compression import CorruptFileError
 from chunkflow_core.storage.disk import DiskFiles, local_path, replace_file
+from chunkflow_core.storage.disk import create_file as create_on_disk
 from chunkflow_core.storage.durable import sync_written
 
 _JSON = (".json", "info", "provenance")
@@ -123,7 +124,33 @@ def put_file(path: str, name: str, content: bytes, *, compression: str | None = 
             sync_written()  # also before it goes elsewhere: a receipt in a bucket, voxels on a disk
         if is_on_disk(path):
             return replace_file(local_path(path) / name, content, compression, durable=speaks)
-        from chunkflow_core.storage.uploads import upload
+        from chunkflow_core.storage.uploads import Object, upload
 
         kind = "application/json" if speaks else "application/octet-stream"
-        return upload(path, name, content, kind=kind, compression=compression, cache=cache)
+        return upload(path, name, Object(content, kind, compression, cache))
+
+
+def create_file(path: str, name: str, content: bytes) -> bool:
+    """Store a file of JSON that is not there yet, and say whether it is this one that is there.
+
+    Of several calls at the same time, on whichever machines, one stores its file. It lasts, as all
+    does that this process has written to disks before.
+
+    Args:
+        path: Address of a folder.
+        name: Name of the file below the folder.
+        content: What to store. No other call has the same, so that it is known whose file it is
+            even if the answer was lost.
+
+    Raises:
+        MissingInputError: There is no such bucket.
+        SpecError: The storage refuses the credentials, or finds none.
+        StorageError: The storage does not answer, or is full.
+    """
+    with storage_errors(f"writing {path}/{name}"):
+        sync_written()
+        if is_on_disk(path):
+            return create_on_disk(local_path(path) / name, content)
+        from chunkflow_core.storage.uploads import Object, create
+
+        return create(path, name, Object(content, "application/json")) or open_files(path).get(name) == content

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ class Volume:
         self.folder, self.path = folder, write_volume(folder)
         assert main(["run", str(self.path), "--seams", "0", "--set", "exchange.donations=keep"]) == 0
         self.spec: VolumeSpec = load_spec(self.path, ["exchange.donations=keep"])
-        self.scale = next(path for path in (folder / "output").iterdir() if path.is_dir() and path.name != "runs")
+        self.scale = next(path for path in (folder / "output").iterdir() if re.fullmatch(r"\d+_\d+_\d+", path.name))
         self.exchange = Path(Exchange(self.spec).path.removeprefix("file://"))
         for part in _PARTS:
             shutil.copytree(folder / part, folder / f"{part} as it was")
@@ -227,7 +228,7 @@ def _of_another_fingerprint(volume: Volume) -> Path:
     if not other.exists():
         assert main(["run", spec, "--seams", "0", *(arg for change in changes for arg in ("--set", change))]) == 0
     box = volume.spec.grid.block(LAST).box.key
-    return next((other / "exchange").glob(f"*/receipts/blend/0_0_0/{box}%*.json"))
+    return next((other / "exchange").glob(f"*/*/receipts/blend/0_0_0/{box}%*.json"))
 
 
 def _flip(file: Path) -> None:

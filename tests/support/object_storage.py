@@ -34,7 +34,34 @@ run_simple("127.0.0.1", int(sys.argv[1]), create_backend_app("s3"), threaded=Tru
 """
 """What ``moto_server`` runs, without asking of each request which of AWS's services it is for."""
 
-_CODES = {401: "InvalidToken", 403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
+_STRICT_GCS = """
+import json, sys
+from http import HTTPStatus
+from gcp_storage_emulator.__main__ import main
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+
+upload = objects._multipart_upload
+
+def upload_if_asked(request, response, storage):
+    name = request.query.get("name", [request.data["meta"].get("name")])[0]
+    if request.query.get("ifGenerationMatch") == ["0"]:
+        try:
+            storage.get_file_obj(request.params["bucket_name"], name)
+        except NotFound:
+            pass
+        else:
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            response.json({"error": {"code": 412, "message": "conditionNotMet"}})
+            return
+    upload(request, response, storage)
+
+objects._multipart_upload = upload_if_asked
+main(sys.argv[1:])
+"""
+"""``gcp_storage_emulator``, which does one thing at a time, and here one condition."""
+
+_CODES = {401: "InvalidToken", 403: "AccessDenied", 500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
@@ -42,11 +69,12 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"
 class Fault:
     """What goes wrong with some of the requests."""
 
-    kind: Literal["refuse", "reset", "delay"]
+    kind: Literal["refuse", "reset", "lose", "ignore", "delay"]
     """What happens to a request.
 
-    ``refuse``: an answer of status ``status``; ``reset``: the connection is reset; ``delay``: an
-    answer after ``seconds``.
+    ``refuse``: an answer of status ``status``; ``reset``: the connection is reset; ``lose``: it is
+    done, and the connection reset instead of an answer; ``ignore``: its condition is not looked at;
+    ``delay``: an answer after ``seconds``.
     """
     pattern: str = ""
     """Regular expression for requests, as ``METHOD /path?query``; all by default."""
@@ -104,7 +132,7 @@ class Proxy:
 def purpose(request: str) -> str:
     """What a request was for: method, and the kind of object."""
     method, _, path = request.partition(" ")
-    kinds = ("info", "provenance", "donations", "receipts", "trial", "models", "batch")
+    kinds = ("claims", "leases", "info", "provenance", "donations", "receipts", "trial", "models", "batch")
     listing = re.search(r"list-type=2|/o\?", path)
     kind = next((k for k in kinds if k in path), "chunk" if re.search(r"\d+-\d+_\d+-\d+_\d+-\d+", path) else "other")
     return f"{method} {'list ' if listing else ''}{kind}"
@@ -118,9 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.strike(f"{self.command} {self.path}")
         if fault is not None and fault.kind == "reset":
-            # closing with a linger time of 0 sends RST instead of FIN
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            self.close_connection = True
+            self.reset()
             return
         if fault is not None and fault.kind == "refuse":
             body = f"<Error><Code>{_CODES[fault.status]}</Code><Message>as asked for</Message></Error>".encode()
@@ -130,9 +156,15 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault.seconds)
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
         try:
-            connection.request(self.command, self.path, body, dict(self.headers))
+            asked = dict(self.headers)
+            if fault is not None and fault.kind == "ignore":
+                asked.pop("If-None-Match", None)
+            connection.request(self.command, self.path, body, asked)
             response = connection.getresponse()
             content, headers = response.read(), dict(response.getheaders())
+            if fault is not None and fault.kind == "lose":
+                self.reset()
+                return
             if response.status == 200 and self.path.startswith("/download/storage/"):
                 headers |= self.encoding()
             self.answer(response.status, headers, content)
@@ -140,6 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = handle_any
+
+    def reset(self) -> None:
+        # closing with a linger time of 0 sends RST instead of FIN
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.close_connection = True
 
     def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
         length = headers.get("Content-Length", str(len(content))) if self.command == "HEAD" else str(len(content))
@@ -202,7 +239,7 @@ def gcs_server(folder: Path) -> Iterator[str]:
     """A server that speaks GCS's protocol, with one bucket; its URL."""
     port = _free_port()
     options = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet"]
-    with _running([sys.executable, "-m", "gcp_storage_emulator", *options], port, folder / "gcs.log"):
+    with _running([sys.executable, "-c", _STRICT_GCS, *options], port, folder / "gcs.log"):
         url, body = f"http://127.0.0.1:{port}", json.dumps({"name": BUCKET}).encode()
         headers = {"Content-Type": "application/json"}
         with urlopen(Request(f"{url}/storage/v1/b?project=test", body, headers, method="POST"), timeout=30):

@@ -25,9 +25,17 @@ import pytest
 
 Value = int | Literal["folder", "none", "deleted"]
 """What a name stands for: a file, by its number; a folder; nothing yet; nothing any more."""
-_CALLS = {"mkdir": "os.mkdir", "replace": "os.rename", "rename": "os.rename", "unlink": "os.remove"}
+_CALLS = {
+    "mkdir": "os.mkdir",
+    "replace": "os.rename",
+    "rename": "os.rename",
+    "link": "os.link",
+    "unlink": "os.remove",
+}
 """Functions of ``os`` that a recording wraps, and the audit events that they and others raise."""
-_EVENTS = {*_CALLS.values(), "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+_NAMES = ("os.rename", "os.link")
+"""Events by which a file gets a name."""
+_EVENTS = {*_CALLS.values(), "os.rmdir", "os.symlink", "os.truncate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +172,16 @@ class _Recorder:
             return function(path, *arguments, **options)
         with self._lock:
             self.called[_CALLS[name], str(path)] += 1
-            content = Path(path).read_bytes() if _CALLS[name] == "os.rename" else b""
+            content = Path(path).read_bytes() if _CALLS[name] in _NAMES else b""
             result = function(path, *arguments, **options)
-            if _CALLS[name] == "os.rename":
-                number, new = self._names.pop(str(path)), str(arguments[0])
-                self._names[new] = number
+            if _CALLS[name] in _NAMES:
+                number, new = self._names[str(path)], str(arguments[0])
+                self._names[new], old = number, ""
+                if _CALLS[name] == "os.rename":
+                    del self._names[str(path)]
+                    old = str(path)
                 self.recording.files[number] = File(content, Path(new).stat().st_mtime_ns)
-                self.recording.steps.append(Step("name", new, number, old=str(path)))
+                self.recording.steps.append(Step("name", new, number, old=old))
             else:
                 kind: Literal["mkdir", "delete"] = "mkdir" if name == "mkdir" else "delete"
                 self.recording.steps.append(Step(kind, str(path)))

@@ -57,7 +57,7 @@ def done(finished: Path) -> Path:
 
 def receipts_of(folder: Path, stage: str) -> list[dict[str, Any]]:
     """The receipts of a stage, from their files."""
-    files = sorted(folder.glob(f"exchange/*/receipts/{stage}/*/*.json"))
+    files = sorted(folder.glob(f"exchange/*/*/receipts/{stage}/*/*.json"))
     return [json.loads(file.read_text())["receipt"] for file in files]
 
 

@@ -5,7 +5,7 @@ Nor is an output written to that another model has claimed during a run.
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import pytest
 from cloudvolume import CloudVolume
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.errors import SpecError, StorageError
+from chunkflow_core.errors import ChunkflowError, SpecError, StorageError
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.marks import Stage
+from chunkflow_core.inference import reference
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.steps import provenance
 from chunkflow_core.steps.blend import receive_and_blend
@@ -161,46 +162,128 @@ def test_nothing_is_claimed_from_oneself(make_spec: MakeSpec, tmp_path: Path, ot
     assert list(tmp_path.rglob("receipts/infer/**/*.json"))
 
 
-def test_claim_that_was_cut_short_has_left_no_stale_receipt(
+def test_of_two_that_prepare_at_a_time_one_has_the_layer(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Receipts go first.
+    """One finds nobody's layer; the other one prepares from end to end; then the first goes on."""
+    path = make_spec()
+    own, other = load_spec(path), load_spec(path, OTHER)
+    add = History.add
 
-    The other way round, those that another model's blocks have made untrue would be believed.
-    """
+    def then_add(history: History, *arguments: Any) -> None:
+        monkeypatch.undo()
+        prepared(path, *OTHER)
+        add(history, *arguments)
+
+    monkeypatch.setattr(History, "add", then_add)
+    with pytest.raises(StorageError, match=r"claims/00000001\.json has just been written by somebody else"):
+        prepare(Workspace(own))
+
+    assert [step["fingerprint"] for step in steps(tmp_path)] == [other.fingerprint]
+    inference_and_donate(Workspace(other), (0, 0, 0))
+    with pytest.raises(SpecError, match="is claimed for"):
+        inference_and_donate(Workspace(own), (0, 0, 0))
+
+
+def test_a_step_that_another_one_has_lost_is_told_again(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Provenance is one file: of two that write it at a time, the last one wins."""
+    path = make_spec()
+    prepared(path)
+    file = tmp_path / "output" / "provenance"
+    before = file.read_bytes()
+    prepared(path, *OTHER, other="overwrite")
+    file.write_bytes(before)
+    prepared(path, other="overwrite")
+    assert modes(tmp_path) == ["new", "overwrite", "overwrite"]
+
+
+@pytest.mark.parametrize("layer_too", [True, False])
+def test_a_layer_that_is_deleted_and_made_again(make_spec: MakeSpec, tmp_path: Path, *, layer_too: bool) -> None:
+    """Its claims begin at 1 again, or go on: tasks from before neither write nor count."""
+    path = make_spec()
+    workspace = Workspace(prepared(path))
+    late = inference_and_donate(workspace, (0, 0, 0)).receipt
+    assert late is not None
+    if layer_too:
+        shutil.rmtree(tmp_path / "output")
+    else:
+        (tmp_path / "output" / "info").unlink()
+    prepared(path)
+
+    with pytest.raises(SpecError, match="has been taken anew for the same spec"):
+        inference_and_donate(workspace, (0, 0, 1))
+    workspace.exchange.put_receipt(late)
+
+    assert [*Exchange(load_spec(path)).all_receipts()] == []
+    shutil.rmtree(tmp_path / "output")
+    with pytest.raises(ChunkflowError, match=r"does not say whose it is|there is no layer"):
+        inference_and_donate(workspace, (0, 0, 1))
+
+
+def test_a_layer_that_is_extended_meanwhile_stays_the_spec_s_own(make_spec: MakeSpec) -> None:
+    path = make_spec()
+    smaller = ("roi=[[0, 0, 0], [18, 48, 40]]",)
+    at_work = Workspace(prepared(path, *smaller))
+    inference_and_donate(at_work, (0, 0, 0))
+    prepared(path)
+    inference_and_donate(at_work, (0, 0, 1))
+    assert Exchange(load_spec(path)).receipts("infer").keys() == {(0, 0, 0), (0, 0, 1)}
+
+
+@pytest.mark.parametrize("writes", ["provenance", "reference"])
+def test_a_claim_that_was_cut_short(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    """What counts changes in one step: with the claim."""
     path = make_spec()
     run(path)
-    other = prepared(path, *OTHER, other="overwrite")
-    before = files_below(tmp_path / "output")
+    own, other = load_spec(path), prepared(path, *OTHER, other="overwrite")
 
     def outage(*_: object, **__: object) -> None:
         raise StorageError("out of reach")
 
     with monkeypatch.context() as storage:
-        storage.setattr(provenance, "put_file", outage)
+        storage.setattr({"provenance": provenance, "reference": reference}[writes], "put_file", outage)
         with pytest.raises(StorageError, match="out of reach"):
             prepared(path, other="overwrite")
-    assert not list(tmp_path.rglob("receipts/*/**/*.json"))
-    assert files_below(tmp_path / "output") == before
-    with pytest.raises(SpecError, match=other.fingerprint):
-        prepared(path)
+    assert History(own).fingerprint == (own if writes == "provenance" else other).fingerprint
+    assert [*Exchange(own).all_receipts()] == []
 
     prepared(path, other="overwrite")
-    assert History(load_spec(path)).fingerprint == load_spec(path).fingerprint
+
+    assert History(own).fingerprint == own.fingerprint
+    assert [*Exchange(own).all_receipts()] == []
+    assert [step["fingerprint"] for step in steps(tmp_path)][-1] == own.fingerprint
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"processing": 5}', '{"processing": [{"method": "x"}, "y"]}'])
-def test_output_that_does_not_say_whose_it_is(make_spec: MakeSpec, tmp_path: Path, text: str | None) -> None:
-    """Nothing counts as done, and the provenance becomes one that CloudVolume takes."""
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"processing": 5}', '{"processing": [{"method": {"task": "x"}, "by": "y"}, "z"]}']
+)
+def test_a_damaged_provenance(make_spec: MakeSpec, tmp_path: Path, text: str | None) -> None:
+    """It decides nothing, and becomes one that CloudVolume takes, with all that has been done."""
     path = make_spec()
     run(path)
-    file = tmp_path / "output" / "provenance"
+    prepared(path, *OTHER, other="mixture")
+    file, before = tmp_path / "output" / "provenance", steps(tmp_path)
     file.unlink() if text is None else file.write_text(text)
+    inference_and_donate(Workspace(load_spec(path, OTHER)), (0, 0, 0))
+    prepared(path, *OTHER)
+    assert [step for step in steps(tmp_path) if step["task"] != "x"] == before
+    assert len([*Exchange(load_spec(path, OTHER)).all_receipts()]) == 1
+
+
+def test_a_layer_of_an_earlier_version(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Only its provenance says whose it is: nothing counts as done, and others are refused."""
+    path = make_spec()
+    run(path)
+    shutil.rmtree(tmp_path / "output" / "claims")
+    with pytest.raises(SpecError, match=r"model\.threads: 1, now 2"):
+        prepared(path, *OTHER)
+    assert [*Exchange(load_spec(path)).all_receipts()] == []
     prepared(path)
-    assert not list(tmp_path.rglob("receipts/*/**/*.json"))
-    method = json.loads(file.read_text())["processing"][-1]["method"]
-    assert (method["mode"], method["fingerprint"]) == ("new", load_spec(path).fingerprint)
-    CloudVolume(f"file://{tmp_path}/output", progress=False)
+    assert [*Exchange(load_spec(path)).all_receipts()] == []
+    run(path)
+    assert modes(tmp_path)[-1] == "new"
 
 
 def test_what_others_have_written_to_provenance_is_kept(make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -274,24 +357,24 @@ class TestClaimDuringARun:
 
         assert workspace.exchange.receipt(stage, (1, 1, 1)) is None
 
-    def test_provenance_that_another_program_is_just_writing(self, make_spec: MakeSpec, tmp_path: Path) -> None:
+    def test_a_claim_that_cannot_be_read(self, make_spec: MakeSpec, tmp_path: Path) -> None:
         path = make_spec()
-        spec = prepared(path)
-        file = tmp_path / "output" / "provenance"
-        whole = file.read_bytes()
-        for part in (b"", whole[:100]):
+        workspace = Workspace(prepared(path))
+        inference_and_donate(workspace, (0, 0, 0))
+        file = tmp_path / "output" / "claims" / "00000002.json"
+        for part in (b"", b"{", b"[]"):
             file.write_bytes(part)
-            with pytest.raises(StorageError, match="it is being written, or damaged"):
-                inference_and_donate(Workspace(spec), (0, 0, 0))
-        file.write_bytes(whole)
-        inference_and_donate(Workspace(spec), (0, 0, 0))
+            with pytest.raises(StorageError, match=r"00000002\.json can't be read: it is being written"):
+                inference_and_donate(workspace, (0, 0, 1))
+        file.unlink()
+        inference_and_donate(workspace, (0, 0, 1))
 
     def test_an_output_that_nobody_has_prepared(
         self, make_spec: MakeSpec, tmp_path: Path, chunkflow: Callable[..., Any]
     ) -> None:
         path = make_spec()
         prepared(path)
-        (tmp_path / "output" / "provenance").unlink()
+        shutil.rmtree(tmp_path / "output" / "claims")
         with pytest.raises(SpecError, match="does not say whose it is; run `chunkflow-core prepare SPEC` first"):
             inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))
         assert chunkflow("prepare", path).returncode == 0

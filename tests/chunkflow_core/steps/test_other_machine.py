@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from chunkflow_core.audit.audit import repair
 from chunkflow_core.engines.identity import Identity
-from chunkflow_core.errors import DataError, SpecError
+from chunkflow_core.errors import DataError, SpecError, StorageError
+from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.inference import reference
 from chunkflow_core.inference.reference import reference_patch
 from chunkflow_core.spec import load_spec
@@ -91,7 +92,7 @@ def inferred(path: Path, block: tuple[int, int, int], *changes: str) -> dict[str
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    (file,) = folder.glob("exchange/*/reference.json")
+    (file,) = folder.glob("exchange/*/*/reference.json")
     content: dict[str, Any] = json.loads(file.read_text())
     return content
 
@@ -143,7 +144,7 @@ def test_what_is_done_elsewhere_is_refused(
             assert way in lines[1]
     assert chunkflow("prepare", path).returncode == 78
     assert files_below(tmp_path / "output") == before
-    assert not list(tmp_path.glob("exchange/*/receipts/*/*/*"))
+    assert not list(tmp_path.glob("exchange/*/*/receipts/*/*/*"))
 
 
 def test_what_is_on_no_record_is_refused_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +260,7 @@ def test_overwriting_takes_the_other_machine_for_the_reference(
     at_work = Workspace(load_spec(path))
     inference_and_donate(at_work, FIRST)
     prepared(path, other="overwrite")
-    assert (modes(tmp_path), len(list(tmp_path.glob("exchange/*/receipts/infer/*/*")))) == (["new"], 1), (
+    assert (modes(tmp_path), len(list(tmp_path.glob("exchange/*/*/receipts/infer/*/*")))) == (["new"], 1), (
         "it is the same"
     )
     elsewhere()
@@ -269,9 +270,9 @@ def test_overwriting_takes_the_other_machine_for_the_reference(
     assert "1 receipts are discarded" in caplog.text
     assert not set(stored(tmp_path)["digests"]) & set(first)
     assert modes(tmp_path) == ["new", "overwrite"]
-    with pytest.raises(SpecError, match="have been replaced since this process compared its own"):
+    with pytest.raises(SpecError, match="has been taken anew for the same spec"):
         inference_and_donate(at_work, LAST)
-    assert not list(tmp_path.glob("exchange/*/receipts/infer/*/*"))
+    assert not list(tmp_path.glob("exchange/*/*/receipts/infer/*/*"))
     assert "other_bits" not in inferred(path, FIRST)
 
 
@@ -288,7 +289,7 @@ def test_a_new_output_takes_any_machine(path: Path, tmp_path: Path, elsewhere: C
 
 
 def test_of_two_machines_that_prepare_at_a_time_one_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one writes between this one's writing and its reading again."""
+    """The other one prepares from end to end while this one is about to claim the output."""
 
     def then_another(place: str, name: str, content: bytes) -> None:
         put_file(place, name, content)
@@ -298,27 +299,25 @@ def test_of_two_machines_that_prepare_at_a_time_one_is_refused(path: Path, monke
         monkeypatch.undo()
 
     monkeypatch.setattr(reference, "put_file", then_another)
+    with pytest.raises(StorageError, match="has just been written by somebody else"):
+        prepared(path)
     with pytest.raises(SpecError, match="this machine gives other bits"):
         prepared(path)
 
 
-def test_what_the_first_machine_ends_meanwhile_is_discarded_too(
-    path: Path, tmp_path: Path, elsewhere: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stage there has looked at the claim, and writes its receipt while that is replaced."""
+def test_what_the_first_machine_ends_later_counts_for_nothing(path: Path, elsewhere: Callable[[], None]) -> None:
+    """A stage there has looked at the claim, and writes its receipt after that was replaced."""
     prepared(path)
     workspace = Workspace(load_spec(path))
     late = inference_and_donate(workspace, FIRST).receipt
     assert late is not None
-
-    def then_a_receipt(place: str, name: str, content: bytes) -> None:
-        workspace.exchange.put_receipt(late)
-        put_file(place, name, content)
-
     elsewhere()
-    monkeypatch.setattr(reference, "put_file", then_a_receipt)
-    prepared(path, other="overwrite")
-    assert not list(tmp_path.glob("exchange/*/receipts/infer/*/*"))
+    spec = prepared(path, other="overwrite")
+
+    workspace.exchange.put_receipt(late)
+
+    assert workspace.exchange.receipt("infer", FIRST) == late, "where nobody looks any more"
+    assert Exchange(spec).receipt("infer", FIRST) is None
 
 
 def test_a_process_runs_one_patch_more_and_prepare_none_again(make_spec: MakeSpec) -> None:
@@ -353,7 +352,7 @@ def test_a_network_that_gives_other_bits_each_time(path: Path, tmp_path: Path) -
 def test_an_exchange_without_a_reference(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As an earlier version has left it: what was begun goes on, and the next prepare makes one."""
     prepared(path)
-    (file,) = tmp_path.glob("exchange/*/reference.json")
+    (file,) = tmp_path.glob("exchange/*/*/reference.json")
     file.unlink()
     caplog.set_level(logging.WARNING)
 
@@ -363,12 +362,12 @@ def test_an_exchange_without_a_reference(path: Path, tmp_path: Path, caplog: pyt
     assert not file.exists()
     prepared(path, once=True)
     assert file.exists()
-    assert list(tmp_path.glob("exchange/*/receipts/infer/*/*")), "nothing is discarded"
+    assert list(tmp_path.glob("exchange/*/*/receipts/infer/*/*")), "nothing is discarded"
 
 
 def test_a_damaged_reference_is_not_passed_over(path: Path, tmp_path: Path) -> None:
     prepared(path)
-    (file,) = tmp_path.glob("exchange/*/reference.json")
+    (file,) = tmp_path.glob("exchange/*/*/reference.json")
     for content in (file.read_bytes()[:40], b"[]", b"{}"):
         file.write_bytes(content)
         with pytest.raises(DataError, match=r"reference\.json is damaged"):

@@ -19,7 +19,7 @@ from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.clients import open_files
 from chunkflow_core.storage.files import put_file, storage_errors
-from tests.support.stores import Store, spec_for
+from tests.support.stores import Store
 from tests.support.volume import write_volume
 from tests.support.web import serving
 
@@ -105,26 +105,6 @@ def test_what_is_gone_already_is_passed_over(use: Callable[[str], Store], tmp_pa
     assert list(open_files(place).list()) == ["c"]
 
 
-def test_a_receipt_that_is_left_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 says that it has deleted a receipt, and lists it again."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
-    name = "receipts/infer/0_0_0/one.json"
-
-    def answer(method: str) -> str:
-        if method == "POST":
-            return '<DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"></DeleteResult>'
-        keys = "<IsTruncated>false</IsTruncated>"
-        keys += f"<Contents><Key>exchange/{exchange.fingerprint}/{name}</Key><Size>1</Size></Contents>"
-        return f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{keys}</ListBucketResult>'
-
-    with serving(partial(_Answering, answer)) as url:
-        path = write_volume(tmp_path, exchange={"path": f"s3://{url}/bucket/exchange"})
-        exchange = Exchange(load_spec(path))
-        with pytest.raises(StorageError, match=f"such as {name}"):
-            exchange.delete_receipts()
-
-
 def test_another_attempts_receipt_is_told(tmp_path: Path) -> None:
     """Another attempt of a block ends while a stage retracts the block's receipt."""
     path = write_volume(tmp_path)
@@ -143,11 +123,3 @@ def test_another_attempts_receipt_is_told(tmp_path: Path) -> None:
         Raced(spec).retract("infer", (0, 0, 0))
     Exchange(spec).retract("infer", (0, 0, 0))
     assert Exchange(spec).receipt("infer", (0, 0, 0)) is None
-
-
-def test_nothing_is_listed_again_where_nothing_was(use: Callable[[str], Store], tmp_path: Path) -> None:
-    store = use("s3")
-    exchange = Exchange(load_spec(spec_for(store, tmp_path)))
-    store.proxy.clear()
-    assert exchange.delete_receipts() == 0
-    assert store.proxy.counts() == {"GET list receipts": 2}, "one for each stage"

@@ -119,11 +119,12 @@ def test_a_layer_that_grows(use: Callable[[str], Store], tmp_path: Path, kind: s
 def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: str) -> None:
     """A block takes one request for each object that is read, written or deleted.
 
-    It takes another for each layer's ``info``, and few listings. The output's provenance is read at
-    first, before each piece that is written, and before the receipt; the file of reference patches
-    when the engine is loaded, and then with it. Listings are of the block's
-    receipts (to find, and to retract them), of its donations, and of the input's storage chunks,
-    before they are read and afterwards. Of what it has written nothing is asked.
+    It takes another for each layer's ``info``, and for the file of reference patches, and few
+    listings. The output's claims are listed once, and the last one is read; two requests at a time
+    tell that it still is the last: at first, before each piece that is written, and before the
+    receipt. Other listings are of the block's receipts (to find, and to retract them), of its
+    donations, and of the input's storage chunks, before they are read and afterwards. Of what it
+    has written nothing is asked.
     """
     store = use(kind)
     path = spec_for(store, tmp_path)
@@ -139,8 +140,8 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     given = sum(entry.checksum is not None for entry in result.donations)
     counts = store.proxy.counts()
     pieces = sum(bool(piece.core) for piece in spec.grid.pieces(spec.grid.block((0, 0, 0))))
-    reads = {"GET info": 2, "GET provenance": 2 + pieces, "GET receipts": 1, "GET chunk": 8}
-    reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 4, "GET other": 2 + pieces}
+    reads = {"GET info": 2, "GET list claims": 1, "GET claims": 1 + 2 * (2 + pieces), "GET receipts": 1, "GET chunk": 8}
+    reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 4, "GET other": 1}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
     assert written == result.storage_chunks + given + 1
@@ -153,7 +154,8 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     assert blended is not None
     received = sum(len(spec.grid.donations(donor, last)) for donor in spec.grid.donors(last))
     counts = store.proxy.counts()
-    reads = {"GET info": 2, "GET provenance": 2, "GET receipts": 8, "GET donations": received, "GET list receipts": 10}
+    reads = {"GET info": 2, "GET list claims": 1, "GET claims": 7, "GET receipts": 8, "GET donations": received}
+    reads |= {"GET list receipts": 10}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
     assert written == blended.storage_chunks + 1

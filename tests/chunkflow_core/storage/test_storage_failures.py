@@ -66,7 +66,7 @@ def test_storage_that_stays_away(
     for text in (f"writing {place}", "SlowDown", "tried again for 1 s", "CHUNKFLOW_STORAGE_PATIENCE", "run again"):
         assert text in outcome.stderr
     assert away[0].done >= 2
-    left = sorted(name.partition("/")[2] for name in open_files(place).list())
+    left = sorted(name.rpartition("/")[2] for name in open_files(place).list())
     assert left == ["reference.json", "trial.json"], "no receipt"
     store.proxy.faults.clear()
     assert chunkflow("run", spec, "--seams", 0, "--bbox", 0, 0, 0, 1, 1, 1).returncode == 0
@@ -125,10 +125,12 @@ def test_a_layer_that_is_not_made_to_the_end(use: Callable[[str], Store], tmp_pa
     # the request that uploads a file to GCS has its name in the body
     store.proxy.faults[:] = [Fault("refuse", {"s3": "PUT .*/info", "gs": "POST /upload"}[kind], status=403)]
     if kind == "gs":
-        store.proxy.faults[0].every = 4  # after the trial, the reference and the provenance
+        store.proxy.faults[
+            0
+        ].every = 6  # after the reference, the trial, the claim (twice: it is tried out), and the provenance
     assert main(["prepare", str(spec)]) == 78
     store.proxy.faults.clear()
-    assert list(open_files(load_spec(spec).output.path).list()) == ["provenance"]
+    assert list(open_files(load_spec(spec).output.path).list()) == ["claims/00000001.json", "provenance"]
 
     assert main(["prepare", str(spec)]) == 0
     assert open_output(load_spec(spec)).stored_chunks() == set()

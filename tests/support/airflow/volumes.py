@@ -173,5 +173,5 @@ def write_own_dag(folder: Path) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     """The storage chunks of a layer: their bytes, by path in the layer's folder."""
-    found = (file for file in folder.glob("*/*") if file.parent.name != "runs")
+    found = (file for file in folder.glob("*_*_*/*"))
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}

@@ -7,6 +7,7 @@ shares no code with ``chunkflow_core``.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -95,8 +96,11 @@ class World(Volume):
 
     @property
     def exchange(self) -> Path:
-        """The folder of the model that is used now."""
-        return self.folder / "exchange" / self.spec().fingerprint
+        """The folder of the model that is used now, in the epoch that holds."""
+        fingerprint, claims = self.spec().fingerprint, sorted((self.folder / "output" / "claims").glob("*.json"))
+        last = json.loads(claims[-1].read_text())["method"] if claims else {}
+        epoch = last["epoch"] if last.get("fingerprint") == fingerprint else "of nobody"
+        return self.folder / "exchange" / fingerprint / epoch
 
     def donations(self) -> set[str]:
         """Names of all donations that the model that is used now has left."""
@@ -238,9 +242,12 @@ class World(Volume):
                 if exchange.donor_of(file.name, self.geometry) == index:
                     file.unlink()
             for file, content in done.donations.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
+        done.file.parent.mkdir(parents=True, exist_ok=True)
         done.file.write_bytes(done.receipt)
-        self.accounts[model].receipts.setdefault((stage, index), {})[done.file.name] = done
+        if done.file.is_relative_to(self.exchange):  # what is left in another epoch counts for nothing
+            self.accounts[model].receipts.setdefault((stage, index), {})[done.file.name] = done
 
     def note(self, run: str, now: float) -> None:
         """Note what a run has done until a time in seconds, and what is gone."""
