@@ -7,6 +7,7 @@
     ├── DataError
     ├── MissingInputError
     ├── StorageError
+    │   └── BusyError
     └── SpecError
 """
 
@@ -51,6 +52,10 @@ class StorageError(ChunkflowError):
     """
 
     exit_code = 75
+
+
+class BusyError(StorageError):
+    """Another run is at work on the output (EX_TEMPFAIL). A retry helps when it has ended."""
 
 
 class SpecError(ChunkflowError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from airflow.sdk import BaseOperator, Context
+from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, DownstreamTasksSkipped
 from airflow.sdk.log import mask_secret
 
@@ -122,6 +124,23 @@ class AirflowRun:
             return None
         found: Mapping[str, str] = self._pull(SELECT).get("why", {})
         return found
+
+    @property
+    def scheduler(self) -> str:
+        """The DAG, and the address of this Airflow."""
+        return f"{self._context['ti'].dag_id} at {conf.get('api', 'base_url', fallback='') or socket.gethostname()}"
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other run of the DAG is at work."""
+        ti: Any = self._context["ti"]
+        alone: bool = ti.get_dr_count(dag_id=ti.dag_id, states=["running"]) < 2
+        return alone
+
+    @property
+    def first_try(self) -> bool:
+        """Whether the task is tried for the first time; Airflow counts on when it is cleared."""
+        return int(self._context["ti"].try_number) < 2
 
     def other_at_work(self) -> str | None:
         """Another run of this volume's DAG that is at work.

@@ -72,6 +72,18 @@ class Run(Protocol):
     def reasons(self) -> Mapping[str, str] | None:
         """The selection's reasons why blocks are due, by ``z_y_x``; None without a selection."""
 
+    @property
+    def scheduler(self) -> str:
+        """Who has started the run: the DAG, and this Airflow."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is the only run of the DAG at work."""
+
+    @property
+    def first_try(self) -> bool:
+        """Whether the task is at work for the first time, and not tried or cleared again."""
+
     def other_at_work(self) -> str | None:
         """The id of another run of the DAG that is past its preparation and has not ended.
 
@@ -173,7 +185,10 @@ class Stage(Command):
     def options(self, run: Run) -> list[str]:
         """The block, the run, and the reason why the block is due, if there is one."""
         reason = self.reason(run)
-        return ["--block", *map(str, self.block), "--run", run.id, *(["--reason", reason] if reason else [])]
+        run_arguments = ["--run", run.id]
+        if not run.first_try and run.is_alone:  # it may be cleared after another run of the DAG has failed
+            run_arguments += ["--scheduler", run.scheduler]
+        return ["--block", *map(str, self.block), *run_arguments, *(["--reason", reason] if reason else [])]
 
     def reason(self, run: Run) -> str | None:
         """The selection's reason why the block is due; None if it has given none."""
@@ -233,7 +248,8 @@ class Prepare(Step):
 
     def options(self, run: Run) -> list[str]:
         """The run, and what to do if the output holds another model's results."""
-        return ["--once", "--run", run.id, "--json", *OTHER_MODEL[run.params["other_model"]]]
+        run_arguments = ["--run", run.id, "--scheduler", run.scheduler]
+        return ["--once", *run_arguments, "--json", *OTHER_MODEL[run.params["other_model"]]]
 
     def result(self, output: str, run: Run) -> Result:
         """Have all other tasks of the run look at the same part of a volume that may be growing."""
@@ -320,10 +336,14 @@ class Publish(Command):
 
 @dataclass(frozen=True)
 class Cleanup(Step):
-    """Deletes donations that have been used."""
+    """Deletes donations that have been used, and ends the run's lease of the output."""
 
     name = "cleanup"
     module = ("chunkflow_core", "cleanup")
+
+    def options(self, run: Run) -> list[str]:
+        """The run, which ends with this: another one may begin."""
+        return ["--run", run.id]
 
 
 def json_of(output: str) -> dict[str, Any]:

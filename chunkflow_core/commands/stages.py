@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from chunkflow_core.commands.arguments import (
     EXIT_CODES,
@@ -14,8 +16,13 @@ from chunkflow_core.commands.arguments import (
     set_up_logging,
     spec_of,
 )
+from chunkflow_core.commands.runs import add_run_arguments
 from chunkflow_core.planning.reasons import REASONS, Reason
 from chunkflow_core.progress import progress
+
+if TYPE_CHECKING:
+    from chunkflow_core.exchange.leases import Lease
+    from chunkflow_core.spec import VolumeSpec
 
 
 def infer(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +51,10 @@ def _infer(arguments: Sequence[str]) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     block, why = spec.grid.block(index), _reason(options, check_input=options.check_input)
-    with progress(f"block {block.name}", block.patches, "patches") as patch_done:
-        result = inference_and_donate(Workspace(spec), index, run=options.run, why=why, patch_done=patch_done)
+    workspace = Workspace(spec)
+    bar = progress(f"block {block.name}", block.patches, "patches")
+    with _lease(spec, options) as workspace.lease, bar as patch_done:
+        result = inference_and_donate(workspace, index, run=options.run, why=why, patch_done=patch_done)
     if result.up_to_date:
         print(f"block {block.name}: inference is up to date")
     elif result.receipt is not None:
@@ -68,8 +77,9 @@ def _blend(arguments: Sequence[str]) -> None:
     from chunkflow_core.steps.blend import receive_and_blend  # heavy imports only once the arguments are right
     from chunkflow_core.steps.workspace import Workspace
 
-    name = spec.grid.block(index).name
-    result = receive_and_blend(Workspace(spec), index, run=options.run, why=_reason(options))
+    name, workspace = spec.grid.block(index).name, Workspace(spec)
+    with _lease(spec, options) as workspace.lease:
+        result = receive_and_blend(workspace, index, run=options.run, why=_reason(options))
     if result.receipt is None:
         print(f"block {name}: has no lower neighbour, nothing to receive")
     elif result.up_to_date:
@@ -80,6 +90,25 @@ def _blend(arguments: Sequence[str]) -> None:
             f"block {name}: donations of {len(result.receipt.consumed)} blocks blended, "
             f"{result.receipt.storage_chunks} storage chunks written, {facts['wall']:.1f} s {facts['seconds']}"
         )
+
+
+@contextmanager
+def _lease(spec: VolumeSpec, options: argparse.Namespace) -> Iterator[Lease | None]:
+    """The lease of the run that is named; without a name it is only looked whether a run has it.
+
+    A run that has not begun, or has ended, begins and ends with the stage.
+
+    Raises:
+        BusyError: Another run has it.
+    """
+    from chunkflow_core.exchange.leases import Lease, held, refuse_beside_others
+
+    if options.run:
+        with held(Lease(spec, options.run, scheduler=options.scheduler), only_own=True) as lease:
+            yield lease
+    else:
+        refuse_beside_others(spec)
+        yield None
 
 
 def _parser(module: str, text: str) -> Parser:
@@ -100,11 +129,10 @@ def _parser(module: str, text: str) -> Parser:
         choices=REASONS,
         help="for programs: why the block is due, as `chunkflow-core plan --json` says; default: its receipts decide",
     )
-    parser.add_argument(
-        "--run",
-        default="",
-        metavar="NAME",
-        help="name of the run; what is to be done again is done once a run",
+    add_run_arguments(
+        parser,
+        "name of the run; what is to be done again is done once a run, and no other run may be at work (default: none, "
+        "which lets several be at work)",
     )
     return parser
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +27,7 @@ from chunkflow_core.commands.arguments import (
     positive,
     spec_of,
 )
+from chunkflow_core.commands.runs import add_run_arguments, add_take_over, lease_for
 from chunkflow_core.errors import DataError, UsageError
 from chunkflow_core.progress import progress
 from chunkflow_core.variables import concealed
@@ -61,6 +62,7 @@ def _add_run(add: Add) -> None:
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default: 1)")
     _add_seams(parser)
     _add_other_model(parser)
+    add_take_over(parser)
     parser.add_argument(
         "--repair",
         action="store_true",
@@ -73,14 +75,24 @@ def run(options: argparse.Namespace) -> None:
     spec = spec_of(options)
     box = box_of(options, spec.grid)
     _check_run(options)
+    from chunkflow_core.steps.workspace import Workspace
+
+    workspace = Workspace(spec)
+    with lease_for(spec, options, "run") as lease:
+        workspace.lease = lease
+        _run_all(workspace, options, box, lease.run)
+    print(f"output: {spec.written('output')}")
+
+
+def _run_all(workspace: Workspace, options: argparse.Namespace, box: Box | None, name: str) -> None:
+    """All that a run of this name has to do."""
     from chunkflow_core.planning.planner import Request, plan
     from chunkflow_core.reports import manifest
     from chunkflow_core.steps.cleanup import cleanup
     from chunkflow_core.steps.prepare import prepare
-    from chunkflow_core.steps.workspace import Workspace
 
-    workspace, name = Workspace(spec), f"run-{uuid.uuid4().hex[:12]}"
-    prepare(workspace, run=name, other=_other_model(options))
+    spec = workspace.spec
+    prepare(workspace, run=name, other=_other_model(options), take_over=options.take_over)
     if options.repair:
         from chunkflow_core.audit.audit import repair
 
@@ -96,7 +108,6 @@ def run(options: argparse.Namespace) -> None:
         _verify(workspace, box, request.blocks, seams=options.seams, seed=options.seed, run=name)
         manifest.complete(spec, name, workspace.exchange.all_receipts())
     cleanup(spec)
-    print(f"output: {spec.written('output')}")
 
 
 def _check_run(options: argparse.Namespace) -> None:
@@ -118,7 +129,8 @@ def _run(workspace: Workspace, due: Plan, name: str, workers: int) -> None:
     blocks = [spec.grid.block(index) for index in due.infer]
     with tqdm(total=sum(b.patches for b in blocks), unit="patch", desc="inference", disable=None) as bar:
         alone = workers == 1
-        done = run_here(workspace, due, name, bar.update) if alone else run_in_processes(spec, due, name, workers)
+        there = partial(run_in_processes, spec, due, name, workers, leased=True)
+        done = run_here(workspace, due, name, bar.update) if alone else there()
         ended = {"infer": 0, "blend": 0}
         for (stage, index), receipt in done:
             ended[stage] += 1
@@ -164,6 +176,7 @@ def _add_repair(add: Add) -> None:
     add_box_argument(parser)
     _add_seams(parser, default=0)
     _add_plan_output(parser)
+    add_take_over(parser)
 
 
 def repair(options: argparse.Namespace) -> None:
@@ -175,7 +188,10 @@ def repair(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     workspace = Workspace(spec)
-    undone = repair(workspace, box=box, seams=options.seams, seed=options.seed)
+    workspace.check_claim()
+    with lease_for(spec, options, "repair") as lease:
+        lease.take(take_over=options.take_over)
+        undone = repair(workspace, box=box, seams=options.seams, seed=options.seed)
     due = plan(spec, Request(blocks=undone), workspace.state(confirm=True))
     _tell_plan(workspace, due, options.run, _asked(options.bbox, repair=True), as_json=options.json)
 
@@ -246,7 +262,8 @@ def _add_prepare(add: Add) -> None:
     add_spec_arguments(parser)
     _add_other_model(parser)
     parser.add_argument("--once", action="store_true", help="try the model only if that has not been done yet")
-    parser.add_argument("--run", default="", metavar="NAME", help="name of the run, for the layer's provenance")
+    add_run_arguments(parser, "name of the run that begins: until `cleanup --run NAME` no other one may")
+    add_take_over(parser)
     parser.add_argument(
         "--json", action="store_true", help="for programs: ROI and bounds of the input as [start, stop], zyx"
     )
@@ -258,7 +275,10 @@ def prepare(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.prepare import prepare
     from chunkflow_core.steps.workspace import Workspace
 
-    trial = prepare(Workspace(spec), run=options.run, other=_other_model(options), once=options.once)
+    workspace = Workspace(spec)
+    with lease_for(spec, options, "prepare") as workspace.lease:
+        settings = {"run": options.run, "once": options.once, "take_over": options.take_over}
+        trial = prepare(workspace, other=_other_model(options), **settings)
     if options.json:
         print(json.dumps({"roi": spec.grid.roi.corners, "input_bounds": spec.input_bounds.corners} | asdict(trial)))
     else:
@@ -332,7 +352,10 @@ def _verify(
 
 
 def _add_cleanup(add: Add) -> None:
-    add_spec_arguments(add("cleanup", cleanup, "Delete the donations that nothing needs any more."))
+    parser = add("cleanup", cleanup, "Delete the donations that nothing needs any more.")
+    add_spec_arguments(parser)
+    add_run_arguments(parser, "name of the run that ends with this: the next one may begin (default: none ends)")
+    add_take_over(parser)
 
 
 def cleanup(options: argparse.Namespace) -> None:
@@ -340,7 +363,9 @@ def cleanup(options: argparse.Namespace) -> None:
     spec = spec_of(options)
     from chunkflow_core.steps.cleanup import cleanup
 
-    number, policy = cleanup(spec), spec.exchange.donations
+    with lease_for(spec, options, "cleanup", ends=True) as lease:
+        lease.take(take_over=options.take_over)
+        number, policy = cleanup(spec), spec.exchange.donations
     kept = policy if isinstance(policy, str) else f"kept for {policy.days:g} days"
     print(f"{spec.name}: {number} donations deleted (exchange.donations: {kept})")
 

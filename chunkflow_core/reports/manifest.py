@@ -21,8 +21,9 @@ from chunkflow_core.exchange.marks import STAGES
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.block_numbers import BlockSet
 from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.machine import user
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.steps.provenance import History, digests, now, spec_record, user
+from chunkflow_core.steps.provenance import History, digests, now, spec_record
 from chunkflow_core.storage.addresses import plain, safe_name
 from chunkflow_core.storage.files import put_file, storage_errors
 from chunkflow_core.storage.layers import layer_files

@@ -25,6 +25,7 @@ from typing import Self, TextIO, cast
 from tqdm import tqdm
 
 from chunkflow_core.errors import EXIT_CODES, ChunkflowError, StorageError
+from chunkflow_core.exchange.leases import Lease
 from chunkflow_core.exchange.marks import Stage
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.lattice.blocks import BlockGrid
@@ -155,11 +156,20 @@ def run_here(
     failures.tell(grid)
 
 
-def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Iterator[tuple[Task, Receipt | None]]:
+def run_in_processes(
+    spec: VolumeSpec, due: Plan, run: str, workers: int, *, leased: bool = False
+) -> Iterator[tuple[Task, Receipt | None]]:
     """Do all that is due in ``workers`` processes; yield each task when it is done.
 
     A task whose process is killed is tried once more when all others are done, with no process
     beside it: memory may have been short because of the others.
+
+    Args:
+        spec: The volume.
+        due: The plan.
+        run: Name of the run.
+        workers: Number of processes.
+        leased: Whether the run has the lease of the output, at which each process is to look too.
 
     Raises:
         BlocksFailedError: Some tasks failed; all that do not depend on them are done.
@@ -167,7 +177,7 @@ def run_in_processes(spec: VolumeSpec, due: Plan, run: str, workers: int) -> Ite
     tasks = DueTasks(spec.grid, due)
     failures = _Failures(tasks)
     killed: list[Task] = []
-    with _Workers(spec, due, run, max(1, available_cpus() // workers)) as processes:
+    with _Workers(spec, due, run, max(1, available_cpus() // workers), leased=leased) as processes:
         while True:
             while processes.running < workers and (task := tasks.next()):
                 processes.start(task)
@@ -195,8 +205,9 @@ class _Workers:
     Each is a pool by itself: if it is killed, it is known which task it had, and the others go on.
     """
 
-    def __init__(self, spec: VolumeSpec, due: Plan, run: str, cpus: int) -> None:
+    def __init__(self, spec: VolumeSpec, due: Plan, run: str, cpus: int, *, leased: bool) -> None:
         self._spec, self._cpus, self._due, self._run = spec, cpus, due, run
+        self._leased = leased
         _start_warm_parent(spec)
         self._idle: list[ProcessPoolExecutor] = []
         self._running: dict[Future[_Result], tuple[Task, ProcessPoolExecutor]] = {}
@@ -258,7 +269,7 @@ class _Workers:
             pool.shutdown()
 
     def _new(self) -> ProcessPoolExecutor:
-        initial = (self._spec, self._cpus, dict(os.environ))
+        initial = (self._spec, self._cpus, dict(os.environ), self._run if self._leased else "")
         return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), _open_workspace, initial)
 
 
@@ -308,7 +319,7 @@ def _execute(
 _workspace: Workspace | None = None
 
 
-def _open_workspace(spec: VolumeSpec, cpus: int, environment: dict[str, str]) -> None:
+def _open_workspace(spec: VolumeSpec, cpus: int, environment: dict[str, str], leased: str) -> None:
     global _workspace  # the one object that a worker process keeps between its tasks
     share_one_heap()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word: the command says it all
@@ -322,6 +333,7 @@ def _open_workspace(spec: VolumeSpec, cpus: int, environment: dict[str, str]) ->
     remember(spec.texts.values())
     sys.stderr = cast("TextIO", ConcealingStream(sys.stderr))
     _workspace = Workspace(spec)
+    _workspace.lease = Lease(spec, leased) if leased else None
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,9 @@ Other = Literal["refuse", "overwrite", "mixture"]
 """What to do with an output layer that has been made from another fingerprint."""
 
 
-def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", once: bool = False) -> Trial:
+def prepare(
+    workspace: Workspace, *, run: str = "", other: Other = "refuse", once: bool = False, take_over: bool = False
+) -> Trial:
     """Check input, model, exchange and output; make, extend or claim the output layer.
 
     Nothing is changed before all checks have passed. Ended at any point, the next call does the
@@ -39,12 +41,14 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
             that gives other bits.
         once: Whether to try the model only if this has not been done for this fingerprint, and
             nothing of it is to be discarded.
+        take_over: Whether to take the workspace's lease from a run that seems to be at work.
 
     Returns:
         What one patch took, which is left in the exchange for estimates.
 
     Raises:
         SpecError, MissingInputError, DataError, StorageError: A block would fail of the same later.
+        BusyError: Another run is at work.
     """
     spec = workspace.spec
     roi, bounds = spec.grid.roi, workspace.input.bounds
@@ -57,6 +61,8 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
     history = History(spec)
     if layer is not None:
         _check_history(spec, history, other)
+    if workspace.lease is not None:
+        workspace.lease.take(take_over=take_over)
     anew = layer is None or not history.is_own
     known = workspace.exchange.trial() if once and not anew and other != "overwrite" else None
     if known is None or workspace.reference.stored() is None:
@@ -68,6 +74,8 @@ def prepare(workspace: Workspace, *, run: str = "", other: Other = "refuse", onc
             workspace.reference.store(here)  # before the claim: no block is done without
         workspace.exchange.put_trial(trial)
         known = trial
+    if workspace.lease is not None:
+        workspace.lease.check()
     epoch = workspace.exchange.epoch if anew else ""
     if layer is None:
         _make(spec, history, run, epoch)

@@ -8,10 +8,8 @@ earlier version or a copy, it tells whose voxels are there.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from typing import Any, Literal
 from chunkflow_core.exchange.claims import Claim, Claims
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.lattice.weights import NUMERICS_VERSION
+from chunkflow_core.machine import user
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file, storage_errors
@@ -186,14 +185,6 @@ def spec_record(spec: VolumeSpec) -> dict[str, Any]:
     values = spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}})
     record: dict[str, Any] = put_back(values, spec.texts)
     return record
-
-
-def user() -> str:
-    """Who runs this process: a name, or a number in containers that have no name for it."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def now() -> str:

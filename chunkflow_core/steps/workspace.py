@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from chunkflow_core.engines import load_engine
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.exchange.folder import Exchange
+from chunkflow_core.exchange.leases import Lease
 from chunkflow_core.inference.block import Inference
 from chunkflow_core.inference.mask import Mask, MaskWindow
 from chunkflow_core.inference.reference import ReferencePatches
@@ -36,6 +37,8 @@ class Workspace:
                 run.
         """
         self.spec, self._engine = spec, engine
+        self.lease: Lease | None = None
+        """That of the run that is at work; None if several may be, for whoever keeps them apart."""
 
     @cached_property
     def input(self) -> InputLayer:
@@ -57,12 +60,16 @@ class Workspace:
         return open_output(self.spec)
 
     def check_claim(self) -> None:
-        """Check that the output layer is this spec's to write to; ``SpecError`` if not.
+        """Check that the output layer is this spec's, and this run's, to write to.
 
-        It is not if another model, or another kind of machine, has taken it during a run.
+        Raises:
+            SpecError: Another model, or another kind of machine, has taken the layer.
+            BusyError: Another run has taken over.
         """
         _ = self.output  # a layer that is missing altogether is told as such
         self.exchange.check_claim()
+        if self.lease is not None:
+            self.lease.check()
 
     @cached_property
     def exchange(self) -> Exchange:

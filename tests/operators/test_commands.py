@@ -41,6 +41,9 @@ class PlainRun:
     settings: list[str] = field(default_factory=list)
     reasons: Mapping[str, str] | None = None
     other: str | None = None
+    scheduler: str = "a_dag at http://here"
+    first_try: bool = True
+    is_alone: bool = True
 
     def other_at_work(self) -> str | None:
         return self.other
@@ -59,6 +62,7 @@ def run(make_spec: Callable[..., Path]) -> PlainRun:
 BLOCK = (0, 1, 0)
 INFER = ["chunkflow_core.inference_and_donate", "SPEC", "--block", "0", "1", "0", "--run", "manual__1"]
 BLEND = ["chunkflow_core.receive_and_blend", *INFER[1:]]
+BEGUN = ["--run", "manual__1", "--scheduler", "a_dag at http://here"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,20 @@ def test_what_the_preparation_has_found_comes_before_the_options(run: PlainRun) 
     assert Cleanup().line("SPEC", run) == [
         *("chunkflow_core", "cleanup", "SPEC"),
         *("--set", "roi=[[0, 0, 0], [1, 2, 3]]", "--set", "input.bounds=null"),
+        *("--run", "manual__1"),
     ]
+
+
+@pytest.mark.parametrize(("first_try", "is_alone"), [(True, True), (True, False), (False, False)])
+def test_what_another_run_has_left_is_taken_over_where_none_is_at_work(
+    run: PlainRun, *, first_try: bool, is_alone: bool
+) -> None:
+    """A task of an earlier run may be cleared after a later one has failed."""
+    run.first_try, run.is_alone = first_try, is_alone
+    assert Infer(BLOCK).line("SPEC", run) == INFER
+    run.first_try, run.is_alone = False, True
+    assert Infer(BLOCK).line("SPEC", run) == INFER + BEGUN[2:]
+    assert Blend(BLOCK).line("SPEC", run) == BLEND + BEGUN[2:]
 
 
 def test_a_block_that_the_run_does_not_know_is_skipped(run: PlainRun) -> None:
@@ -102,12 +119,8 @@ def test_a_block_that_the_run_does_not_know_is_skipped(run: PlainRun) -> None:
 @pytest.mark.parametrize(
     ("command", "asked", "line"),
     [
-        (Prepare(), {}, ["prepare", "SPEC", "--once", "--run", "manual__1", "--json"]),
-        (
-            Prepare(),
-            {"other_model": "mixture"},
-            ["prepare", "SPEC", "--once", "--run", "manual__1", "--json", "--accept-mixture"],
-        ),
+        (Prepare(), {}, ["prepare", "SPEC", "--once", *BEGUN, "--json"]),
+        (Prepare(), {"other_model": "mixture"}, ["prepare", "SPEC", "--once", *BEGUN, "--json", "--accept-mixture"]),
         (Select(), {}, ["plan", "SPEC", "--run", "manual__1", "--json", "--check-input"]),
         (
             Select(),

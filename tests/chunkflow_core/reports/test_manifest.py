@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from cloudvolume import CloudVolume
 
+from chunkflow_core import machine
 from chunkflow_core.exchange.marks import STAGES
 from chunkflow_core.exchange.receipts import Receipt
 from chunkflow_core.reports import manifest
 from chunkflow_core.spec import VolumeSpec, load_spec
-from chunkflow_core.steps import provenance
 from chunkflow_core.steps.blend import receive_and_blend
 from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.prepare import Other, prepare
+from chunkflow_core.steps.provenance import History
 from chunkflow_core.steps.workspace import Workspace
 
 MakeSpec = Callable[..., Path]
@@ -193,7 +194,7 @@ def test_user_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 987654)
-    assert provenance.user() == "987654"
+    assert machine.user() == "987654"
 
 
 @pytest.mark.parametrize("other", ["overwrite", "mixture"])
@@ -204,15 +205,15 @@ def test_mixture_until_every_block_is_of_one_fingerprint(make_spec: MakeSpec, ot
 
     part = do(second, "part", other=other, stop=7)
     assert part["mixture"] == [first.fingerprint, second.fingerprint]
-    assert provenance.History(second).last["mode"] == other
+    assert History(second).last["mode"] == other
 
     assert do(second, "whole")["mixture"] == []
-    last = provenance.History(second).last
+    last = History(second).last
     assert (last["mode"], last["run"], last["fingerprints"]) == ("whole", "whole", [second.fingerprint])
     steps = [step["method"]["mode"] for step in CloudVolume(second.output.path, progress=False).provenance.processing]
     do(second, "once more")
     assert steps == ["new", other, "whole"]
-    assert provenance.History(second).last == last
+    assert History(second).last == last
 
 
 def test_run_of_a_model_that_has_been_replaced_meanwhile(make_spec: MakeSpec) -> None:
@@ -223,7 +224,7 @@ def test_run_of_a_model_that_has_been_replaced_meanwhile(make_spec: MakeSpec) ->
     prepare(Workspace(second), other="overwrite")
     known = receipts(Workspace(first))
     assert manifest.complete(first, "first", known)["mixture"] == [first.fingerprint, second.fingerprint]
-    assert provenance.History(first).fingerprint == second.fingerprint
+    assert History(first).fingerprint == second.fingerprint
 
 
 def test_what_a_run_that_failed_has_changed_is_told_with_the_next(make_spec: MakeSpec, tmp_path: Path) -> None:
