@@ -29,6 +29,8 @@ from chunkflow_core.machine import available_cpus
 from chunkflow_core.storage.layers import NewLayer
 
 if TYPE_CHECKING:
+    import torch
+
     from operators.service import Client
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,6 +235,23 @@ def trigger(client: Client, dag: str) -> str:
 
 
 # The machine
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a device has done all that it was given."""
+    if str(device) != "cpu":  # PyTorch takes seconds to import
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def peak_device_memory(device: torch.device | str) -> int:
+    """Tell the most bytes that this process's tensors have held on a GPU; 0 for CPUs."""
+    if str(device) == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
 
 
 def machine() -> dict[str, Any]:

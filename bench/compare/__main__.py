@@ -18,18 +18,17 @@ that they hold on a noisy machine.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 from bench.common import SIZE, command_line, machine, write_json
-from bench.compare.data import Setting, nearest_covered, write_inputs, write_network
+from bench.compare.data import Setting, nearest_covered
 from bench.compare.measurement import measure
 from bench.compare.rows import ROWS
 from bench.compare.tables import plot, print_report
 from chunkflow_core.lattice.boxes import vector
-from chunkflow_core.machine import CPUS_VARIABLE, available_cpus
+from chunkflow_core.machine import available_cpus
 
 
 def arguments() -> argparse.Namespace:
@@ -43,6 +42,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--patch", default=(16, 128, 128), help="default: 16 128 128", **SIZE)
     parser.add_argument("--overlap", default=(4, 32, 32), help="default: 4 32 32", **SIZE)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of networks (default: cpu)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--threads", type=int, help="CPUs of each row (default: all)")
     parser.add_argument(
@@ -78,8 +78,6 @@ def main() -> int:
     patch, overlap = vector(options.patch), vector(options.overlap)
     threads = options.threads or available_cpus()
     with tempfile.TemporaryDirectory(prefix="compare-", dir=options.folder) as folder:
-        # for the rows' processes
-        os.environ |= {CPUS_VARIABLE: str(threads), "CHUNKFLOW_CACHE": f"{folder}/cache", "TQDM_DISABLE": "1"}
         setting = Setting(
             folder=folder,
             volume=nearest_covered(options.volume, patch, overlap),
@@ -91,9 +89,8 @@ def main() -> int:
             parallel=options.parallel,
             monai_batch=options.monai_batch,
             monai_buffer=options.monai_buffer,
+            device=options.device,
         )
-        write_inputs(setting)
-        write_network(folder)
         measured = measure(setting, options.rows, options.rounds)
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "plot", "folder")}
     settings |= {"volume": setting.volume, "threads": threads}

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.common import wait_for
 from bench.compare.data import Setting, load_network
 
 MATRIX = 2048
 """Rows and columns of the largest matrices."""
 
 
-def matrix_rate(precision: str) -> float:
+def matrix_rate(precision: str, device: str) -> float:
     """Measure multiply-adds per second of matrix multiplication with all threads: the best of six.
 
     The matrices grow to ``MATRIX`` until one takes half a second: a processor that can't do
@@ -23,11 +24,13 @@ def matrix_rate(precision: str) -> float:
 
     dtype, size = getattr(torch, precision), 256
     while True:
-        a, b = (torch.rand(size, size).to(dtype) for _ in range(2))
+        a, b = (torch.rand(size, size).to(device, dtype) for _ in range(2))
         seconds = []
         for _ in range(6):
+            wait_for(device)
             start = time.perf_counter()
             torch.matmul(a, b)
+            wait_for(device)
             seconds.append(time.perf_counter() - start)
         if size >= MATRIX or min(seconds) > 0.5:
             return size**3 / min(seconds)
@@ -51,5 +54,5 @@ def multiply_adds(setting: Setting) -> int:
         if isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
             module.register_forward_hook(count)
     with torch.inference_mode():
-        network(torch.zeros(1, 1, *setting.patch))
+        network(torch.zeros(1, 1, *setting.patch, device=setting.device))
     return total

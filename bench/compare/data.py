@@ -45,6 +45,8 @@ class Setting:
     """``sw_batch_size`` of MONAI."""
     monai_buffer: int | None
     """``buffer_steps`` of MONAI, along z."""
+    device: str = "cpu"
+    """Where networks run: ``cpu``, or ``cuda``."""
 
     def shape(self, layer: str) -> Vector:
         """Give the shape of an input layer in voxels, zyx.
@@ -76,7 +78,7 @@ class Setting:
         Args:
             layer: The input: ``volume``, ``warm`` or ``check``.
             name: Of the output layer.
-            model: The section ``model``, without threads, streams and device.
+            model: The section ``model``, without threads and streams.
             dtype: Of the output.
         """
         streams = max(1, self.threads // self.pass_threads)
@@ -87,7 +89,7 @@ class Setting:
                 patch=self.patch,
                 overlap=self.overlap,
                 block=self.grid(layer).block_size,
-                model={"threads": self.pass_threads, "streams": streams, "device": "cpu", **model},
+                model={"threads": self.pass_threads, "streams": streams, "device": self.device, **model},
                 output={"channels": CHANNELS, "dtype": dtype, "compression": self.compression},
             )
         )
@@ -149,6 +151,7 @@ def write_network(folder: str) -> None:
 
     text = f"""
 import importlib.util
+import torch
 from torch import nn
 
 spec = importlib.util.spec_from_file_location("example_unet", {UNET["path"]!r})
@@ -157,6 +160,8 @@ spec.loader.exec_module(example)
 InstantiatedModel = example.UNet()
 InstantiatedModel.head = nn.Conv3d(example.WIDTHS[0], {CHANNELS}, 1)
 InstantiatedModel.eval()
+if torch.cuda.is_available():  # chunkflow takes a GPU where there is one, and leaves it to the file to say so
+    InstantiatedModel.cuda()
 """
     Path(folder, "model.py").write_text(text.lstrip(), encoding="utf-8")
     state = torch.load(UNET["weights"], map_location="cpu", weights_only=True)
@@ -167,9 +172,9 @@ InstantiatedModel.eval()
 
 
 def load_network(setting: Setting) -> Any:
-    """Load the network in plain PyTorch."""
+    """Load the network in plain PyTorch, on the setting's device."""
     import torch
 
     network = load_file(Path(setting.folder, "model.py")).InstantiatedModel
     network.load_state_dict(torch.load(Path(setting.folder, "model.pt"), weights_only=True))
-    return network.eval()
+    return network.to(setting.device).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
@@ -9,23 +10,28 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.common import median_ratio
+from bench.common import median_ratio, peak_device_memory
 from bench.compare.arithmetic import matrix_rate, multiply_adds
-from bench.compare.data import CHANNELS, Setting
+from bench.compare.data import CHANNELS, Setting, write_inputs, write_network
 from bench.compare.processes import Process, Timing
 from bench.compare.rows import CHECKED, ROWS, reference
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.machine import peak_memory
+from chunkflow_core.machine import CPUS_VARIABLE, peak_memory
 
 
 def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, Any]:
     """Run all rows; give everything that is reported, except for machine and options.
 
     Args:
-        setting: What all rows share; its folder has the input layers and the network.
+        setting: What all rows share; its folder gets the input layers and the network.
         names: Of the rows.
         rounds: How often each row runs.
     """
+    # for the rows' processes
+    environment = {CPUS_VARIABLE: str(setting.threads), "CHUNKFLOW_CACHE": f"{setting.folder}/cache"}
+    os.environ |= environment | {"TQDM_DISABLE": "1"}
+    write_inputs(setting)
+    write_network(setting.folder)
     rows = {name: Process.start(setting, name) for name in names}
     bare = Process.start(setting, "")
     try:
@@ -33,9 +39,10 @@ def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, Any]:
         network = any(ROWS[name].network for name in names)
         work = (bare.ask(multiply_adds, setting) or 0) if network else 0
         patches = setting.grid("volume").patches
-        rates = _run_rounds(list(rows.values()), bare, patches, rounds)
+        rates = _run_rounds(setting, list(rows.values()), bare, rounds)
         for process in rows.values():
             process.peak_memory = process.ask(peak_memory) or 0
+            process.device_memory = process.ask(peak_device_memory, setting.device) or 0
         return {
             "patches": patches,
             "multiply_adds_per_patch": work,
@@ -58,18 +65,19 @@ def _warm_up(setting: Setting, processes: list[Process]) -> None:
             process.parallelism = parallelism
 
 
-def _run_rounds(processes: list[Process], bare: Process, patches: int, rounds: int) -> dict[str, float]:
+def _run_rounds(setting: Setting, processes: list[Process], bare: Process, rounds: int) -> dict[str, float]:
     """Let each row run once in every round, in turn forwards and backwards.
 
     Returns the best rates of matrix multiplication, in the precisions that the rows' networks have.
     """
+    patches, device = setting.grid("volume").patches, setting.device
     networks = [entry for entry in (ROWS[process.name] for process in processes) if entry.network]
     precisions = sorted({entry.precision for entry in networks}, reverse=True)
     rates: dict[str, list[float]] = {precision: [] for precision in precisions}
     with tqdm(total=rounds * len(processes), desc="rounds", unit="row") as progress:
         for number in range(rounds):
             for precision, found in rates.items():
-                found.append(bare.ask(matrix_rate, precision) or float("nan"))
+                found.append(bare.ask(matrix_rate, precision, device) or float("nan"))
             for process in processes if number % 2 == 0 else processes[::-1]:
                 progress.set_postfix_str(process.name)
                 process.measure("whole", "volume")
@@ -98,6 +106,7 @@ def _report(
         "error": process.error,
         "patches": process.patches,
         "peak_memory": process.peak_memory,
+        "device_memory": process.device_memory,
         "figures": figures,
         "rounds": process.timings,
     }

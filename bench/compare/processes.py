@@ -38,6 +38,8 @@ class Process:
     """How many patches the row has run in the volume."""
     peak_memory: int = 0
     """Largest resident memory in bytes."""
+    device_memory: int = 0
+    """Most bytes of tensors on a GPU."""
     timings: dict[str, list[Timing]] = field(default_factory=dict)
     """Seconds of wall clock and CPU of each round, by the row's method."""
 
@@ -86,6 +88,8 @@ class Process:
 def _start(setting: Setting, name: str) -> None:
     global _row
     warnings.simplefilter("ignore")
+    if setting.device == "cpu":  # chunkflow would take a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     cpus = sorted(os.sched_getaffinity(0))
     if setting.threads < len(cpus):
         os.sched_setaffinity(0, cpus[: setting.threads])

@@ -77,7 +77,7 @@ def print_report(report: dict[str, Any], nominal: Sequence[int]) -> None:
     for network in (True, False):
         chosen = {name: row for name, row in rows.items() if ROWS[name].network == network}
         if chosen:
-            print(_rows_table(chosen, network) + "\n")
+            print(rows_table(chosen, network) + "\n")
     print("\n".join(_check_lines(report["checks"])))
 
 
@@ -89,18 +89,20 @@ def _patch_lines(report: dict[str, Any]) -> list[str]:
     return lines + ([f"\n**Not the same patches**: {odd}."] if odd else [])
 
 
-def _rows_table(rows: dict[str, Any], network: bool) -> str:
+def rows_table(rows: dict[str, Any], network: bool) -> str:
     """The table of the rows that run the network, or of those that don't."""
     columns = NETWORK if network else IDENTITY
     header = ["", *(["at a time"] if network else []), *(column.title for column in columns), "peak memory, MB"]
+    if on_gpu := any(row["device_memory"] for row in rows.values()):
+        header.append("device memory, MB")
     lines = []
     for name, row in rows.items():
         if row["error"]:
             lines.append([ROWS[name].title, row["error"], *["–"] * (len(header) - 2)])
             continue
         cells = [column.cell(row["figures"]) for column in columns]
-        memory = f"{row['peak_memory'] / 1e6:.0f}"
-        lines.append([ROWS[name].title, *([row["settings"]] if network else []), *cells, memory])
+        memory = [f"{row[key] / 1e6:.0f}" for key in ("peak_memory", "device_memory")[: 1 + on_gpu]]
+        lines.append([ROWS[name].title, *([row["settings"]] if network else []), *cells, *memory])
     return table(header, lines)
 
 

@@ -12,7 +12,7 @@ from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
 _MACHINE = re.compile(
-    r"CUDA error|CUDA out of memory|cuDNN error|CUBLAS_STATUS|allocate memory|bad_?alloc", re.IGNORECASE
+    r"(CUDA|cuDNN|CUBLAS) (error|failure)|CUDA out of memory|CUBLAS_STATUS|allocate memory|bad_?alloc", re.IGNORECASE
 )
 _MACHINE_KINDS = {"OutOfMemoryError", "AcceleratorError"}
 _LONGEST = 500

@@ -23,6 +23,7 @@ import torch
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.model_imports import import_file
 from chunkflow_core.engines.opened_files import watched
+from chunkflow_core.engines.settings import undone
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
@@ -43,7 +44,7 @@ class Model:
 
 
 def load_model(spec: VolumeSpec, device: torch.device) -> Model:
-    """The spec's model on a device, in evaluation mode.
+    """The spec's model on a device, in evaluation mode, and PyTorch's settings as they have to be.
 
     Raises:
         SpecError: The model can't be used as the spec says.
@@ -52,6 +53,11 @@ def load_model(spec: VolumeSpec, device: torch.device) -> Model:
     assert spec.model.path is not None
     path = spec.model_path(spec.model.path)
     torch.manual_seed(0)  # a network without weights of its own is the same in every process
+    with undone(spec):  # model files may say otherwise, for their training
+        return _loaded(spec, path, device)
+
+
+def _loaded(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
     try:
         if path.suffix != ".py":
             return _from_archive(spec, path, device)

@@ -9,12 +9,20 @@ from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
+from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
 from chunkflow_core.errors import SpecError
 from chunkflow_core.spec import VolumeSpec
-from chunkflow_core.storage.model_files import cache_folder
 
-_TENSORRT, _CUDA, _CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+_NO_CPU = "session.disable_cpu_ep_fallback"
+"""Setting of a session with which it refuses a network that it can't run on the GPU as a whole."""
+_IS_NO_CPU = "fallback to CPU EP has been explicitly disabled"
+"""What ONNX Runtime says of such a network."""
+_NOT_STARTED = (
+    "could not be started: a library of NVIDIA's is missing or of another version. ONNX Runtime's log says which"
+)
 
 Provider = tuple[str, dict[str, Any]]
 
@@ -63,6 +71,12 @@ class ONNX(Engine):
 
 def load(spec: VolumeSpec) -> ONNX:
     """The engine for a spec; errors as ``load_engine``."""
+    if spec.model.precision != "float32":
+        raise SpecError(
+            f"model.precision: {spec.model.precision}: the precision of an ONNX file is in the file, expected float32. "
+            "TensorRT, which could choose another, picks its kernels by the time that they take, so that each machine "
+            "would give other bits. Convert the file, or run the network by pytorch or openvino"
+        )
     runtime = required("onnxruntime", "onnx")
     providers = _providers(spec, runtime.get_available_providers())
     assert spec.model.path is not None
@@ -72,65 +86,46 @@ def load(spec: VolumeSpec) -> ONNX:
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors; they are raised too
+    if _CPU not in dict(providers):
+        options.add_session_config_entry(_NO_CPU, "1")
     try:
         # without ONNX Runtime's own fallback, which tries other settings and says nothing
         session = runtime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:
         if is_of_the_machine(error):
             raise
+        if _IS_NO_CPU in str(error):
+            raise SpecError(
+                f"model.device: cuda, but ONNX Runtime would run layers of {path} on CPUs: its provider for the GPU "
+                f"does not know them, or {_NOT_STARTED}. model.device: auto lets single layers run on CPUs"
+            ) from error
         raise SpecError(f"model.path: {path} can't be loaded by ONNX Runtime: {told(error, spec)}") from error
-    _check_provider(spec, session.get_providers()[0])
+    if session.get_providers()[0] != providers[0][0]:
+        raise SpecError(
+            f"model.device: {spec.model.device}: there is a GPU, but ONNX Runtime's provider for it {_NOT_STARTED}. "
+            "model.device: cpu does without the GPU"
+        )
     return ONNX(spec, session, runtime.__version__)
-
-
-def _check_provider(spec: VolumeSpec, got: str) -> None:
-    """Refuse the provider that the session has started with, if the spec asks for another one."""
-    missing = (
-        "could not be started: a library of NVIDIA's is missing or of another version. ONNX Runtime's log says which"
-    )
-    if spec.model.device == "cuda" and got == _CPU:
-        raise SpecError(f"model.device: cuda, but ONNX Runtime's GPU provider {missing}")
-    if spec.model.precision != "float32" and got != _TENSORRT:
-        raise SpecError(f"model.precision: {spec.model.precision}: it takes TensorRT, which {missing}")
 
 
 def _providers(spec: VolumeSpec, available: list[str]) -> list[Provider]:
     """The execution providers that may run the network's layers, the preferred one first.
 
-    TensorRT chooses among its kernels by the time that they take, and in float32 also rounds to
-    TensorFloat-32: it is for precisions that nothing else here has.
+    With ``device: cuda`` that is the GPU's only. TensorRT is none: it chooses among its kernels by
+    the time that they take, and in float32 also rounds to TensorFloat-32.
     """
-    wanted = (_CUDA, _TENSORRT) if spec.model.precision == "float32" else (_TENSORRT, _CUDA)
-    gpu = [name for name in wanted if name in available]
-    count = _gpus() if gpu and spec.model.device != "cpu" else 0
+    count = _gpus() if _CUDA in available and spec.model.device != "cpu" else 0
     if spec.model.device == "cuda" and not count:
         raise SpecError(
             f"model.device: cuda, but ONNX Runtime has no GPU here (its providers: {', '.join(available)}); install "
             "onnxruntime-gpu where there is one, or use auto or cpu"
         )
-    on_tensorrt = count > 0 and _TENSORRT in gpu
-    if spec.model.precision != "float32" and not on_tensorrt:
-        raise SpecError(
-            f"model.precision: {spec.model.precision}: the precision of an ONNX file is in the file (only TensorRT can "
-            "choose another), expected float32"
-        )
     cpu: list[Provider] = [(_CPU, {})]
-    return [(name, _options(name, spec)) for name in gpu] + cpu if count else cpu
-
-
-def _options(provider: str, spec: VolumeSpec) -> dict[str, Any]:
-    from chunkflow_core.engines.gpu import claim
-
-    device = claim(_gpus())
-    if provider == _CUDA:  # searching would choose by time taken, another algorithm in another process
-        return {"device_id": device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
-    return {
-        "device_id": device,
-        "trt_fp16_enable": spec.model.precision == "float16",
-        "trt_bf16_enable": spec.model.precision == "bfloat16",
-        "trt_engine_cache_enable": True,  # TensorRT chooses by time taken too: choose once for all processes
-        "trt_engine_cache_path": str(cache_folder("tensorrt")),
-    }
+    if not count:
+        return cpu
+    # searching would choose by time taken, another algorithm in another process
+    settings = {"device_id": claim(count), "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+    return [(_CUDA, settings)] if spec.model.device == "cuda" else [(_CUDA, settings), *cpu]
 
 
 def _gpus() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.networks import Model, load_model
 from chunkflow_core.engines.outputs import cropped, failed, select
+from chunkflow_core.engines.settings import held
 from chunkflow_core.errors import SpecError
 from chunkflow_core.machine import keep_large_arrays
 from chunkflow_core.spec import VolumeSpec
@@ -42,6 +41,7 @@ class PyTorch(Engine):
         self._spec, self._device, self._model, self._network = spec, device, model, model.network
         self._precision = _PRECISIONS.get(spec.model.precision)
         self._channels_last = False
+        self._shortages = _shortages(device)
         on_gpu = device.type == "cuda"
         if on_gpu and not model.takes_numpy:
             self.batch_size, self.device = spec.model.batch_size, device
@@ -89,18 +89,30 @@ class PyTorch(Engine):
             return tensor.contiguous()
 
     def _run(self, patches: torch.Tensor) -> Any:
-        threads = self._spec.model.threads
         if self._device.type == "cuda":  # this too is a matter of each thread, and model files may say just "cuda"
             torch.cuda.set_device(self._device)
-        if torch.get_num_threads() != threads:  # each thread of the process has a number of its own
-            torch.set_num_threads(threads)
         autocast = torch.autocast(self._device.type, self._precision, enabled=self._precision is not None)
-        with torch.inference_mode(), autocast:
+        with held(self._spec), torch.inference_mode(), autocast:
             # a network may work in place, on memory that is the caller's; and is compiled again for
             # other strides
             prepared = self._prepared(patches.clone(memory_format=torch.contiguous_format))
             output = self._network(prepared)
-            return self._model.post_process(output) if self._model.post_process else output
+            output = self._model.post_process(output) if self._model.post_process else output
+        self._check_memory()
+        return output
+
+    def _check_memory(self) -> None:
+        """Raise ``MemoryError`` if the GPU's memory has run short since the model was loaded.
+
+        PyTorch says nothing where a convolution finds no room to work in: it tries other
+        algorithms, which give other bits, and keeps to the one that does (``try_configs`` in its
+        ``cudnn/Conv_v8.cpp``). So no later patch of this process can be trusted.
+        """
+        if _shortages(self._device) != self._shortages:
+            raise MemoryError(
+                "the GPU's memory has run short while the network ran, so that cuDNN may have taken another algorithm, "
+                "which gives other bits: run fewer processes on the GPU, or smaller batches (model.batch_size)"
+            )
 
     def _prepared(self, patches: torch.Tensor) -> Any:
         """What goes into the network.
@@ -158,31 +170,10 @@ class PyTorch(Engine):
 
 def load(spec: VolumeSpec) -> PyTorch:
     """The engine for a spec; errors as ``load_engine``."""
-    _make_deterministic(spec)
     device = _device(spec.model.device)
     if device.type == "cpu":
         keep_large_arrays()
-    model = load_model(spec, device)
-    _make_deterministic(spec)  # again, as model files may say otherwise, for their training
-    return PyTorch(spec, device, model)
-
-
-def _make_deterministic(spec: VolumeSpec) -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
-    torch.set_num_threads(spec.model.threads)
-    # use_deterministic_algorithms would also import the compiler, at half the cost of PyTorch
-    # itself; the variable is for models that import it later
-    torch.set_deterministic_debug_mode("error")
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
-    if spec.model.compile or "torch._inductor" in sys.modules:
-        torch.use_deterministic_algorithms(True)
-    torch.set_flush_denormal(False)  # a matter of each thread, which others inherit that it starts
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as that writes all twice
-    torch.backends.cudnn.benchmark = False
-    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # newer than the next ones, and may overrule them
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    return PyTorch(spec, device, load_model(spec, device))
 
 
 def _device(name: str) -> torch.device:
@@ -193,6 +184,14 @@ def _device(name: str) -> torch.device:
     device = torch.device("cuda", claim(torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
+
+
+def _shortages(device: torch.device) -> int:
+    """How often this process has been refused memory of a GPU; 0 for CPUs."""
+    if device.type != "cuda":
+        return 0
+    count: int = torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0)
+    return count
 
 
 def _lay_out(network: torch.nn.Module, order: torch.memory_format) -> None:

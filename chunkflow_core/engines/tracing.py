@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.networks import Model, load_model
 from chunkflow_core.engines.outputs import select
+from chunkflow_core.engines.settings import held
 from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
@@ -69,14 +70,14 @@ class Around:
         """What goes into the network for a patch: float32, contiguous."""
         if self._model.pre_process is None:
             return patch
-        given = self._model.pre_process(patch.copy())
-        return np.ascontiguousarray(given, np.float32)
+        with held(self._spec):
+            return np.ascontiguousarray(self._model.pre_process(patch.copy()), np.float32)
 
     def after(self, outputs: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """The output that the spec names, given those of the converted network."""
         if self._model.post_process is None:  # then the selected one is the only one
             return outputs[0]
-        with torch.inference_mode():
+        with held(self._spec), torch.inference_mode():
             value = self._model.post_process(self._put_together([torch.from_numpy(output) for output in outputs]))
             return np.asarray(select(value, self._spec))
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import islice
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ class OnDevice:
         if self._extremes:
             positions = [position for position, _ in self._extremes]
             arriving = self._to_host(torch.stack([extreme for _, extreme in self._extremes]))
-            self._checks.append(cache(partial(self._check, positions, arriving)))
+            self._checks.append(_Once(partial(self._check, positions, arriving)))
             self._extremes = []
         while self._forward and self._forward[0][1].query():  # type: ignore[no-untyped-call]
             self._time_forward()
@@ -231,7 +232,7 @@ class OnDevice:
             return tensor.cpu
         self._outgoing.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outgoing):
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             host.copy_(tensor, non_blocking=True)
             arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record()
@@ -280,6 +281,20 @@ class DeviceSums:
             return array
 
         return wait
+
+
+class _Once:
+    """A check for all who need it to have passed: whoever comes first makes it, the others wait."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check: Callable[[], None] | None = check
+        self._lock = Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._check is not None:
+                self._check()
+                self._check = None  # and what it holds of the host's memory
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -19,8 +19,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["| this, PyTorch, float32 |", "| this, identity |", "- float32 output of a small volume: at most"],
     ),
     "device": (
-        "--device cpu --volume 6 24 24 --patch 4 16 16 --overlap 1 4 4 --precision float32 --batch 2 --rounds 1",
-        ["| U-Net, float32, batch 2 |", "| identity, batch 2 |"],
+        "--device cpu --volume 6 24 24 --patch 4 16 16 --overlap 1 4 4 --precision float32 --batch 2 --rounds 1 "
+        "--peers pytorch-float32",
+        ["| U-Net, float32, batch 2 | ", "| identity, batch 2 | ", "| this, PyTorch, float32 | "],
     ),
     "io": (
         "--volume 4 32 32 --chunk 4 32 32 --parallel 1",

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.common import KEPT_PATCHES, Image, make_layer
 from bench.compare.data import CHANNELS, Setting, read_input, read_patches
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Row(ABC):
@@ -49,6 +52,8 @@ class Row(ABC):
     def load(self, network: bool) -> None:
         """Bring the first patches, for the network, or the whole volume into memory."""
         _ = self.patches if network else self.data
+        if network and self.setting.device != "cpu":
+            _ = self.tensors
 
     @cached_property
     def data(self) -> Image:
@@ -59,6 +64,13 @@ class Row(ABC):
     def patches(self) -> list[NDArray[np.float32]]:
         """The first patches of the lattice, float32 ``(1, 1, z, y, x)`` in [0, 1]."""
         return list(read_patches(self.setting, "volume", self.data, KEPT_PATCHES))
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """The same patches as tensors, where the network is."""
+        import torch
+
+        return [torch.from_numpy(patch).to(self.setting.device) for patch in self.patches]
 
     def outputs(self) -> NDArray[np.float32] | None:
         """Run the first patches; None if the row has no engine of its own to be compared."""
@@ -90,10 +102,10 @@ class WholeVolume(Row):
         to_uint8(self.infer(self.data)[0])
 
     def parallelism(self) -> str:
-        """Tell in how many threads the only pass at a time runs."""
+        """Tell in how many threads the only pass at a time runs, if on CPUs."""
         import torch
 
-        return f"1 × {torch.get_num_threads()} threads"
+        return f"1 × {torch.get_num_threads()} threads" if self.setting.device == "cpu" else "1"
 
     def _output(self, layer: str) -> Any:
         from cloudvolume import CloudVolume

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.common import RESOLUTION, Image
+from bench.common import RESOLUTION, Image, wait_for
 from bench.compare.data import CHANNELS, Setting
 from bench.compare.rows.base import WholeVolume
 
@@ -56,7 +56,8 @@ class Chunkflow(WholeVolume):
         """Run the model on ``count`` patches that are in memory, one by one."""
         import torch
 
-        network, patches = self.inferencer.patch_inferencer.model, self.patches
+        network, patches = self.inferencer.patch_inferencer.model, self.tensors
         with torch.no_grad():
             for i in range(count):
-                network(torch.from_numpy(patches[i % len(patches)]))
+                network(patches[i % len(patches)])
+        wait_for(self.setting.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.common import Image
+from bench.common import Image, wait_for
 from bench.compare.data import CHANNELS, Setting, load_network
 from bench.compare.rows.base import WholeVolume
 
@@ -65,7 +65,7 @@ class Monai(WholeVolume):
             return self.predictor(batch)
 
         with torch.inference_mode():
-            image = torch.from_numpy(np.ascontiguousarray(stack))[None, None].float().div_(255)
+            image = torch.from_numpy(np.ascontiguousarray(stack))[None, None].to(setting.device).float().div_(255)
             # half a voxel less: MONAI rounds the stride down, and fractions are not exact
             overlap = [(o - 0.5) / p if o else 0.0 for o, p in zip(setting.overlap, setting.patch, strict=True)]
             result: Any = sliding_window_inference(
@@ -78,17 +78,18 @@ class Monai(WholeVolume):
                 buffer_steps=setting.monai_buffer,
                 buffer_dim=0,
             )
-        return result[0].numpy(), ran
+        return result[0].cpu().numpy(), ran
 
     def forward(self, count: int) -> None:
         """Run the network on ``count`` patches that are in memory, ``sw_batch_size`` at a time."""
         import torch
 
-        size, patches = self.setting.monai_batch, self.patches
+        size, patches = self.setting.monai_batch, self.tensors
         with torch.inference_mode():
             for first in range(0, count, size):
                 numbers = range(first, min(first + size, count))
-                self.predictor(torch.from_numpy(np.concatenate([patches[i % len(patches)] for i in numbers])))
+                self.predictor(torch.cat([patches[i % len(patches)] for i in numbers]))
+        wait_for(self.setting.device)
 
     def parallelism(self) -> str:
         """Tell the threads of a pass, the patches of a batch, and MONAI's buffer if it has one."""

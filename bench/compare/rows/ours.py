@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.common import Image, run_passes
+from bench.common import Image, run_passes, wait_for
 from bench.compare.data import CHANNELS, Array, Setting, load_network, patch_boxes, read_input, read_patches
 from bench.compare.rows.base import Row
 from chunkflow_core.engines import load_engine
@@ -58,8 +58,10 @@ class Ours(Row):
         return load_engine(self._spec("volume"))
 
     def parallelism(self) -> str:
-        """Tell how many passes run at a time, in how many threads each."""
+        """Tell how many passes run at a time, and in how many threads each if on CPUs."""
         threads = self.setting.pass_threads
+        if self.engine.device is not None:
+            return "1"
         return f"{self.engine.streams} × {threads} thread{'s' if threads > 1 else ''}"
 
     @cached_property
@@ -89,7 +91,12 @@ class Ours(Row):
 
     def forward(self, count: int) -> None:
         """Run ``count`` forward passes of the engine on patches that are in memory."""
-        run_passes(self.engine, self.patches, count)
+        if self.engine.device is None:
+            run_passes(self.engine, self.patches, count)
+            return
+        for i in range(count):
+            self.engine.forward(self.tensors[i % len(self.tensors)])
+        wait_for(self.engine.device)
 
     def outputs(self) -> NDArray[np.float32] | None:
         """Run the first ``PROBES`` patches; float32 ``(patch, channels, z, y, x)``."""
@@ -111,7 +118,7 @@ class Ours(Row):
 
         def in_double(patch: Array) -> Array:
             with torch.inference_mode():
-                output: Array = network(torch.from_numpy(patch).double()).numpy()
+                output: Array = network(torch.from_numpy(patch).double().to(self.setting.device)).cpu().numpy()
                 return output
 
         def apart(run: Callable[[Array], Array]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -96,30 +95,6 @@ def test_lower_precision_is_used_and_near(make_spec: MakeSpec, tmp_path: Path, o
     assert low.dtype == np.float32
     np.testing.assert_allclose(low, exact, atol=2e-2)
     assert not np.array_equal(low, exact), "it was computed in float32"
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        'torch.backends.fp32_precision = "tf32"',
-        'torch.set_float32_matmul_precision("medium")',
-        "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True",
-        "torch.backends.cudnn.benchmark = True",
-        "torch.use_deterministic_algorithms(False)",
-        "torch.set_flush_denormal(True)",
-    ],
-)
-def test_settings_of_a_model_file_decide_no_number(
-    make_spec: MakeSpec, tmp_path: Path, output: Section, setting: str
-) -> None:
-    """Published model files set these for all of PyTorch, to train faster."""
-    write(tmp_path, f"{NET}\n{setting}\nInstantiatedModel = Net()\n")
-    load(make_spec(model=pytorch(weights=...), output=output))
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-    assert not torch.backends.cudnn.benchmark
-    assert (torch.tensor([1e-40]) * 0.5).item() > 0
-    assert torch.are_deterministic_algorithms_enabled() and import_module("torch._inductor.config").deterministic
 
 
 # ---------------------------------------------------------------------------------------- compiling

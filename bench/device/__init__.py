@@ -1,0 +1,1 @@
+"""The path for accelerators on a GPU: speed and bits."""
