@@ -22,6 +22,7 @@ from chunkflow_core.inference import reference
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.steps import provenance
 from chunkflow_core.steps.blend import receive_and_blend
+from chunkflow_core.steps.cleanup import cleanup
 from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.output import open_output
 from chunkflow_core.steps.prepare import Other, prepare
@@ -379,3 +380,34 @@ class TestClaimDuringARun:
             inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))
         assert chunkflow("prepare", path).returncode == 0
         inference_and_donate(Workspace(load_spec(path)), (0, 0, 0))
+
+
+def test_cleaning_up_deletes_what_earlier_epochs_have_left(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """And nothing of the present one, nor of one that comes."""
+    path = make_spec(exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"})
+    late = Workspace(prepared(path))
+    receipt = inference_and_donate(late, (0, 0, 0)).receipt
+    assert receipt is not None
+    prepared(path, *OTHER, other="overwrite")
+    spec = prepared(path, other="overwrite")
+    late.exchange.put_receipt(receipt)
+    inference_and_donate(Workspace(spec), (0, 0, 0))
+    above = tmp_path / "exchange" / spec.fingerprint
+    (above / "0003-0123456789ab" / "receipts").mkdir(parents=True)
+    (above / "0003-0123456789ab" / "receipts" / "a.json").touch()
+    before = files_below(above)
+
+    cleanup(spec)
+
+    assert Exchange(spec).epoch.startswith("0002-")
+    gone = before.keys() - files_below(above).keys()
+    assert gone == {name for name in before if name.startswith(late.exchange.epoch)} != set()
+
+
+def test_only_the_present_owner_s_cleaning_up_deletes_epochs(make_spec: MakeSpec, tmp_path: Path) -> None:
+    path = make_spec()
+    run(path)
+    prepared(path, *OTHER, other="overwrite")
+    before = files_below(tmp_path)
+    cleanup(load_spec(path))
+    assert files_below(tmp_path) == before
