@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from copy import copy
 from functools import cached_property
+from typing import NamedTuple
 
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.receipts import Receipt
@@ -17,6 +18,15 @@ from chunkflow_core.lattice.boxes import Box, Vector, vector
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layers import InputLayer
 from chunkflow_core.storage.signatures import LayerSignatures
+
+
+class InputVersion(NamedTuple):
+    """What storage says of what a block reads."""
+
+    signature: str
+    """Of its content: see ``Inputs.signature``."""
+    version: str
+    """Of the writes that have made it, too: it does not become again what it was."""
 
 
 class Inputs:
@@ -35,12 +45,12 @@ class Inputs:
         self._layer, self._mask, self._inference = layer, mask, inference
         self._forget()
 
-    def _forget(self) -> None:
+    def _forget(self, *, versions: bool = False) -> None:
         spec, mask = self._spec, self._mask
-        self._signatures = LayerSignatures(spec.input.path, spec.input.mip, self._layer.scale)
+        self._signatures = LayerSignatures(spec.input.path, spec.input.mip, self._layer.scale, versions=versions)
         self._mask_signatures: LayerSignatures | None = None
         if mask is not None and spec.skip.mask is not None:
-            self._mask_signatures = LayerSignatures(mask.path, spec.skip.mask.mip, mask.scale)
+            self._mask_signatures = LayerSignatures(mask.path, spec.skip.mask.mip, mask.scale, versions=versions)
 
     def load(self, blocks: Collection[Vector]) -> None:
         """Ask storage for the signatures of many blocks at once."""
@@ -59,11 +69,14 @@ class Inputs:
         of_mask = self._mask_signatures.digest(self._mask_source(block))
         return short_digest(f"{signature} {of_mask}".encode()) if of_mask else ""
 
-    def signature_now(self, block: Vector) -> str:
-        """Do what ``signature`` does, and ask storage anew whatever it has said before."""
+    def at_present(self, block: Vector) -> InputVersion:
+        """What storage says of what a block reads; it is asked anew whatever it has said before."""
         asking = copy(self)
-        asking._forget()
-        return asking.signature(block)
+        asking._forget(versions=True)
+        signature, version = asking.signature(block), asking._signatures.version(self._source(block))
+        if asking._mask_signatures is not None:
+            version += asking._mask_signatures.version(self._mask_source(block))
+        return InputVersion(signature, version)
 
     def unchanged(self, receipt: Receipt, *, confirm: bool = False) -> bool:
         """Whether a block would read what its receipt of inference says that it has read.
@@ -73,13 +86,14 @@ class Inputs:
             confirm: Whether it is noted if voxels had to be read to find that out, so that they
                 need not be read the next time.
         """
-        signature = self.signature(receipt.block)  # asked before anything is read
+        signature = self.signature(receipt.block)
         if signature and signature == receipt.signature:
             return True
+        before = self.at_present(receipt.block) if confirm else None
         if self.content(receipt.block) != receipt.content:
             return False
-        if confirm and signature == self.signature_now(receipt.block):  # it was so all the time
-            self._exchange.put_note("infer", receipt.block, receipt.signature, signature)
+        if before is not None and before == self.at_present(receipt.block):  # it was so all the time
+            self._exchange.put_note("infer", receipt.block, receipt.signature, before.signature)
         return True
 
     def content(self, block: Vector) -> str:

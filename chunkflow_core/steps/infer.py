@@ -15,6 +15,7 @@ from chunkflow_core.inference.block import FinalPiece
 from chunkflow_core.inference.mask import MaskWindow, mask_digest
 from chunkflow_core.lattice.blocks import Donation
 from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.planning.inputs import InputVersion
 from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.steps.stage import StageResult, StageWork
 from chunkflow_core.steps.workspace import Workspace
@@ -62,7 +63,7 @@ def inference_and_donate(
     if done is not None and done.geometry == spec.block_digest(index) and _is_enough(workspace, done, run, why):
         return StageResult(done, up_to_date=True)
     work = StageWork(workspace, "infer", spec.grid.block(index), run, before=done)
-    signature = workspace.inputs.signature_now(index)  # before anything is read
+    before = workspace.inputs.at_present(index)  # before anything is read
     block_run = workspace.inference.run(work.block, work.timings, patch_done)
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         leaving = _LeavingPieces(work, pool)
@@ -76,10 +77,10 @@ def inference_and_donate(
                 leaving.start(final, block_run.mask)
                 work.tell_progress(final.piece.box)
         except (DataError, MissingInputError) as error:
-            _check_same(workspace, index, signature, error)
+            _check_same(workspace, index, before, error)
             raise
         leaving.wait()
-    _check_same(workspace, index, signature)
+    _check_same(workspace, index, before)
     counts = work.timings.counts
     exchange.keep_donations(index, leaving.donated)
     if spec.input.fill_missing:
@@ -91,7 +92,7 @@ def inference_and_donate(
         patches=counts["patches"],
         skipped={why: counts[why] for why in SKIPPED if counts[why]},
         donations=tuple(leaving.donated),
-        signature=signature,
+        signature=before.signature,
         content=block_run.content.digest,
         mask=mask_digest(workspace.frame_windows(work.block, block_run.mask)),
     )
@@ -107,19 +108,21 @@ def _is_enough(workspace: Workspace, done: Receipt, run: str, why: Reason | None
     return workspace.outputs.are_as_written(done)
 
 
-def _check_same(workspace: Workspace, index: Vector, signature: str, error: Exception | None = None) -> None:
+def _check_same(workspace: Workspace, index: Vector, before: InputVersion, error: Exception | None = None) -> None:
     """Check that storage still says of a block's input what it said before that was read.
+
+    It may be changed meanwhile, and changed back.
 
     Args:
         workspace: What the steps of the volume share.
         index: Index of the block, zyx.
-        signature: What storage said.
+        before: What storage said.
         error: What has come of the reading, if it has failed.
 
     Raises:
         StorageError: It says something else: some voxels may be of before, others of after.
     """
-    if workspace.inputs.signature_now(index) != signature:
+    if workspace.inputs.at_present(index) != before:
         why = f": {error}" if error else ""
         raise StorageError(
             f"the input of block {index} was changed while it was read{why}. A retry reads it as it is then"

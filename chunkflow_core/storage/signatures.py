@@ -20,7 +20,7 @@ from chunkflow_core.storage.disk import local_path
 from chunkflow_core.storage.files import is_on_disk, storage_errors
 from chunkflow_core.storage.layer_info import LayerScale
 from chunkflow_core.storage.listing.disk import Disk
-from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Column, Store, Wanted
+from chunkflow_core.storage.listing.grid import VERSION, CannotTell, Chunks, Column, Store, Wanted
 
 _UNKNOWN, ABSENT = 0, 1
 
@@ -37,9 +37,17 @@ class WrittenChunk(NamedTuple):
 class LayerSignatures:
     """What the storage says of a layer's storage chunks, without reading them."""
 
-    def __init__(self, path: str, mip: int, scale: LayerScale) -> None:
-        """Name the storage chunks of one scale of the layer at ``path``; nothing is asked yet."""
+    def __init__(self, path: str, mip: int, scale: LayerScale, *, versions: bool = False) -> None:
+        """Name the storage chunks of one scale of a layer; nothing is asked yet.
+
+        Args:
+            path: Address of the layer.
+            mip: Index of the scale.
+            scale: The scale.
+            versions: Whether to remember what :meth:`version` takes, which needs more memory.
+        """
         self.path = plain(path)
+        self._versions: dict[tuple[Column, int], str] | None = {} if versions else None
         self._chunks = Chunks(scale)
         self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}"
         self._columns: dict[Column, array[int]] = {}
@@ -67,6 +75,8 @@ class LayerSignatures:
                     place = self._chunks.place(name)
                     if place is not None and place[0] in self._columns:
                         self._columns[place[0]][place[1]] = signature_number(signature)
+                        if self._versions is not None:
+                            self._versions[place] = signature
         except CannotTell:
             self._store = None
             return
@@ -147,6 +157,19 @@ class LayerSignatures:
             content.update(self._columns[y, x][zs.start : zs.stop])
         return short_digest(content.digest())
 
+    def version(self, box: Box) -> str:
+        """Hash of which writes have made the storage chunks that touch a box; "" if unknown.
+
+        Other than a ``digest``, it is never again what it was, as far as storage tells one write
+        from the next: by time or generation, besides the content.
+        """
+        signature = self.digest(box)
+        if not signature or self._versions is None:
+            return ""
+        zs, ys, xs = self._chunks.touching(box)
+        said = [self._versions.get(((y, x), z), "") for y, x, z in product(ys, xs, zs)]
+        return short_digest("\n".join([signature, *said]).encode())
+
     def _is_known(self, zs: range, columns: Iterable[Column]) -> bool:
         known = (self._columns.get(column) for column in columns)
         return all(numbers is not None and _UNKNOWN not in numbers[zs.start : zs.stop] for numbers in known)
@@ -183,8 +206,12 @@ def _open_store(path: str, key: str) -> Store | None:
 
 
 def signature_number(signature: str) -> int:
-    """64 bits of a hash of what a storage says of a storage chunk; 0 if it says nothing."""
+    """64 bits of a hash of what a storage says of a storage chunk; 0 if it says nothing.
+
+    What it says of a single write, after ``VERSION``, is left out.
+    """
     if not signature:
         return _UNKNOWN
-    number = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "little")
+    content = signature.partition(VERSION)[0]
+    number = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little")
     return max(number, ABSENT + 1)

@@ -15,6 +15,8 @@ Wanted = dict[Column, list[int]]
 """Storage chunks to ask for: their positions in z, by column."""
 Found = list[tuple[str, str]]
 """Names and signatures of storage chunks that are there."""
+VERSION = "\0"
+"""Stands in a signature before what tells one write from another one of the same content."""
 
 _Item = TypeVar("_Item")
 

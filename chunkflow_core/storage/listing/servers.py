@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from cloudfiles import CloudFiles, paths
@@ -14,7 +15,7 @@ from requests.adapters import HTTPAdapter
 
 from chunkflow_core.errors import SpecError
 from chunkflow_core.storage.clients import located, meaning, open_files, patient
-from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Found, Store, Wanted, batches, in_parallel
+from chunkflow_core.storage.listing.grid import VERSION, CannotTell, Chunks, Found, Store, Wanted, batches, in_parallel
 from chunkflow_core.storage.uploads import gcs_signature, s3_signature
 
 _REQUESTS: Final = 16
@@ -101,12 +102,12 @@ class _S3(_Bucket):
         place = {"Bucket": connection._path.bucket, "Prefix": prefix, "MaxKeys": _PAGE}
         answer = connection._conn.list_objects_v2(**place, **({"ContinuationToken": token} if token else {}))
         objects = answer.get("Contents", [])
-        found = [(o["Key"], s3_signature(o.get("ETag"), o["Size"], o["LastModified"])) for o in objects]
+        found = [(o["Key"], _of_s3(o.get("ETag"), o["Size"], o["LastModified"])) for o in objects]
         return found, answer.get("NextContinuationToken")
 
     def _head(self, connection: Any, name: str) -> str | None:
         head = connection.head(name)  # has retries
-        return head and s3_signature(head["ETag"], head["Content-Length"], head["Last-Modified"])
+        return head and _of_s3(head["ETag"], head["Content-Length"], head["Last-Modified"])
 
 
 class _GCS(_Bucket):
@@ -114,13 +115,13 @@ class _GCS(_Bucket):
     def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
         fields = "items(name,md5Hash,crc32c,generation,size),nextPageToken"
         blobs = connection._bucket.list_blobs(prefix=prefix, page_size=_PAGE, page_token=token, fields=fields)
-        found = [(blob.name, gcs_signature(blob)) for blob in next(blobs.pages, ())]
+        found = [(blob.name, _of_gcs(blob)) for blob in next(blobs.pages, ())]
         return found, blobs.next_page_token
 
     @patient
     def _head(self, connection: Any, name: str) -> str | None:
         blob = connection._bucket.get_blob(connection.get_path_to_file(name))
-        return None if blob is None else gcs_signature(blob)
+        return None if blob is None else _of_gcs(blob)
 
 
 class _Http(_Server):
@@ -147,11 +148,20 @@ class _Http(_Server):
             return http_signature(response.headers)
 
 
+def _of_s3(etag: str | None, size: int, modified: datetime) -> str:
+    return f"{s3_signature(etag, size, modified)}{VERSION}{modified.timestamp():.3f}"
+
+
+def _of_gcs(blob: Any) -> str:
+    return f"{gcs_signature(blob)}{VERSION}{blob.generation}"
+
+
 def http_signature(headers: Mapping[str, str]) -> str:
     """What a web server says of a file; ``CannotTell`` if it says neither ETag nor last change."""
+    modified = headers.get("Last-Modified", "")
     if etag := headers.get("ETag"):
-        return etag.removeprefix("W/")
-    if modified := headers.get("Last-Modified"):
+        return f"{etag.removeprefix('W/')}{VERSION}{modified}"
+    if modified:
         return f"{modified} {headers.get('Content-Length')}"
     raise CannotTell
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
+from chunkflow_core.errors import StorageError
 from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.planning.planner import Plan, Request, plan
 from chunkflow_core.spec import VolumeSpec, load_spec
+from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.workspace import Workspace
-from chunkflow_core.storage.files import put_file
-from chunkflow_core.storage.layers import OutputLayer
+from chunkflow_core.storage.files import open_files, put_file
+from chunkflow_core.storage.layers import InputLayer, OutputLayer
 from tests.support.object_storage import Proxy
 from tests.support.stores import Store, spec_for
 
@@ -72,6 +77,31 @@ def test_what_is_written_or_deleted_since(path: Path, monkeypatch: pytest.Monkey
     assert due(spec).why == {(0, 0, 0): "output", (1, 1, 1): "output"}
     assert main(["run", str(path), "--check-input", "--seams", "0", "--set", "exchange.donations=keep"]) == 0
     np.testing.assert_array_equal(layer.read(spec.grid.roi), healthy)
+
+
+def test_an_input_that_changes_and_changes_back_while_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a store says of the content is the same then, so that the write itself has to tell."""
+    spec = load_spec(path)
+    place, read = spec.input.path, InputLayer.read
+    (name,) = [name for name in open_files(place).list() if name.endswith("/0-20_0-24_0-10")]
+    raw = open_files(place).get([name], raw=True)[0]
+    written = time.time()
+    while int(time.time()) <= int(written) + 1:  # S3 tells the second
+        time.sleep(0.01)
+
+    def changed_and_back(layer: InputLayer, box: Box) -> NDArray[Any]:
+        put_file(place, name, bytes(4800))
+        try:
+            return read(layer, box)
+        finally:
+            put_file(place, name, raw["content"], compression=raw["compress"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InputLayer, "read", changed_and_back)
+        with pytest.raises(StorageError, match="was changed while it was read"):
+            inference_and_donate(Workspace(spec), (0, 0, 0), why="forced")
+    assert main(["run", str(path), "--check-input", "--seams", "0"]) == 0
+    assert main(["verify", str(path)]) == 0
 
 
 def test_what_lies_among_the_storage_chunks(path: Path) -> None:
