@@ -226,6 +226,7 @@ class History:
         for actor in disowned:
             receipts = [what for what in actor.wrote if what.startswith("put") and what.endswith(".json")]
             assert not receipts, f"{actor.name} has written for an earlier claim: {receipts}"
+            self._note(actor)
 
     def is_of_earlier_claim(self, actor: Actor) -> bool:
         """Whether an attempt's output is another's by now, and it has still to look at that."""
