@@ -181,17 +181,17 @@ class Exchange:
         """Keys of all donations there are."""
         return {name.rpartition("/")[2] for name in self._list("donations/")}
 
-    def donations_of(self, groups: Iterable[Vector]) -> dict[Vector, list[str]]:
-        """Keys of the donations that the blocks of some groups have left, by donor."""
-        found: dict[Vector, list[str]] = defaultdict(list)
+    def donations_of(self, groups: Iterable[Vector]) -> Iterator[dict[Vector, list[str]]]:
+        """Keys of the donations that the blocks of each of some groups have left, by donor."""
         for group, names in self._list_groups("donations", groups):
+            found: dict[Vector, list[str]] = defaultdict(list)
             for name in names:
                 key = name.rpartition("/")[2]
                 with suppress(ValueError):  # of what is no donation
                     given_box(key)
                     if self._donation(key) == f"donations/{group_name(group)}/{name}":
                         found[self._donor(key)].append(key)
-        return found
+            yield found
 
     def delete_donations(self, keys: Iterable[str]) -> None:
         """Delete donations; those that aren't there are passed over."""

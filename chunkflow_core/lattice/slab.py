@@ -132,6 +132,15 @@ class Slab:
     def wait_for_room(self, position: Vector) -> None:
         """Return when there is room for a patch.
 
+        It does return, if patches are started tier by tier, each by the next free thread, and
+        pieces leave as they become final. Take the first tier that is not finished, and let it
+        start at plane ``a``. All sums below ``a`` are final, so that all pieces that end there have
+        left. Pieces end at most a storage chunk ``c`` apart, so the slab has moved to ``a - (c -
+        1)`` at least. It has room for ``p + c - 1`` planes (``BlockGrid.slab_depth``), so up to
+        ``a + p``, where the tier's patches end: none of them waits. Patches of later tiers may wait
+        in their threads, but each was started after all of this tier, which so have threads too,
+        and end. Then the next tier is the first. What copies sums out has threads of its own.
+
         Raises:
             Cancelled: The slab was given up.
         """

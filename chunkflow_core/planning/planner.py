@@ -148,6 +148,22 @@ class Done:
 
 
 class _Planner:
+    """Looks for all that is due: the least sets of blocks to which the rules of :func:`plan` lead.
+
+    The rules only ever add: a blending becomes due as a donor changes, an inference as a blending
+    needs its donations; nothing that is due makes another thing not due. A finite lattice has one
+    least fixpoint of such rules, and every order of applying them ends there, so it does not matter
+    in which order blocks are looked at.
+
+    It ends: each round looks at blocks that were not looked at before, or whose donors have come
+    into ``changing`` since, and a donor comes there once. It has applied all rules then: what a
+    receiver's rule depends on is what storage says, which stays the same for the plan, and its
+    donors in ``changing``; each donor that comes there has its receivers looked at in the next
+    round. An inference's rule depends on its receivers that are due, and is applied for each in the
+    round in which that becomes due. Which blocks are looked at, too, only ever grows: those asked
+    for, their receivers and those of their donors, and in turn the same around each that is due.
+    """
+
     def __init__(self, spec: VolumeSpec, request: Request, state: VolumeState) -> None:
         self.spec, self.request, self.state = spec, request, state
         self.grid, self.done = spec.grid, Done(spec, state)

@@ -73,9 +73,10 @@ class ExchangeState(ExchangeReceipts):
         """Number of donations that are there, from one block for another."""
         group = group_of(donor)
         if group not in self._donations_listed:
-            for block, keys in self._exchange.donations_of([group]).items():
-                holding = self._exchange.spec.grid.holding
-                self._stored[block] = Counter(holding(given_box(key).start) for key in keys)
+            holding = self._exchange.spec.grid.holding
+            for donated in self._exchange.donations_of([group]):
+                for block, keys in donated.items():
+                    self._stored[block] = Counter(holding(given_box(key).start) for key in keys)
             self._donations_listed.add(group)
         return self._stored.get(donor, Counter())[receiver]
 

@@ -42,27 +42,28 @@ def cleanup(spec: VolumeSpec, *, now: float | None = None) -> int:
     if policy == "keep":
         return 0
     days = 0.0 if policy == "delete" else policy.days
-    spent = list(_spent(exchange, before=now - days * _DAY if days else None))
-    exchange.delete_donations(spent)
-    return len(spent)
+    number = 0
+    for spent in _spent(exchange, before=now - days * _DAY if days else None):
+        exchange.delete_donations(spent)
+        number += len(spent)
+    return number
 
 
-def _spent(exchange: Exchange, before: float | None) -> Iterator[str]:
-    """Keys of donations that have been consumed.
+def _spent(exchange: Exchange, before: float | None) -> Iterator[list[str]]:
+    """Keys of donations that have been consumed, group by group, since there may be millions.
 
     With ``before``, in Unix time, only those that a blending has consumed that ended before it.
     """
     grid, receipts = exchange.spec.grid, ExchangeReceipts(exchange)
-    donated = exchange.donations_of(exchange.groups())
-    receivers = {r for donor in donated for r in grid.receivers(donor)}
-    receipts.load(receivers | {d for r in receivers for d in grid.donors(r)})
-    done = set(filter(Done(exchange.spec, receipts).has_consumed, receivers))
-    if before is not None:
-        done = {r for r in done if _finished(exchange, r) < before}
-    for keys in donated.values():
-        for key in keys:
-            if grid.holding(given_box(key).start) in done:
-                yield key
+    consumed = Done(exchange.spec, receipts).has_consumed
+    for donated in exchange.donations_of(exchange.groups()):
+        receivers = {r for donor in donated for r in grid.receivers(donor)}
+        receipts.load(receivers | {d for r in receivers for d in grid.donors(r)})
+        done = set(filter(consumed, receivers))
+        if before is not None:
+            done = {r for r in done if _finished(exchange, r) < before}
+        keys = (key for keys in donated.values() for key in keys)
+        yield [key for key in keys if grid.holding(given_box(key).start) in done]
 
 
 def _finished(exchange: Exchange, receiver: Vector) -> float:

@@ -61,21 +61,19 @@ def output_of(path: Path) -> NDArray[np.generic]:
 def files_below(folder: Path) -> dict[str, bytes]:
     """All files below a folder, by relative path.
 
-    The manifests of runs, which hold times, are left out.
+    What holds times is left out: the manifests of runs, and who is at work.
     """
-    files = {
-        str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file() and f.parent.name != "runs"
-    }
-    return {name: file.read_bytes() for name, file in files.items()}
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.parent.name not in ("runs", "leases"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Content and time of change of all files below a folder.
 
-    The trial that every ``prepare`` makes is left out.
+    The trial that every ``prepare`` makes is left out, and who is at work.
     """
     return {
         str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
         for file in folder.rglob("*")
-        if file.is_file() and file.name != "trial.json"
+        if file.is_file() and file.name != "trial.json" and file.parent.name != "leases"
     }

@@ -22,11 +22,6 @@ MakeSpec = Callable[..., Path]
 Command = Callable[..., Any]
 
 
-def lasting(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """All files but those that say which run is at work."""
-    return {name: facts for name, facts in files_of(folder).items() if "/leases/" not in name}
-
-
 def output_of(folder: Path) -> NDArray[np.uint8]:
     return np.asarray(CloudVolume(f"file://{folder}/output", progress=False)[:, :, :])[..., 0].T
 
@@ -50,7 +45,7 @@ def test_a_volume_from_run_to_cleanup(
         abs(output_of(tmp_path).astype(int) - input_of(random_layer)).max() <= 1
     )  # the weights of a voxel sum up to 1
     assert not list(tmp_path.glob("exchange/*/*/donations/*/*/*")), "cleaned up"
-    before = lasting(tmp_path)
+    before = files_of(tmp_path)
 
     plan = json.loads(chunkflow("plan", spec, "--json").stdout)
     assert (plan["infer"], plan["blend"], plan["up_to_date"]) == ([], [], BLOCKS)
@@ -59,15 +54,15 @@ def test_a_volume_from_run_to_cleanup(
     again = chunkflow("run", spec)
     assert again.returncode == 0, again.stderr
     assert "0 blocks to infer, 0 to blend, 8 up to date" in again.stdout
-    assert lasting(tmp_path) == before
+    assert files_of(tmp_path) == before
 
     for stage in (inference_and_donate, receive_and_blend):  # as Airflow would, on a retry after a success
         assert stage.main([str(spec), "--block", "1", "1", "1"]) == 0
-    assert lasting(tmp_path) == before
+    assert files_of(tmp_path) == before
 
     assert chunkflow("verify", spec, "--seams", 5).returncode == 0
     assert "0 donations deleted" in chunkflow("cleanup", spec).stdout
-    assert lasting(tmp_path) == before
+    assert files_of(tmp_path) == before
 
 
 def test_run_of_a_box_then_of_the_rest(make_spec: MakeSpec, tmp_path: Path, chunkflow: Command) -> None:
