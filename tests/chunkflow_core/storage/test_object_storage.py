@@ -14,6 +14,7 @@ from cloudvolume import CloudVolume
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
+from chunkflow_core.exchange.leases import Lease
 from chunkflow_core.reports import manifest
 from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.blend import receive_and_blend
@@ -122,9 +123,9 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     It takes another for each layer's ``info``, and for the file of reference patches, and few
     listings. The output's claims are listed once, and the last one is read; two requests at a time
     tell that it still is the last: at first, before each piece that is written, and before the
-    receipt. Other listings are of the block's receipts (to find, and to retract them), of its
-    donations, and of the input's storage chunks, before they are read and afterwards. Of what it
-    has written nothing is asked.
+    receipt. So are its leases, if the stage is part of a run. Other listings are of the block's
+    receipts (to find, and to retract them), of its donations, and of the input's storage chunks,
+    before they are read and afterwards. Of what it has written nothing is asked.
     """
     store = use(kind)
     path = spec_for(store, tmp_path)
@@ -132,15 +133,19 @@ def test_requests_of_a_block(use: Callable[[str], Store], tmp_path: Path, kind: 
     spec = load_spec(path)
     for index in spec.grid.indices():
         inference_and_donate(Workspace(load_spec(path)), index)
+    Lease(spec, "run").take()
     store.proxy.clear()
     write = {"s3": "PUT", "gs": "POST list"}[kind]
+    workspace = Workspace(load_spec(path))
+    workspace.lease = Lease(workspace.spec, "run")
 
-    result = inference_and_donate(Workspace(load_spec(path)), (0, 0, 0), why="forced").receipt
+    result = inference_and_donate(workspace, (0, 0, 0), why="forced").receipt
     assert result is not None
     given = sum(entry.checksum is not None for entry in result.donations)
     counts = store.proxy.counts()
     pieces = sum(bool(piece.core) for piece in spec.grid.pieces(spec.grid.block((0, 0, 0))))
     reads = {"GET info": 2, "GET list claims": 1, "GET claims": 1 + 2 * (2 + pieces), "GET receipts": 1, "GET chunk": 8}
+    reads |= {"GET list leases": 1, "GET leases": 1 + 2 * (1 + pieces)}  # the first look lists
     reads |= {"GET list receipts": 2, "GET list donations": 1, "GET list other": 4, "GET other": 1}
     written = sum(count for what, count in counts.items() if what.startswith(write))
     assert {what: count for what, count in counts.items() if what.startswith("GET")} == reads
