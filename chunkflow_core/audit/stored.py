@@ -17,10 +17,10 @@ from typing import cast
 
 from chunkflow_core.audit.findings import Audit, FindingKind
 from chunkflow_core.errors import DataError, MissingInputError
-from chunkflow_core.exchange.folder import VOID
+from chunkflow_core.exchange.counting import VOID, BlockFiles
 from chunkflow_core.exchange.groups import blocks_of, group_of
 from chunkflow_core.exchange.marks import STAGES, BlendingMark, InferenceMark, Stage, parse_mark
-from chunkflow_core.exchange.receipts import DonationEntry, Receipt, agreed
+from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.block_numbers import BlockSet, number_of
 from chunkflow_core.lattice.blocks import Block, Donation, given_box
 from chunkflow_core.lattice.boxes import Box, Vector
@@ -151,11 +151,13 @@ class StoredAudit:
         """
         current: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
         outdated: dict[Vector, dict[str, Receipt]] = defaultdict(dict)
-        void = set[Vector]()
+        files: dict[Vector, BlockFiles] = {}
         for name, receipt in self._exchange.stored_receipts(stage, [group]):
             block = self._exchange.owner(name)
+            if block is not None:
+                its = files.setdefault(block, BlockFiles(stage, self._grid.block(block).box.key))
+                its.add(name.rpartition("/")[2])
             if block is not None and name.endswith(VOID):
-                void.add(block)
                 self._bad_receipt(name, block, "the block's receipts were being deleted, and count no more")
                 continue
             if isinstance(receipt, str) or block is None:
@@ -167,12 +169,12 @@ class StoredAudit:
             kind[block][name] = receipt
         begun.update(current, outdated)
         found = {}
-        for block in void:
-            current.pop(block, None)
         for block, several in current.items():
+            if files[block].void:
+                continue
             for name in outdated.pop(block, {}):
                 self._bad_receipt(name, block, "a receipt from before the ROI grew stands beside the one that counts")
-            if counting := agreed(list(several.values())):
+            if counting := files[block].receipt(list(several.values())):
                 self._marks[stage][block] = counting.mark.text
                 found[block] = counting
                 continue

@@ -32,16 +32,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import groupby
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange import donations, receipts
 from chunkflow_core.exchange.claims import Claim, Claims
+from chunkflow_core.exchange.counting import NOTE, VOID, BlockFiles
 from chunkflow_core.exchange.epochs import folder_of
 from chunkflow_core.exchange.groups import group_name, group_of, groups_of
-from chunkflow_core.exchange.marks import STAGES, Mark, Stage, merged, parse_mark
+from chunkflow_core.exchange.marks import STAGES, Mark, Stage
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.lattice.blocks import Donation, donor_part, given_box
 from chunkflow_core.lattice.boxes import Vector, vector
@@ -54,9 +55,6 @@ _UNCLAIMED = "unclaimed"
 """Where a spec has left nothing, since the output layer is not its own."""
 _TRIAL = "trial.json"
 _UNDONE = "repair.json"
-_NOTE = ".same"
-VOID = "%void.json"
-"""Ending of the name of a file that voids all receipts of its block while they are deleted."""
 _LISTINGS = 16
 """Number of listings requested at a time."""
 _FETCHED = 64
@@ -212,11 +210,13 @@ class Exchange:
         A receipt counts if it is intact and of this fingerprint, and no other one disagrees with
         it.
         """
-        box = self.spec.grid.block(block).box
-        names = self._list(f"{_receipts(stage, group_of(block))}/{box.key}%")
-        if any(name.endswith(VOID) for name in names):
-            return None
-        return receipts.agreed([receipt for receipt in self._parsed(names) if receipt])
+        present, folder = self.spec.grid.block(block).box.key, _receipts(stage, group_of(block))
+        files = BlockFiles(stage, present)
+        for name in self._list(f"{folder}/{present}%"):
+            files.add(name.rpartition("/")[2])
+        return files.receipt(
+            [receipt for receipt in self._parsed(f"{folder}/{name}" for name in files.names) if receipt]
+        )
 
     def receipts(self, stage: Stage, groups: Iterable[Vector] | None = None) -> dict[Vector, Receipt]:
         """All receipts of a stage that count, or those of some groups, by block.
@@ -238,7 +238,7 @@ class Exchange:
         """Up to ``number`` intact receipts of a stage, the first that are found."""
         names: list[str] = []
         for group in sorted(self._folders(f"receipts/{stage}")):
-            found = [name for name in self._list(f"receipts/{stage}/{group}/") if not name.endswith(_NOTE)]
+            found = [name for name in self._list(f"receipts/{stage}/{group}/") if not name.endswith(NOTE)]
             names += found[: number - len(names)]
             if len(names) >= number:
                 break
@@ -250,41 +250,18 @@ class Exchange:
         Blocks with receipts that disagree are left out. One from before the ROI grew, when the
         block ended elsewhere, counts only where there is no other.
         """
-        found: dict[Vector, list[tuple[str, Mark]]] = defaultdict(list)
-        notes: dict[Vector, set[tuple[str, str]]] = defaultdict(set)
-        void = set[Vector]()
-        for group, names in self._list_groups(f"receipts/{stage}", groups):
-            for name in names:
-                box, _, text = name.removesuffix(".json").partition("%")
-                with suppress(ValueError):
-                    block, mark = self._block(box), parse_mark(stage, text)
-                    if group_of(block) != group:
-                        continue
-                    if mark is not None:
-                        found[block].append((box, mark))
-                    elif name.endswith(VOID):
-                        void.add(block)
-                    elif text.endswith(_NOTE):
-                        before, _, now = text.removesuffix(_NOTE).partition("%")
-                        notes[block].add((before, now))
         marks: dict[Vector, Mark] = {}
-        for block in found.keys() - void:
-            named = found[block]
-            several = [mark for _, mark in named]
-            if len(named) > 1 and block in self.spec.grid:
-                present = self.spec.grid.block(block).box.key
-                several = [mark for box, mark in named if box == present] or several
-            mark = merged(several)
-            # Names that agree may be of attempts that have read something else: the files tell.
-            if mark is not None and (len(several) == 1 or self.receipt(stage, block) is not None):
-                marks[block] = replace(mark, same=frozenset(notes[block])) if block in notes else mark
+        for _, files in self._files_of_blocks(stage, groups):
+            for block, its in files.items():
+                if (mark := its.mark(partial(self.receipt, stage, block))) is not None:
+                    marks[block] = mark
         return marks
 
     def put_note(self, stage: Stage, block: Vector, before: str, now: str) -> None:
         """Note that what storage describes by two digests, then and now, is of one content."""
         if before and now and before != now:
             box = self.spec.grid.block(block).box
-            put_file(self.path, f"{_receipts(stage, group_of(block))}/{box.key}%{before}%{now}{_NOTE}", b"")
+            put_file(self.path, f"{_receipts(stage, group_of(block))}/{box.key}%{before}%{now}{NOTE}", b"")
 
     def retract(self, stage: Stage, block: Vector) -> None:
         """Delete a block's receipts, before anything that they vouch for is changed.
@@ -395,7 +372,7 @@ class Exchange:
 
     def _stored(self, folder: str, groups: Iterable[Vector]) -> Iterator[str]:
         for group, names in self._list_groups(folder, groups):
-            yield from (f"{folder}/{group_name(group)}/{name}" for name in names if not name.endswith(_NOTE))
+            yield from (f"{folder}/{group_name(group)}/{name}" for name in names if not name.endswith(NOTE))
 
     def _donation(self, key: str) -> str:
         return f"{_donations(self._donor(key))}/{key}"
@@ -452,24 +429,36 @@ class Exchange:
 
     def _counting(self, stage: Stage, groups: Iterable[Vector]) -> Iterator[Receipt]:
         """The receipts of some groups that count, by group, then by block."""
-        folder = f"receipts/{stage}"
-        for group, found in self._list_groups(folder, groups, ahead=2):
-            names = (f"{folder}/{group_name(group)}/{name}" for name in found)
-            present = sorted((block, name) for name in names if (block := self._present(name)) is not None)
-            void = {block for block, name in present if name.endswith(VOID)}
-            parsed = filter(None, self._parsed(name for block, name in present if block not in void))
-            for _, several in groupby(parsed, key=lambda receipt: receipt.block):
-                if (counting := receipts.agreed(list(several))) is not None:
+        for folder, files in self._files_of_blocks(stage, groups, ahead=2):
+            ordered = sorted(block for block in files if block in self.spec.grid)
+            parsed = filter(None, self._parsed(f"{folder}/{name}" for block in ordered for name in files[block].names))
+            for block, several in groupby(parsed, key=lambda receipt: receipt.block):
+                if (counting := files[block].receipt(list(several))) is not None:
                     yield counting
 
-    def _present(self, receipt: str) -> Vector | None:
-        """The block that a receipt is of, by its name; None if it has another box by now."""
-        block, box = self.owner(receipt), receipt.rpartition("/")[2].partition("%")[0]
-        return block if block is not None and self.spec.grid.block(block).box.key == box else None
+    def _files_of_blocks(
+        self, stage: Stage, groups: Iterable[Vector], *, ahead: int = _LISTINGS
+    ) -> Iterator[tuple[str, dict[Vector, BlockFiles]]]:
+        """For each of some groups, the folder of its receipts, and their files by block."""
+        for group, names in self._list_groups(f"receipts/{stage}", groups, ahead=ahead):
+            found: dict[Vector, BlockFiles] = {}
+            for name in names:
+                with suppress(ValueError):  # of what is no range
+                    block = self._block(name.partition("%")[0])
+                    if group_of(block) != group:
+                        continue
+                    if block not in found:
+                        found[block] = BlockFiles(stage, self._present(block))
+                    found[block].add(name)
+            yield _receipts(stage, group), found
+
+    def _present(self, block: Vector) -> str:
+        """Range of a block as it is now; empty if the volume has none such."""
+        return self.spec.grid.block(block).box.key if block in self.spec.grid else ""
 
     def _parsed(self, names: Iterable[str]) -> Iterator[Receipt | None]:
         """The receipts in some files; None for one that is not intact, or has another name."""
-        for name, content in self._contents([name for name in names if not name.endswith(_NOTE)]):
+        for name, content in self._contents([name for name in names if not name.endswith(NOTE)]):
             receipt = receipts.unpack(content, self.fingerprint)
             yield receipt if receipt and name.endswith(f"/{receipt.name}") else None
 

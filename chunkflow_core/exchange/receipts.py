@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +15,6 @@ from chunkflow_core.exchange.marks import (
     Stage,
     consumed_digest,
     given_places,
-    merged,
 )
 from chunkflow_core.lattice.boxes import Vector, vector
 from chunkflow_core.storage.digests import checksum, short_digest
@@ -144,19 +142,6 @@ def unpack(content: bytes | None, fingerprint: str) -> Receipt | None:
         return Receipt(**{**fields, **lists, "written": written})
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def agreed(several: Sequence[Receipt]) -> Receipt | None:
-    """The last of a block's receipts, if all say that the same was read, given and written.
-
-    None if they disagree: attempts that have overlapped, each with another input, can leave some of
-    each other's storage chunks.
-    """
-    if not several:
-        return None
-    *others, last = several
-    same = all((r.content, r.mask, r.voxels) == (last.content, last.mask, last.voxels) for r in others)
-    return last if same and merged([receipt.mark for receipt in several]) else None
 
 
 def why_not(content: bytes, fingerprint: str) -> str:
