@@ -30,7 +30,7 @@ def add_take_over(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--take-over",
         action="store_true",
-        help="although another run seems to be at work on the output: if you know that it is dead",
+        help="begin although another run seems to be at work on the output: if you know that it is dead",
     )
 
 
