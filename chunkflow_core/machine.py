@@ -15,7 +15,8 @@ CPUS_VARIABLE = "CHUNKFLOW_CPUS"
 """Environment variable by which whoever starts several processes shares the CPUs among them."""
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_BOOT, _PROCESSES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+_MACHINE, _BOOT = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
+_PROCESSES = Path("/proc/self/ns/pid")
 _SAME_START = 2.0
 """Seconds by which the time when a process began may seem to differ, as the clock is set."""
 
@@ -35,7 +36,7 @@ def this_process() -> dict[str, Any]:
     """What tells this process from all others, on this machine and on others, as JSON takes it."""
     import psutil  # which takes 20 ms
 
-    return {"machine": _machine(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {**_machine(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def has_ended(process: dict[str, Any]) -> bool:
@@ -46,7 +47,11 @@ def has_ended(process: dict[str, Any]) -> bool:
     """
     import psutil
 
-    if process.get("machine") != _machine():
+    here = _machine()
+    same_machine = here["machine"] and all(process.get(key) == here[key] for key in ("host", "machine"))
+    if same_machine and here["boot"] and process.get("boot", here["boot"]) != here["boot"]:
+        return True  # it has been started again since
+    if any(process.get(key) != value for key, value in here.items()):
         return False
     try:
         started: float = psutil.Process(process["pid"]).create_time()
@@ -55,12 +60,17 @@ def has_ended(process: dict[str, Any]) -> bool:
     return bool(abs(started - process["started"]) > _SAME_START)
 
 
-def _machine() -> str:
-    """What tells where a process number is valid: this boot of this machine, this container."""
-    found = [socket.gethostname()]
+def _machine() -> dict[str, str]:
+    """Where a process number is valid: this machine, since it was started, and this container.
+
+    Empty texts are of what is not known here.
+    """
+    found = {"host": socket.gethostname(), "machine": "", "boot": "", "processes": ""}
     with suppress(OSError):
-        found += [_BOOT.read_text().strip(), str(_PROCESSES.stat().st_ino)]
-    return " ".join(found)
+        found["machine"] = _MACHINE.read_text().strip()
+    with suppress(OSError):
+        found |= {"boot": _BOOT.read_text().strip(), "processes": str(_PROCESSES.stat().st_ino)}
+    return found
 
 
 def available_cpus() -> int:

@@ -13,6 +13,15 @@ from chunkflow_core.storage import digests
 _MAGIC = b"CFDONATE"
 
 
+class WrongDonationsError(DataError):
+    """Donations are not what their donors' receipts say."""
+
+    def __init__(self, message: str, keys: tuple[str, ...]) -> None:
+        """Say what is wrong with the first, and name the keys of all."""
+        super().__init__(message)
+        self.keys = keys
+
+
 def pack(donation: Donation, payload: bytes, channels: int, fingerprint: str) -> tuple[bytes, str]:
     """Pack a donation as a file: magic, length of the header, header (JSON), payload.
 

@@ -40,6 +40,7 @@ from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange import donations, receipts
 from chunkflow_core.exchange.claims import Claim, Claims
 from chunkflow_core.exchange.counting import NOTE, VOID, BlockFiles
+from chunkflow_core.exchange.donations import WrongDonationsError
 from chunkflow_core.exchange.epochs import folder_of
 from chunkflow_core.exchange.groups import group_name, group_of, groups_of
 from chunkflow_core.exchange.marks import STAGES, Mark, Stage
@@ -143,13 +144,14 @@ class Exchange:
 
         Raises:
             MissingInputError: A donation isn't there.
-            DataError: A donation is not what its donor wrote.
+            WrongDonationsError: Donations are not what their donors wrote.
             StorageError: The storage does not answer.
         """
         entries = {d.key: (d, e.checksum) for d, e in wanted if e.checksum is not None}
         with storage_errors(f"fetching donations from {self.path}"):
             answers = self._files.get([self._donation(key) for key in entries])
         found: dict[str, bytes] = {}
+        wrong: dict[str, str] = {}
         for answer in answers:
             key, content = answer["path"].rpartition("/")[2], answer["content"]
             donation, checksum = entries[key]
@@ -158,7 +160,9 @@ class Exchange:
             try:
                 found[key] = donations.unpack(content, donation, self.spec.output.channels, self.fingerprint, checksum)
             except DataError as error:
-                raise DataError(f"{error}. {self.remedy(donation.donor)}") from error
+                wrong[key] = f"{error}. {self.remedy(donation.donor)}"
+        if wrong:
+            raise WrongDonationsError(next(iter(wrong.values())), tuple(wrong))
         return found
 
     def remedy(self, donor: Vector) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.exchange.codec import decompress
+from chunkflow_core.exchange.donations import WrongDonationsError
 from chunkflow_core.exchange.receipts import DonationEntry, Receipt
 from chunkflow_core.inference.mask import MaskWindow, mask_digest
 from chunkflow_core.lattice.blocks import Block, Donation
@@ -21,6 +23,8 @@ from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.steps.stage import StageResult, StageWork
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.signatures import WrittenChunk
+
+log = logging.getLogger(__name__)
 
 
 def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why: Reason | None = None) -> StageResult:
@@ -62,6 +66,7 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
         payloads = work.timings.measure("read", exchange.get_donations, wanted)
     except (DataError, MissingInputError) as error:
         if [_donor_receipt(workspace, donor) for donor in spec.grid.donors(index)] == donors:
+            _discard_wrong(workspace, error)
             raise
         raise StorageError(f"block {index}: a donor was done again while its donations were read: {error}") from error
     work.timings.count("bytes read", sum(map(len, payloads.values())))
@@ -69,6 +74,17 @@ def receive_and_blend(workspace: Workspace, index: Vector, *, run: str = "", why
     work.retract()
     written = _blend(work, [donation for donation, _ in wanted if donation.key in payloads], payloads, windows)
     return work.complete(written=written, voxels=sum(box.voxels for box in block.frame), consumed=consumed)
+
+
+def _discard_wrong(workspace: Workspace, error: Exception) -> None:
+    """Delete donations that are not what their donors wrote, such as of an attempt that wrote late.
+
+    The next plan finds them missing, and has their donors make them again.
+    """
+    if isinstance(error, WrongDonationsError):
+        workspace.check_claim()
+        workspace.exchange.delete_donations(error.keys)
+        log.warning("%d donations are deleted, so that the next run makes them again", len(error.keys))
 
 
 def _blend(

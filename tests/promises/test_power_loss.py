@@ -284,7 +284,7 @@ def test_a_run_after_a_power_loss_ends_with_the_same_voxels(tmp_path: Path, scen
         for step in recording.steps[: random.randrange(len(recording.steps) + 1)]:
             disk.apply(step)
         disk.draw(random)
-        run(path, SCENES[scene])
+        run(path, SCENES[scene], "--take-over")  # this process goes on, as none does in earnest
         assert np.array_equal(output_of(path), right)
         other = ("--set", OTHER_MODEL) if scene == "another model" else ()
         assert main(["verify", str(path), "--deep", *other]) == 0

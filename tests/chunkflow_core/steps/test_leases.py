@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from chunkflow_core import machine
 from chunkflow_core.__main__ import main
 from chunkflow_core.commands.stages import blend, infer
 from chunkflow_core.errors import BusyError
@@ -183,17 +184,22 @@ def test_an_error_ends_the_lease(spec: VolumeSpec) -> None:
     assert entries(spec)[-1]["ended"]
 
 
-def test_processes_of_this_machine_and_of_others() -> None:
+def test_processes_of_this_machine_and_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     own = this_process()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     other = json.loads(subprocess.check_output([sys.executable, "-c", _TELL], text=True))
     try:
         assert not has_ended(own)
         assert has_ended(own | {"started": own["started"] - 100}), "another process has its number by now"
-        assert other["machine"] == own["machine"]
+        assert {key: other[key] for key in other.keys() - {"pid", "started"}} == machine._machine()
         assert has_ended(other)
-        assert not has_ended(other | {"machine": "of another cluster"})
+        for unlike in ("host", "machine", "processes"):
+            assert not has_ended(other | {unlike: "another"})
         assert not has_ended({})
+        known = machine._machine()
+        for name, ended in (("one machine", True), ("", False)):
+            monkeypatch.setattr(machine, "_machine", lambda name=name: known | {"machine": name})
+            assert has_ended(own | {"machine": name, "boot": "an earlier one"}) is ended
     finally:
         child.communicate(b"\n")
 
