@@ -57,12 +57,10 @@ def prepare(
             f"roi: {roi} reaches past the input layer {spec.input.path}, of which there is {bounds} to be read"
         )
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
-    layer = check_output(spec, may_grow=True) if layer_exists(spec.output.path) else None
-    history = History(spec)
-    if layer is not None:
-        _check_history(spec, history, other)
+    layer, history = _look_at_output(spec, other)
     if workspace.lease is not None:
         workspace.lease.take(take_over=take_over)
+        layer, history = _look_at_output(spec, other)  # another run may have been at work until now
     anew = layer is None or not history.is_own
     known = workspace.exchange.trial() if once and not anew and other != "overwrite" else None
     if known is None or workspace.reference.stored() is None:
@@ -124,6 +122,19 @@ def _is_of_another_machine(workspace: Workspace, here: Reference, other: Other) 
         return True
     workspace.reference.check()
     return False
+
+
+def _look_at_output(spec: VolumeSpec, other: Other) -> tuple[LayerScale | None, History]:
+    """The output layer's scale, if there is a layer, and what has become of it.
+
+    Raises:
+        SpecError: The layer does not fit, or is another spec's, and that is not asked for.
+    """
+    layer = check_output(spec, may_grow=True) if layer_exists(spec.output.path) else None
+    history = History(spec)
+    if layer is not None:
+        _check_history(spec, history, other)
+    return layer, history
 
 
 def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:

@@ -290,3 +290,21 @@ def test_a_run_from_its_preparation_to_its_cleaning_up(path: Path, capsys: pytes
     assert main(["run", text, "--take-over", "--seams", "0"]) == 0
     assert output_of(path).any()
     assert len(entries(spec)) == 2, "old ones are deleted"
+
+
+def test_what_another_run_has_done_until_the_lease_is_taken_is_seen(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run looks at the output, and waits no longer than it takes another one to end."""
+    path, take = make_spec(), Lease.take
+
+    def another_run_before(lease: Lease, **options: Any) -> None:
+        monkeypatch.undo()
+        assert main(["run", str(path), "--seams", "0", "--set", "model.threads=2"]) == 0
+        take(lease, **options)
+
+    monkeypatch.setattr(Lease, "take", another_run_before)
+    assert main(["run", str(path), "--seams", "0"]) == 78
+    assert "--accept-mixture" in capsys.readouterr().err
+    assert main(["run", str(path), "--seams", "0", "--set", "model.threads=2"]) == 0
+    assert "8 up to date" in capsys.readouterr().out
