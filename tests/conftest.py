@@ -45,8 +45,8 @@ _LONG = (
 
 Begun last, they would have the other processes wait for them.
 """
-_EACH_APART = "tests/promises/test_simulation.py"
-"""A file whose tests share nothing, and take minutes each."""
+_EACH_APART = ("tests/promises/test_histories.py", "tests/promises/test_simulation.py")
+"""Files whose tests share nothing, and take minutes each."""
 SHARING_AN_AIRFLOW = {
     "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", _ENDS_ITS_SERVICE),
     "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def group(nodeid: str) -> str:
     """The tests that run in one process: those of a file, or of files that share an Airflow."""
     file = nodeid.partition("::")[0]
-    if file == _EACH_APART:
+    if file in _EACH_APART:
         return nodeid
     return next((name for name, files in SHARING_AN_AIRFLOW.items() if file in files), file)
 

@@ -58,8 +58,9 @@ def prepare(
         )
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
     layer, history = _look_at_output(spec, other)
-    if workspace.lease is not None:
-        workspace.lease.take(take_over=take_over)
+    lease = workspace.lease
+    if lease is not None and layer is not None:
+        lease.take(take_over=take_over)
         layer, history = _look_at_output(spec, other)  # another run may have been at work until now
     anew = layer is None or not history.is_own
     known = workspace.exchange.trial() if once and not anew and other != "overwrite" else None
@@ -72,8 +73,8 @@ def prepare(
             workspace.reference.store(here)  # before the claim: no block is done without
         workspace.exchange.put_trial(trial)
         known = trial
-    if workspace.lease is not None:
-        workspace.lease.check()
+    if lease is not None:
+        lease.check() if layer is not None else lease.take(take_over=take_over)
     epoch = workspace.exchange.epoch if anew else ""
     if layer is None:
         _make(spec, history, run, epoch)

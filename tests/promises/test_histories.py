@@ -3,306 +3,38 @@
 from __future__ import annotations
 
 import copy
-import math
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import chain, count
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, seed
 
-from chunkflow_core.audit.audit import verify
-from chunkflow_core.errors import ChunkflowError
-from chunkflow_core.lattice.boxes import Box, vector
-from chunkflow_core.planning.planner import Plan, Request, plan
-from chunkflow_core.steps import infer
-from chunkflow_core.steps import stage as stage_module
-from chunkflow_core.steps.cleanup import cleanup
-from chunkflow_core.steps.local import run_here
-from chunkflow_core.steps.prepare import prepare
-from chunkflow_core.steps.workspace import Workspace
-from chunkflow_core.storage import durable
-from tests.support.oracle.account import World
-from tests.support.oracle.crashes import BrokenModel, Fault, InlineExecutor, Killed, Model, failing, faults, no_fault
-from tests.support.oracle.exchange import VOID, some
-from tests.support.oracle.geometry import Case, Index, cases
+from tests.promises.histories import History, in_memory, play
+from tests.support.oracle.crashes import Fault
+from tests.support.oracle.events import (
+    EVENTS,
+    Cleanup,
+    Edit,
+    EndLate,
+    Event,
+    Grow,
+    Lose,
+    Move,
+    Overwrite,
+    Revert,
+    Run,
+    Switch,
+    at,
+)
+from tests.support.oracle.geometry import Case, cases
 from tests.support.random_examples import examples
 
-DAY = 86400.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that is due, for the whole ROI or a box of it, given in thousandths of the ROI."""
-
-    box: tuple[Index, Index] | None = None
-    force: bool = False
-    check: bool = True
-    fault: Fault | None = None
-
-
-@dataclass(frozen=True)
-class Cleanup:
-    """Delete donations; policy as in the spec."""
-
-    policy: Any
-    fault: Fault | None = None
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Change a storage chunk; with seed 0 write it again as it is."""
-
-    layer: str
-    chunk: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Revert:
-    """Undo all edits of a layer."""
-
-    layer: str
-
-
-@dataclass(frozen=True)
-class Lose:
-    """Some files of the exchange are gone."""
-
-    what: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Overwrite:
-    """Write to a storage chunk of the output; with seed 0 the same again. With none, delete it."""
-
-    chunk: int
-    seed: int | None
-
-
-@dataclass(frozen=True)
-class EndLate:
-    """An attempt of earlier, that was given up, writes some of its storage chunks only now."""
-
-    attempt: int
-    seed: int
-    receipt: bool
-
-
-@dataclass(frozen=True)
-class Grow:
-    """Move the end of ROI and input."""
-
-    axis: int
-    of_roi: int
-    of_input: int
-
-
-@dataclass(frozen=True)
-class Switch:
-    """Use the other model from now on."""
-
-
-Event = Run | Cleanup | Edit | Revert | Lose | Overwrite | EndLate | Grow | Switch
-
-
-class History:
-    """Lets events happen, and compares what is there with what should be."""
-
-    def __init__(self, case: Case, folder: Path) -> None:
-        self.world, self.days, self.runs = World(case, folder), 0.0, 0
-        self.seams = 0
-        """How many places an audit after a run computes again: most of its time, for numbers that
-        are looked at here anyway."""
-
-    def let(self, event: Event) -> None:
-        """Let something happen, half a day after the last."""
-        self.days += 0.5
-        world = self.world
-        match event:
-            case Run():
-                self.run(event)
-            case Cleanup():
-                self.clean_up(event)
-            case Lose(what, seed):
-                files = (file for file in (world.exchange / what).rglob("*%*") if not file.name.endswith(VOID))
-                for file in some(files, seed):
-                    file.unlink()
-                world.note("", self.days * DAY)
-            case Overwrite(chunk, seed):
-                world.overwrite(chunk, seed)
-            case EndLate(attempt, seed, receipt):
-                world.end_late(attempt, seed, receipt=receipt)
-            case Switch():
-                world.model = 1 - world.model
-            case _:
-                self.change_input(event)
-
-    def change_input(self, event: Edit | Revert | Grow) -> None:
-        """Let something happen to what is read."""
-        match event:
-            case Edit(layer, chunk, seed) if layer in self.world.layers:
-                self.world.edit(layer, chunk, seed)
-            case Revert(layer) if layer in self.world.layers:
-                self.world.revert(layer)
-            case Grow(axis, of_roi, of_input):
-                self.world.grow(axis, of_roi, of_input)
-
-    def run(self, event: Run) -> None:
-        """Run, and look at what was done and what is there."""
-        world, fault = self.world, event.fault or no_fault()
-        self.runs += 1
-        provenance = world.folder / "output" / "provenance"
-        claims = provenance.exists() and provenance.read_bytes()
-        workspace = self.workspace(fault)
-        try:
-            with failing(fault):
-                prepare(workspace, other="overwrite")
-                world.claim()
-                box = self.box(event.box)
-                requested = set(map(tuple, workspace.spec.grid.indices() if box is None else self.touching(box)))
-                due = world.due(requested, force=event.force, check=event.check)
-                request = Request(box, force=event.force, check_input=event.check)
-                planned = plan(workspace.spec, request, workspace.state(confirm=True))
-                done = self.execute(workspace, planned)
-        except (Killed, BrokenModel, ChunkflowError):
-            if not fault.happened:
-                raise
-            if (provenance.exists() and provenance.read_bytes()) != claims:
-                world.claim()
-            world.note(f"run-{self.runs}", self.days * DAY)
-            return
-        assert (set(planned.infer), set(planned.blend)) == due[:2]
-        assert set(planned.up_to_date) == requested - due.infer - due.blend
-        assert done == {"infer": due.infer, "blend": due.blended}
-        world.note(f"run-{self.runs}", self.days * DAY)
-        self.check_output(workspace, requested, check=event.check)
-        if event.check and requested == set(world.geometry.blocks):
-            assert verify(self.workspace(), seams=self.seams, seed=self.runs, deep=True).findings == []
-
-    def workspace(self, fault: Fault | None = None) -> Workspace:
-        """Of the volume as it is now, with nothing remembered."""
-        model = Model(self.world.case, self.world.model, fault or no_fault())
-        return Workspace(self.world.spec(), model)
-
-    def execute(self, workspace: Workspace, planned: Plan) -> dict[str, set[Index]]:
-        """Do all that is planned; what turned out to be necessary."""
-        name, done = f"run-{self.runs}", {"infer": set[Index](), "blend": set[Index]()}
-        model, now = cast("Model", workspace.engine), self.world.current()
-        model.passes = 0
-        for (stage, index), receipt in run_here(workspace, planned, name, lambda: None):
-            passes, model.passes = model.passes, 0
-            assert receipt is not None
-            if receipt.run != name:
-                assert passes == 0 or model.fault.happened
-                continue
-            done[stage].add(index)
-            patches = now[index].patches if stage == "infer" else 0
-            assert receipt.patches == patches
-            assert passes == patches or model.fault.happened  # then there may be some of a task that failed
-            if stage == "infer":
-                block = self.world.geometry.blocks[index]
-                assert patches + sum(receipt.skipped.values()) == math.prod(axis.last - axis.first for axis in block)
-        return done
-
-    def check_output(self, workspace: Workspace, requested: set[Index], *, check: bool) -> None:
-        """Compare the blocks that are complete with the dense reference."""
-        world, now, inferred = self.world, self.world.current(), self.world.account.inferred
-        damaged = world.damaged()
-        read = {b: done.read == now[b].read for b, done in inferred.items()}
-        for index, block in world.geometry.blocks.items():
-            if not damaged.isdisjoint({("infer", index), ("blend", index)}) and not (check and index in requested):
-                continue
-            complete = world.is_complete(index)
-            edited = index in inferred and inferred[index].read.mask != now[index].read.mask
-            # Blended by another mask than it was inferred by, a block stays due where nobody was
-            # asked to look for edits.
-            assert complete or index not in requested or (edited and not check)
-            if not complete or edited:
-                continue
-            box = Box(vector(axis.start for axis in block), vector(axis.stop for axis in block))
-            output = workspace.output.read(box)
-            np.testing.assert_array_equal(output, world.expected(inferred, index), f"block {index}")
-            if check and index in requested:
-                assert read[index]
-                if all(read[d] for d in {*world.geometry.donors[index], index}):
-                    np.testing.assert_array_equal(output, world.expected(now, index), f"block {index}")
-
-    def clean_up(self, event: Cleanup) -> None:
-        """Clean up, and look at what is left."""
-        world, fault = self.world, event.fault or no_fault()
-        now = self.days * DAY
-        limit = {"keep": -math.inf, "delete": math.inf}.get(str(event.policy))
-        if limit is None:
-            limit = now - event.policy["days"] * DAY
-        before, spent = world.donations(), world.spent(limit)
-        try:
-            with failing(fault):
-                assert cleanup(world.spec(event.policy), now=now) == len(spent)
-        except (Killed, ChunkflowError):
-            if not fault.happened:
-                raise
-            assert before - spent <= world.donations() <= before
-            return
-        assert world.donations() == before - spent
-
-    def box(self, thousandths: tuple[Index, Index] | None) -> Box | None:
-        """A part of the ROI."""
-        if thousandths is None:
-            return None
-        start, stop = self.world.case.start, self.world.case.stop
-        ends = [
-            [a + t * (b - a) // 1000 for a, b, t in zip(start, stop, corner, strict=True)] for corner in thousandths
-        ]
-        return Box(vector(map(min, *ends)), vector(max(a, b) + 1 for a, b in zip(*ends, strict=True)))
-
-    def touching(self, box: Box) -> list[Index]:
-        """The blocks that own a voxel of a box."""
-        return self.world.geometry.touching(tuple(box.start), tuple(box.stop))
-
-
-CORNERS = st.tuples(*[st.integers(0, 999)] * 3)
-BOXES = st.none() | CORNERS.map(lambda corner: (corner, corner)) | st.tuples(CORNERS, CORNERS)
-SEEDS = st.integers(1, 1000)
-LAYERS = st.sampled_from(["input", "input", "mask"])
-RUNS: st.SearchStrategy[Event] = st.one_of(
-    st.builds(Run, BOXES),
-    st.builds(Run, BOXES, fault=st.none() | faults(150)),
-    st.builds(Run, BOXES, st.booleans(), st.booleans(), st.none() | faults(150)),
-)
-OTHERS: st.SearchStrategy[Event] = st.one_of(
-    st.builds(Edit, LAYERS, st.integers(0, 99), SEEDS),
-    st.builds(Cleanup, st.sampled_from(["delete", "delete", "keep", {"days": 1}]), st.none() | st.none() | faults(20)),
-    st.builds(Edit, LAYERS, st.integers(0, 99), st.just(0) | SEEDS),
-    st.builds(Revert, LAYERS),
-    st.builds(Lose, st.sampled_from(["donations", "receipts", "receipts/infer", "receipts/blend"]), SEEDS),
-    st.builds(Overwrite, st.integers(0, 99), st.none() | st.just(0) | SEEDS | SEEDS),
-    st.builds(Overwrite, st.integers(0, 99), SEEDS),
-    st.builds(EndLate, st.integers(0, 19), SEEDS, st.booleans()),
-    st.builds(Grow, st.integers(0, 2), st.integers(0, 4), st.integers(0, 3)),
-    st.builds(Switch),
-)
-EVENTS = st.lists(st.tuples(st.lists(OTHERS, max_size=3), RUNS).map(lambda both: [*both[0], both[1]]), max_size=4)
-"""Rounds: a few things happen, then there is a run."""
-
-
-def play(case: Case, events: list[Event]) -> None:
-    """Let it all happen, and a whole run at the end."""
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        history = History(case, Path(folder))
-        patch.setattr(stage_module, "time", lambda: history.days * DAY)
-        patch.setattr(infer, "ThreadPoolExecutor", InlineExecutor)
-        patch.setattr(durable, "ThreadPoolExecutor", InlineExecutor)
-        for event in events:
-            history.let(event)
-        history.seams = 2
-        history.let(Run())
+PARTS = 8
+"""Parts of the many random histories, which several processes can share."""
 
 
 def test_a_mask_that_is_edited_between_the_stages() -> None:
@@ -329,27 +61,119 @@ def test_any_history(case: Case, rounds: list[list[Event]]) -> None:
     play(case, [Run(), *chain.from_iterable(rounds)])
 
 
-@pytest.mark.parametrize("before", [[], [Run(), Cleanup("delete"), Edit("input", 0, 1)]], ids=["new", "edited"])
-def test_every_crash_point(before: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case((0, 0, 0), (4, 7, 8), (1, 1, 1), (4, 4, 4), (0, 0, 0), (0, 2, 2), (4, 4, 4), (4, 4, 4), (5, 5, 4))
-    folder, kept = tmp_path / "volume", tmp_path / "kept"
-    start = History(case, folder)
-    monkeypatch.setattr(stage_module, "time", lambda: start.days * DAY)
-    monkeypatch.setattr(durable, "ThreadPoolExecutor", InlineExecutor)
-    for event in before:
-        start.let(event)
-    shutil.copytree(folder, kept)
-    for after in count():
-        shutil.rmtree(folder)
-        shutil.copytree(kept, folder)
-        history, fault = copy.deepcopy(start), Fault("storage", after, fatal=True)
-        history.let(Run(fault=fault))
-        history.let(Cleanup("delete", fault))
-        if not fault.happened:
-            break
-        history.let(Revert("input"))  # no receipt may vouch for what the run has written until then
-        history.let(Run())
-    assert after > 20
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
+def test_many_histories(part: int) -> None:
+    @seed(part)
+    @examples(40)
+    @given(case=cases(tiny=True), rounds=EVENTS)
+    def any_history(case: Case, rounds: list[list[Event]]) -> None:
+        play(case, [Run(), *chain.from_iterable(rounds)])
+
+    any_history()
+
+
+SQUARE = Case((0, 0, 0), (4, 7, 8), (1, 1, 1), (4, 4, 4), (0, 0, 0), (0, 2, 2), (4, 4, 4), (4, 4, 4), (5, 5, 4))
+"""Four blocks."""
+
+
+@contextmanager
+def kept(case: Case, before: list[Event]) -> Iterator[Callable[[], AbstractContextManager[History]]]:
+    """What makes what a history has left there again, for another one to go on with it."""
+    with in_memory() as folder:
+        first = History(case, folder / "volume")
+        with pytest.MonkeyPatch.context() as patch:
+            first.watch(patch)
+            for event in before:
+                first.let(event)
+        shutil.copytree(folder / "volume", folder / "kept")
+
+        @contextmanager
+        def again() -> Iterator[History]:
+            shutil.rmtree(folder / "volume")
+            shutil.copytree(folder / "kept", folder / "volume")
+            history = copy.deepcopy(first)
+            with pytest.MonkeyPatch.context() as patch:
+                history.watch(patch)
+                yield history
+
+        yield again
+
+
+COLUMN = Case((0, 0, 0), (8, 1, 2), (0, 0, 0), (2, 1, 2), (0, 0, 0), (1, 0, 0), (4, 1, 2), (2, 1, 2), (1, 1, 2))
+"""Two blocks along z, of four patches each."""
+EDITED: list[Event] = [Run(), Cleanup("delete"), Edit("input", 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "before"),
+    [
+        pytest.param(SQUARE, [], id="new"),
+        pytest.param(SQUARE, EDITED, id="edited"),
+        pytest.param(
+            COLUMN,
+            [Run(), Edit("input", 0, 1), Run(), *(EndLate(k, k, receipt=True) for k in (2, 3, 4))],
+            id="receipts that disagree",
+        ),
+    ],
+)
+def test_every_crash_point(case: Case, before: list[Event]) -> None:
+    with kept(case, before) as again:
+        for after in count():
+            with again() as history:
+                fault = Fault("storage", after, fatal=True)
+                history.let(Run(fault=fault))
+                history.let(Cleanup("delete", fault))
+                if not fault.happened:
+                    break
+                history.let(Revert("input"))  # no receipt may vouch for what the run has written until then
+                history.let(Run())
+    assert after > 10
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        pytest.param([Run()], id="another run"),
+        pytest.param([Switch(), Run()], id="the other model"),
+        pytest.param([Switch(), Run(), Switch(), Run()], id="the other model, and this one again"),
+        pytest.param([Move(), Run()], id="another machine"),
+        pytest.param([Edit("input", 4, 3)], id="an edit of what is read later"),
+        pytest.param([Edit("input", 0, 3), Run()], id="an edit and another run"),
+        pytest.param([EndLate(0, 3, receipt=True), EndLate(1, 5, receipt=True)], id="late receipts"),
+        pytest.param([EndLate(0, 3, receipt=False), EndLate(2, 5, receipt=False)], id="late writes"),
+    ],
+)
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param([Run(), Edit("input", 0, 1), Run(), Edit("input", 0, 2)], id="edited"),
+        pytest.param([Run(), Switch()], id="other model", marks=pytest.mark.long),
+    ],
+)
+def test_every_moment(before: list[Event], meanwhile: list[Event]) -> None:
+    with kept(COLUMN, before) as again:
+        for where in ("storage", "forward"):
+            for after in count():
+                with again() as history:
+                    run = at(Run(power_loss=after if after % 2 else None), where, after, *meanwhile)
+                    history.let(run)
+                    history.let(Run())
+                    assert run.fault is not None
+                    if not run.fault.happened:
+                        break
+            assert after > 5
+
+
+@pytest.mark.parametrize(
+    "before", [[], [Run(), Edit("input", 0, 1)], [Run(), Switch()]], ids=["new", "edited", "other"]
+)
+def test_many_power_losses(before: list[Event]) -> None:
+    with kept(COLUMN, before) as again:
+        for loss in range(1, 20):
+            with again() as history:
+                history.let(Run(power_loss=loss))
+                history.let(Run())
 
 
 def row(length: int, **changes: Any) -> Case:
@@ -421,6 +245,15 @@ FIRST = ((0, 0, 0), (0, 0, 0))
             row(12, chunk=(1, 1, 1)),
             [Switch(), Run(), Switch(), Run(FIRST), *(EndLate(k, k, receipt=True) for k in range(6, 11))],
             id="receipts of an earlier claim, and some of its storage chunks",
+        ),
+        pytest.param(
+            row(12),
+            [
+                *(Edit("input", 7, 1), Run()),
+                *(EndLate(k, random, receipt=False) for k in range(9) for random in (1, 3, 5)),
+                *(Overwrite(2, 1), Run()),
+            ],
+            id="donations of before an edit, late",
         ),
         pytest.param(row(10), [Switch(), Run(FIRST), Switch(), Run(LAST), Cleanup("delete")], id="there and back"),
     ],

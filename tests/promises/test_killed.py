@@ -75,5 +75,5 @@ def chunk_files(folder: Path) -> dict[str, bytes]:
 
     What a killed writer has left, which nobody reads, is not among them.
     """
-    files = files_below(folder / "output").items()
-    return {name: data for name, data in files if "/" in name and not name.endswith(".partial")}
+    files = files_below(folder / "output" / "4_4_40").items()
+    return {name: data for name, data in files if not name.endswith(".partial")}

@@ -116,6 +116,9 @@ def test_no_command_tells(spec: Path, commands: Commands, tmp_path: Path, warm_p
     assert f"input file://{tmp_path}/${{CANARY_INPUT}}: " in logged
     assert found_in(logged) == set()
     said = [commands("plan"), commands("plan", "--json", "--run", "first")]
+    beside = commands("run", code=75)
+    assert f"file://{tmp_path}/${{CANARY_OUTPUT}}: run first is at work there" in beside
+    commands("cleanup", "--run", "first")
     said += [commands("run"), commands("run", "--force", "--workers", "2")]
     said += [commands("verify", "--json", "--deep", "--run", "first"), commands("repair", "--json"), commands("report")]
     report = json.loads(commands("report", "--json"))
@@ -128,7 +131,7 @@ def test_no_command_tells(spec: Path, commands: Commands, tmp_path: Path, warm_p
     layer = f"file://{tmp_path}/${{CANARY_OUTPUT}}"
     assert any(f"output: {layer}" in text for text in said)
     assert (report["output"], published["output"]) == (layer, layer)
-    assert report["exchange"] == f"file://{tmp_path}/${{CANARY_EXCHANGE}}/{report['fingerprint']}"
+    assert report["exchange"].startswith(f"file://{tmp_path}/${{CANARY_EXCHANGE}}/{report['fingerprint']}/0001-")
     assert published["manifest"].startswith(f"{layer}/runs/{run}.json")
 
     folder = tmp_path / VALUES["CANARY_OUTPUT"]

@@ -293,10 +293,10 @@ def test_a_run_from_its_preparation_to_its_cleaning_up(path: Path, capsys: pytes
 
 
 def test_what_another_run_has_done_until_the_lease_is_taken_is_seen(
-    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run looks at the output, and waits no longer than it takes another one to end."""
-    path, take = make_spec(), Lease.take
+    """A run looks at the output, and takes the lease when another one has just ended."""
+    take = Lease.take
 
     def another_run_before(lease: Lease, **options: Any) -> None:
         monkeypatch.undo()

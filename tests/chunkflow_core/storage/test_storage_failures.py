@@ -127,10 +127,11 @@ def test_a_layer_that_is_not_made_to_the_end(use: Callable[[str], Store], tmp_pa
     if kind == "gs":
         store.proxy.faults[
             0
-        ].every = 6  # after the reference, the trial, the claim (twice: it is tried out), and the provenance
+        ].every = 8  # after reference, trial, lease and claim (twice: they are tried out), and provenance
     assert main(["prepare", str(spec)]) == 78
     store.proxy.faults.clear()
-    assert list(open_files(load_spec(spec).output.path).list()) == ["claims/00000001.json", "provenance"]
+    left = ["claims/00000001.json", "leases/00000001.json", "provenance"]
+    assert list(open_files(load_spec(spec).output.path).list()) == left
 
     assert main(["prepare", str(spec)]) == 0
     assert open_output(load_spec(spec)).stored_chunks() == set()

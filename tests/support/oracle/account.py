@@ -7,9 +7,8 @@ shares no code with ``chunkflow_core``.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +39,11 @@ class Done(NamedTuple):
     ended: float
     """When, in seconds."""
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its receipt is still there, and no other in its place."""
+        return self.file.exists() and self.file.read_bytes() == self.receipt
+
 
 @dataclass
 class Account:
@@ -68,6 +72,27 @@ class Account:
         return {index: done.read for index, done in self.of("blend").items()}
 
 
+class Seen(NamedTuple):
+    """What there is for a task that begins."""
+
+    model: int
+    exchange: Path
+    """Folder of the model, in the epoch that holds."""
+    inferred: dict[Index, Inferred]
+    """What each block's inference gave."""
+    now: dict[Index, Inferred]
+    """What it would be now."""
+
+
+class Owner(NamedTuple):
+    """Whose the output is."""
+
+    held: tuple[str, str]
+    """Fingerprint and epoch of the last claim."""
+    claimed: tuple[int, int] | None
+    """The model, and the machine that has prepared it; None if nobody has claimed it."""
+
+
 class Due(NamedTuple):
     """What a run has to do."""
 
@@ -82,12 +107,27 @@ class World(Volume):
 
     def __init__(self, case: Case, folder: Path) -> None:
         super().__init__(case, folder)
+        self.machine = 0
+        """The kind of machine that is used now: each gives other bits."""
         self.accounts = [Account(), Account()]
-        self.claimed = -1
-        """The model whose output it is."""
+        self.claimed: tuple[int, int] | None = None
+        """The model whose output it is, and the machine that has prepared it."""
+        self.held = "", ""
+        """Fingerprint and epoch of the last claim, as :meth:`look` has found it."""
+        self.claims: list[bytes] = []
+        """All claims, in order."""
+        self.epochs = {""}
+        """All epochs that ever were."""
         self.attempts: list[tuple[int, str, Index, Done]] = []
         """All that was ever done: model, stage, block."""
-        self._known: tuple[Any, dict[Index, Inferred]] = None, {}
+        self.fingerprints = [self.spec().fingerprint, self._of_the_other()]
+        self._known: dict[Any, dict[Index, Inferred]] = {}
+
+    def _of_the_other(self) -> str:
+        self.model = 1
+        fingerprint = self.spec().fingerprint
+        self.model = 0
+        return fingerprint
 
     @property
     def account(self) -> Account:
@@ -97,10 +137,27 @@ class World(Volume):
     @property
     def exchange(self) -> Path:
         """The folder of the model that is used now, in the epoch that holds."""
-        fingerprint, claims = self.spec().fingerprint, sorted((self.folder / "output" / "claims").glob("*.json"))
-        last = json.loads(claims[-1].read_text())["method"] if claims else {}
-        epoch = last["epoch"] if last.get("fingerprint") == fingerprint else "of nobody"
-        return self.folder / "exchange" / fingerprint / epoch
+        return self._folder(self.model)
+
+    def _folder(self, model: int) -> Path:
+        fingerprint, epoch = self.fingerprints[model], self.held[1]
+        return self.folder / "exchange" / fingerprint / (epoch if self.held[0] == fingerprint else "of nobody")
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is no output layer."""
+        info = self.folder / "output" / "info"
+        return not info.exists() or not info.stat().st_size
+
+    def contents(self) -> dict[Path, tuple[bytes, int]]:
+        """All files of output and exchange, with their times of last change in ns."""
+        files = (file for name in ("output", "exchange") for file in (self.folder / name).rglob("*") if file.is_file())
+        return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of what has been done may count for a run that begins."""
+        return self.claimed != (self.model, self.machine) or self.is_gone
 
     def donations(self) -> set[str]:
         """Names of all donations that the model that is used now has left."""
@@ -108,10 +165,18 @@ class World(Volume):
 
     def current(self) -> dict[Index, Inferred]:
         """What the inference of each block would be now."""
-        state = self.case, self.model, self.clock
-        if self._known[0] != state:
-            self._known = state, numbers.infer(self.geometry, self.layers, self.model)
-        return self._known[1]
+        return self._current(self.model, self.machine)
+
+    def _current(self, model: int, machine: int) -> dict[Index, Inferred]:
+        state = self.case, model, machine, self.clock
+        if state not in self._known:
+            self._known = dict(list(self._known.items())[-3:])
+            self._known[state] = numbers.infer(self.geometry, self.layers, numbers.bits(model, machine))
+        return self._known[state]
+
+    def seen(self, model: int, machine: int) -> Seen:
+        """What there is for a task of a model that begins on a machine."""
+        return Seen(model, self._folder(model), self.accounts[model].inferred, self._current(model, machine))
 
     def expected(self, inferred: dict[Index, Inferred], receiver: Index) -> Any:
         """A block's output (czyx), from inference of it and all that give it something."""
@@ -190,7 +255,7 @@ class World(Volume):
                 break
         after = done.inferred | {b: now[b] for b in infer}
         forced = requested & valid if force else set()
-        same = {r for r in blend - forced if self._consumed(after, r) == done.blended.get(r)}
+        same = {r for r in blend - forced if self._consumed(after, now, r) == done.blended.get(r)}
         blended = {r for r in blend if r not in same or ("blend", r) in damaged}
         return Due(infer, blend, blended)
 
@@ -200,11 +265,76 @@ class World(Volume):
         receivers = {name: exchange.receiver_of(name, self.geometry) for name in self.donations()}
         return {name for name, receiver in receivers.items() if receiver in ended and ended[receiver] < before}
 
-    def claim(self) -> None:
-        """Note that the output is now the model's; it had been the other's if it was not."""
-        if self.claimed != self.model:
-            self.account.receipts.clear()
-        self.claimed = self.model
+    def look(self, machine: int) -> bool:
+        """Look whose the output is, and say whether another epoch holds than at the last look.
+
+        Args:
+            machine: Who has claimed it since, if anybody has.
+        """
+        claims = exchange.claims(self.folder / "output")
+        assert claims[: len(self.claims)] == self.claims, "a claim has been changed"
+        self.claims, found = claims, exchange.claim(self.folder / "output")
+        begun = found[0] != "" and found != self.held
+        if begun:
+            assert found[1] not in self.epochs, "an epoch that has been"
+            model = self.fingerprints.index(found[0])
+            self.accounts[model].receipts.clear()
+            self.held, self.claimed = found, (model, machine)
+            self.epochs.add(found[1])
+        return begun
+
+    @property
+    def owner(self) -> Owner:
+        """Whose the output is, as the last look has found it."""
+        return Owner(self.held, self.claimed)
+
+    def restore(self, before: Owner) -> None:
+        """Note what a power loss has left of all that ever was there.
+
+        Args:
+            before: Whose the output was before what may be lost now.
+        """
+        after, self.held = self.owner, exchange.claim(self.folder / "output")
+        self.claims = exchange.claims(self.folder / "output")
+        self.claimed = next((kept.claimed for kept in (before, after) if kept.held == self.held), None)
+        for model, account in enumerate(self.accounts):
+            account.receipts, folder = {}, self._folder(model)
+            for by, stage, index, done in self.attempts:
+                if by == model and done.file.is_relative_to(folder) and done.is_there:
+                    account.receipts.setdefault((stage, index), {})[done.file.name] = done
+        self.forget()
+
+    def spoiled(self) -> set[Path]:
+        """Donations of blocks that are inferred which are not what their receipts name."""
+        given = {index: dict(done.donations) for index, done in self.account.of("infer").items()}
+        left = [(file, exchange.donor_of(file.name, self.geometry)) for file in exchange.donations(self.exchange)]
+        return {file for file, donor in left if donor in given and file.read_bytes() != given[donor].get(file)}
+
+    def lies(self) -> set[tuple[str, Index, str]]:
+        """What receipts that count vouch for, by its name, that is not there."""
+        there = output.stored(self.folder / "output")
+        wrong = set[tuple[str, Index, str]]()
+        for stage in ("infer", "blend"):
+            for index, done in self.account.of(stage).items():
+                chunks = {name for name, voxels in done.chunks.items() if there.get(name) != voxels}
+                donations = {f.name for f, text in done.donations.items() if not f.exists() or f.read_bytes() != text}
+                wrong |= {(stage, index, name) for name in chunks | donations}
+        return wrong
+
+    def lose(self, what: str, seed: int) -> None:
+        """Let files of the exchange be gone.
+
+        Of receipts that disagree, all are gone if one is: one that is left would count again, with
+        the donations of the other.
+        """
+        files = (file for file in (self.exchange / what).rglob("*%*") if not file.name.endswith(exchange.VOID))
+        for file in exchange.some(files, seed):
+            file.unlink()
+        for several in self.account.receipts.values():
+            if not _agree(several.values()) and not all(done.is_there for done in several.values()):
+                for done in several.values():
+                    done.file.unlink(missing_ok=True)
+        self.forget()
 
     def overwrite(self, number: int, seed: int | None) -> None:
         """Let somebody write to one of the storage chunks there are; with seed 0 the same again.
@@ -225,6 +355,7 @@ class World(Volume):
     def end_late(self, number: int, seed: int, *, receipt: bool) -> None:
         """Let an attempt of earlier do the last of its work now: some storage chunks, its receipt.
 
+        Without its receipt, some of its donations, for odd seeds.
         Attempts are counted from the last. A receipt of before the ROI grew is left out: beside
         that of what the block is now it decides nothing, but ``verify`` tells of it.
         """
@@ -234,63 +365,80 @@ class World(Volume):
         for name in exchange.some(done.chunks, seed):
             if name in self.geometry.chunks:
                 output.write(self.folder / "output", name, done.chunks[name])
-        box = tuple(axis.stop for axis in self.geometry.blocks[index])
-        if not receipt or exchange.corners(done.file.name)[1] != box:
-            return
-        if stage == "infer":  # its donations have come before, and all others of the block are deleted then
+        if not receipt:
+            for file in exchange.some(done.donations, seed) if seed % 2 else ():
+                output.put(file, done.donations[file])
+        elif exchange.corners(done.file.name)[1] == tuple(axis.stop for axis in self.geometry.blocks[index]):
+            self._complete_late(model, stage, index, done)
+
+    def _complete_late(self, model: int, stage: str, index: Index, done: Done) -> None:
+        """Let an attempt leave its receipt late, and before it, its donations."""
+        if stage == "infer":  # all others of the block are deleted then
             for file in exchange.donations(done.file.parents[3]):
                 if exchange.donor_of(file.name, self.geometry) == index:
                     file.unlink()
             for file, content in done.donations.items():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
-        done.file.parent.mkdir(parents=True, exist_ok=True)
-        done.file.write_bytes(done.receipt)
+                output.put(file, content)
+        output.put(done.file, done.receipt)
         if done.file.is_relative_to(self.exchange):  # what is left in another epoch counts for nothing
             self.accounts[model].receipts.setdefault((stage, index), {})[done.file.name] = done
 
-    def note(self, run: str, now: float) -> None:
-        """Note what a run has done until a time in seconds, and what is gone."""
-        receipts, found = self.account.receipts, exchange.receipts(self.exchange, self.geometry)
+    def forget(self) -> None:
+        """Forget the receipts that are gone, and those that are void."""
         void = exchange.void(self.exchange, self.geometry)
-        for at, several in receipts.items():
-            if at in void:
-                receipts[at] = {}
-                continue
-            there = {name: done for name, done in several.items() if done.file in found.get(at, {})}
-            if not _agree(several.values()) and len(there) < len(several):
-                # One that is left would count again, with the donations of the other.
-                for name in [name for name, done in there.items() if found[at][done.file] != run]:
-                    there[name].file.unlink()
-                    del found[at][there.pop(name).file]
-            receipts[at] = there
-        for at in sorted(found, reverse=True):  # inference first
-            for file in [file for file, by in found[at].items() if by == run]:
-                done = self._done(*at, file, now)
-                receipts.setdefault(at, {})[file.name] = done
-                self.attempts.append((self.model, *at, done))
+        for at, several in self.account.receipts.items():
+            there = {name: done for name, done in several.items() if at not in void and done.file.exists()}
+            alone = there and len(there) < len(several) and not _agree(several.values())
+            assert not alone, f"{at}: one of several receipts that disagree is left"
+            self.account.receipts[at] = there
 
-    def _done(self, stage: str, index: Index, file: Path, now: float) -> Done:
-        """What an attempt has done that has just ended, in nobody's way."""
-        there, names = output.stored(self.folder / "output"), self.geometry.chunks.items()
-        chunks = {name: there[name] for name, by in names if by == (stage, index)}
+    def ended(self, stage: str, index: Index, seen: Seen, written: Mapping[Path, bytes], now: float) -> None:
+        """Note what a task has done that has ended, well or not.
+
+        Args:
+            stage: Its stage.
+            index: Its block.
+            seen: What there was for it.
+            written: The files that it has written.
+            now: Time of its receipt, in seconds.
+        """
+        self.forget()
+        files = [file for file in written if file.is_relative_to(seen.exchange / "receipts" / stage)]
+        for file in files:
+            if not file.name.endswith(".json") or file.name.endswith(exchange.VOID):
+                continue
+            done = self._done(stage, index, file, seen, written, now)
+            self.attempts.append((seen.model, stage, index, done))
+            if seen.exchange == self._folder(seen.model):
+                self.accounts[seen.model].receipts.setdefault((stage, index), {})[file.name] = done
+
+    def _done(
+        self, stage: str, index: Index, file: Path, seen: Seen, written: Mapping[Path, bytes], now: float
+    ) -> Done:
+        """What an attempt has done that has left a receipt."""
+        output_files = {f: text for f, text in written.items() if f.is_relative_to(self.folder / "output")}
+        chunks = {
+            f.name.partition(".")[0]: output.voxels(text, compressed=f.suffix == ".gz")
+            for f, text in output_files.items()
+        }
+        chunks = {name: voxels for name, voxels in chunks.items() if self.geometry.chunks.get(name) == (stage, index)}
         if stage == "blend":
-            return Done(file, file.read_bytes(), self._consumed(self.account.inferred, index), None, chunks, {}, now)
-        inferred = self.current()[index]
-        left = exchange.donations(self.exchange)
-        donations = {file: file.read_bytes() for file in left if exchange.donor_of(file.name, self.geometry) == index}
-        return Done(file, file.read_bytes(), inferred.read, inferred, chunks, donations, now)
+            consumed = self._consumed(seen.inferred, seen.now, index)
+            return Done(file, written[file], consumed, None, chunks, {}, now)
+        inferred = seen.now[index]
+        donations = {f: text for f, text in written.items() if f.is_relative_to(seen.exchange / "donations")}
+        return Done(file, written[file], inferred.read, inferred, chunks, donations, now)
 
     def _counts(self, donations: Iterable[str]) -> Counter[tuple[Index, Index]]:
         """Number of donations by donor and receiver."""
         geometry = self.geometry
         return Counter((exchange.donor_of(name, geometry), exchange.receiver_of(name, geometry)) for name in donations)
 
-    def _consumed(self, inferred: dict[Index, Inferred], receiver: Index) -> Any:
+    def _consumed(self, inferred: dict[Index, Inferred], now: dict[Index, Inferred], receiver: Index) -> Any:
         """What a block would be blended from: what its donors gave, and the mask as it is now."""
         geometry = self.geometry
         given = {donor: numbers.given(geometry, inferred, donor, receiver) for donor in geometry.donors[receiver]}
-        mask = numbers.given(geometry, self.current(), receiver, receiver)[2]
+        mask = numbers.given(geometry, now, receiver, receiver)[2]
         return given | {receiver: (*given[receiver][:2], mask)}
 
 

@@ -1,7 +1,7 @@
-"""Oracle for the exchange: what has been left there, by which files are there.
+"""Oracle for the exchange: what has been left there, by the files that are there.
 
-It reads names, and of receipts by which run they were written; all else of the formats is the
-library's own affair. It shares no code with ``chunkflow_core``.
+It reads names, and claims; all else of the formats is the library's own affair. It shares no code
+with ``chunkflow_core``.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def void(folder: Path, geometry: Geometry) -> set[tuple[str, Index]]:
     return {(stage, donor_of(file.name, geometry)) for stage, found in files.items() for file in found}
 
 
+def claim(output: Path) -> tuple[str, str]:
+    """Fingerprint and epoch of the last claim on an output layer; empty if there is none."""
+    found = claims(output)
+    step = json.loads(found[-1])["method"] if found else {}
+    return step.get("fingerprint", ""), step.get("epoch", "")
+
+
+def claims(output: Path) -> list[bytes]:
+    """All claims on an output layer, in order."""
+    return [file.read_bytes() for file in sorted((output / "claims").glob("*.json"))]
+
+
 def donations(folder: Path) -> set[Path]:
     """All donations below a model's folder of the exchange."""
     return {file for file in (folder / "donations").rglob("*") if file.is_file() and "%" in file.name}
-
-
-def receipts(folder: Path, geometry: Geometry) -> dict[tuple[str, Index], dict[Path, str]]:
-    """Stages of blocks that are said to be done: the receipts, and the run that did it by each."""
-    found: dict[tuple[str, Index], dict[Path, str]] = {}
-    for stage in ("infer", "blend"):
-        for file in (folder / "receipts" / stage).rglob("*%*.json"):
-            if file.name.endswith(VOID):
-                continue
-            run = json.loads(file.read_bytes())["receipt"]["run"]
-            found.setdefault((stage, donor_of(file.name, geometry)), {})[file] = run
-    return found
 
 
 def donor_of(file: str, geometry: Geometry) -> Index:

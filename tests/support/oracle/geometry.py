@@ -199,6 +199,10 @@ _SHAPES = [(1, 1, 2), (2, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 3), (2, 2, 2), (3,
 """Blocks along each axis."""
 
 
+_ROWS = [(1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 3), (1, 2, 2)]
+"""Blocks along each axis of a tiny volume."""
+
+
 @st.composite
 def _axes(draw: st.DrawFn, blocks: int) -> tuple[int, ...]:
     """One axis: an element of each of the first nine fields of ``Case``."""
@@ -209,11 +213,22 @@ def _axes(draw: st.DrawFn, blocks: int) -> tuple[int, ...]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """A volume of two to six blocks."""
-    shape = draw(st.sampled_from(_SHAPES))
+def _short_axes(draw: st.DrawFn, blocks: int) -> tuple[int, ...]:
+    """One axis of a tiny volume, as ``_axes`` has it."""
+    if blocks == 1:
+        return 0, 1, 0, 1, draw(st.integers(0, 1)), 0, 1, 1, 2
+    cuts = [cut for cut in _cuts() if 2 <= cut[2] <= 4 and cut[2] // cut[3] <= 2]
+    patch, overlap, block, chunk = draw(st.sampled_from(cuts))
+    length = (blocks - 1) * block + draw(st.integers(overlap + 1, block + overlap))
+    return 0, length, draw(st.integers(0, 1)), patch, draw(st.integers(0, 1)), overlap, block, chunk, 4
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, tiny: bool = False) -> Case:
+    """A volume of two to six blocks, or a tiny one of two to four, with a few storage chunks."""
+    shape = draw(st.sampled_from(_ROWS if tiny else _SHAPES))
     start, stop, beyond, patch, halo, overlap, block, chunk, input_chunk = zip(
-        *(draw(_axes(blocks)) for blocks in shape), strict=True
+        *(draw((_short_axes if tiny else _axes)(blocks)) for blocks in shape), strict=True
     )
     return Case(
         start, stop, beyond, patch, halo, overlap, block, chunk, input_chunk,

@@ -62,13 +62,18 @@ def mix(patch: NDArray[np.float32], case: Case, model: int) -> NDArray[np.float3
     return np.stack(values).astype(np.float32)
 
 
+def bits(model: int, machine: int) -> int:
+    """The number of a model for ``mix``, with the last bits that a kind of machine gives."""
+    return model + 2 * machine
+
+
 def infer(geometry: Geometry, layers: Mapping[str, NDArray[np.uint8]], model: int) -> dict[Index, Inferred]:
     """The inference of each block.
 
     Args:
         geometry: The blocks.
         layers: Voxels (zyx) of layer ``input`` and, where the case has one, of ``mask``.
-        model: Number of the model.
+        model: Number of the model, with its machine: see ``bits``.
     """
     case = geometry.case
     inside = np.ones(case.size, bool)

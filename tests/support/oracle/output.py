@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from itertools import count
 from pathlib import Path
 
@@ -27,10 +28,25 @@ def stored(output: Path) -> dict[str, bytes]:
 
 def write(output: Path, name: str, voxels: bytes) -> None:
     """Write a storage chunk, as whoever does not ask whether the layer is still his to write to."""
-    (scale,) = output.glob(_SCALE)
-    file, time = scale / f"{name}.gz", next(_times)
-    file.write_bytes(gzip.compress(voxels))
-    os.utime(file, ns=(time, time))
+    for scale in output.glob(_SCALE):  # after a power loss there may be none
+        put(scale / f"{name}.gz", gzip.compress(voxels), time=next(_times))
+
+
+def put(file: Path, content: bytes, *, time: int | None = None) -> None:
+    """Put a file in its place so that it lasts, at a time in ns if one is given."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(".late.partial")
+    with partial.open("wb") as written:
+        written.write(content)
+        written.flush()
+        os.fsync(written.fileno())
+    if time is not None:
+        os.utime(partial, ns=(time, time))
+    partial.replace(file)
+    for above in file.parents[:5]:  # up to the folders of output and exchange
+        folder = os.open(above, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def delete(output: Path, name: str) -> None:
@@ -39,6 +55,13 @@ def delete(output: Path, name: str) -> None:
         file.unlink()
 
 
+def voxels(content: bytes, *, compressed: bool) -> bytes:
+    """The voxels in a storage chunk's file; something else if a part of it is lost."""
+    try:
+        return gzip.decompress(content) if compressed else content
+    except (EOFError, OSError, zlib.error):
+        return b"cut short"
+
+
 def _voxels(file: Path) -> bytes:
-    content = file.read_bytes()
-    return gzip.decompress(content) if file.suffix == ".gz" else content
+    return voxels(file.read_bytes(), compressed=file.suffix == ".gz")

@@ -58,7 +58,7 @@ class World:
 
     def workspace(self, model: int) -> Workspace:
         """What a process opens."""
-        return Workspace(self.specs[model], Model(self.case, model, no_fault()))
+        return Workspace(self.specs[model], Model(self.case, model, 0, no_fault()))
 
     def expected(self, model: int) -> dict[Index, NDArray[Any]]:
         """The output (czyx) of each block, from the layers as they are now."""
