@@ -32,7 +32,7 @@ from bench.common import ROOT, command_line, table
 
 RECEIPTS = """
 def receipts(exchange):
-    files = list(exchange.glob("*/receipts/**/*.json"))
+    files = list(exchange.rglob("receipts/**/*.json"))
     assert files
     return [json.loads(file.read_text())["receipt"] for file in files]
 """

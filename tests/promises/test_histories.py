@@ -65,7 +65,7 @@ def test_any_history(case: Case, rounds: list[list[Event]]) -> None:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_many_histories(part: int) -> None:
     @seed(part)
-    @examples(40)
+    @examples(20)
     @given(case=cases(tiny=True), rounds=EVENTS)
     def any_history(case: Case, rounds: list[list[Event]]) -> None:
         play(case, [Run(), *chain.from_iterable(rounds)])
