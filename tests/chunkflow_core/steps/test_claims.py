@@ -324,6 +324,17 @@ class TestClaimDuringARun:
         assert files_below(tmp_path / "output") == before
         assert Workspace(first).exchange.receipts("infer").keys() == receipts
 
+    def test_a_task_that_begins_too_late_runs_no_patch(self, make_spec: MakeSpec) -> None:
+        path = make_spec()
+        first = prepared(path)
+        prepared(path, *OTHER, other="overwrite")
+
+        def patch_done() -> None:
+            pytest.fail("a patch is run for nothing")
+
+        with pytest.raises(SpecError, match="is claimed for fingerprint"):
+            inference_and_donate(Workspace(first), (0, 0, 0), patch_done=patch_done)
+
     def test_a_block_at_work_writes_no_more(self, make_spec: MakeSpec, tmp_path: Path) -> None:
         path = make_spec()
         workspace = Workspace(prepared(path))
