@@ -69,8 +69,6 @@ class History:
         are looked at here anyway."""
         self.at_work: list[Model] = []
         """Models of the runs at work, each within the one before."""
-        self.has_grown = False
-        """Whether the volume has grown."""
         self.errors: list[BaseException] = []
         """What has gone wrong within a run that may have caught it."""
         self.told: list[float] = []
@@ -109,7 +107,6 @@ class History:
                 self.world.revert(layer)
             case Grow(axis, of_roi, of_input):
                 self.world.grow(axis, of_roi, of_input)
-                self.has_grown = True
 
     def meanwhile(self, events: Iterable[Event]) -> None:
         """Let something happen while a run is at work; it can't catch what comes of it."""
@@ -139,8 +136,7 @@ class History:
         if event.meanwhile:
             fault.action = lambda: self.meanwhile(event.meanwhile)
         before, wrong, folders = world.owner, world.lies(), (world.folder / "output", world.folder / "exchange")
-        # A receipt of before the volume grew counts for nothing, but the account has it still.
-        loss = None if self.has_grown else event.power_loss
+        loss = event.power_loss
         with nullcontext() if loss is None else recorded(*folders) as recording:
             outcome = self.held_up(event, f"run-{self.runs}", fault)
         if self.errors:

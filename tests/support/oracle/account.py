@@ -316,10 +316,16 @@ class World(Volume):
         wrong = set[tuple[str, Index, str]]()
         for stage in ("infer", "blend"):
             for index, done in self.account.of(stage).items():
+                if not self._names(done.file, index):
+                    continue
                 chunks = {name for name, voxels in done.chunks.items() if there.get(name) != voxels}
                 donations = {f.name for f, text in done.donations.items() if not f.exists() or f.read_bytes() != text}
                 wrong |= {(stage, index, name) for name in chunks | donations}
         return wrong
+
+    def _names(self, receipt: Path, index: Index) -> bool:
+        """Whether a receipt is of a block as it is now; one of before it grew counts for nothing."""
+        return exchange.corners(receipt.name)[1] == tuple(axis.stop for axis in self.geometry.blocks[index])
 
     def lose(self, what: str, seed: int) -> None:
         """Let files of the exchange be gone.
@@ -368,7 +374,7 @@ class World(Volume):
         if not receipt:
             for file in exchange.some(done.donations, seed) if seed % 2 else ():
                 output.put(file, done.donations[file])
-        elif exchange.corners(done.file.name)[1] == tuple(axis.stop for axis in self.geometry.blocks[index]):
+        elif self._names(done.file, index):
             self._complete_late(model, stage, index, done)
 
     def _complete_late(self, model: int, stage: str, index: Index, done: Done) -> None:
