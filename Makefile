@@ -2,7 +2,8 @@
 # make airflow the same Airflow, kept running to click around in (Ctrl-C ends it)
 # make lint    style, types, and that rooms import only what stands below them
 # make test    all tests but the long ones
-# make test-long  the long ones: what takes minutes by its nature, and EXAMPLES times as many random examples
+# make test-long  the long ones: what takes minutes by its nature, EXAMPLES times as many random examples, and HISTORIES
+#              random histories of volumes: hours, with as many as are played before a release
 # make clean   remove what demo and test have made (not the virtual environment)
 
 PYTHON ?= python3.11
@@ -12,6 +13,8 @@ INSTALLED := .venv/installed
 WORKERS ?= 4
 # How many times as many random examples the long tests take.
 EXAMPLES ?= 10
+# How many random histories they play: some eight a second on a core.
+HISTORIES ?= 100000
 DEMO := $(CURDIR)/.demo
 # Hundreds of processes import the same modules: compile each once, also where an image says not to.
 export PYTHONDONTWRITEBYTECODE :=
@@ -35,7 +38,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(INSTALLED)
-	CHUNKFLOW_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest --numprocesses $(WORKERS) -m 'long or hypothesis'
+	CHUNKFLOW_TEST_EXAMPLES=$(EXAMPLES) CHUNKFLOW_TEST_HISTORIES=$(HISTORIES) $(BIN)/pytest --numprocesses $(WORKERS) -m 'long or hypothesis'
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

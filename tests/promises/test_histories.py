@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +12,7 @@ from itertools import chain, count
 from typing import Any
 
 import pytest
-from hypothesis import given, seed
+from hypothesis import given, seed, settings
 
 from tests.promises.histories import History, in_memory, play
 from tests.support.oracle.crashes import Fault
@@ -33,8 +34,8 @@ from tests.support.oracle.events import (
 from tests.support.oracle.geometry import Case, cases
 from tests.support.random_examples import examples
 
-PARTS = 8
-"""Parts of the many random histories, which several processes can share."""
+HISTORIES, PARTS = int(os.environ.get("CHUNKFLOW_TEST_HISTORIES", "320")), 40
+"""How many random histories the long test plays, and parts of them, which processes share."""
 
 
 def test_a_mask_that_is_edited_between_the_stages() -> None:
@@ -65,7 +66,7 @@ def test_any_history(case: Case, rounds: list[list[Event]]) -> None:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_many_histories(part: int) -> None:
     @seed(part)
-    @examples(20)
+    @settings(examples(1), max_examples=HISTORIES // PARTS)
     @given(case=cases(tiny=True), rounds=EVENTS)
     def any_history(case: Case, rounds: list[list[Event]]) -> None:
         play(case, [Run(), *chain.from_iterable(rounds)])
