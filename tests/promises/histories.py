@@ -160,13 +160,14 @@ class History:
         """Run; None if something has happened meanwhile, with which a run may end as it likes."""
         world = self.world
         model = Model(world.case, world.model, world.machine, fault)
-        outcome = None
+        outcome, wrong = None, world.spoiled()
         try:
             with self.working(model), failing(fault):
                 outcome = self.attempt(event, run, Workspace(world.spec(), model), model)
         except (Killed, BrokenModel, ChunkflowError):
             if not fault.happened:
-                if not self.mend():
+                deleted = any(not file.exists() for file in wrong)  # by the blend that has found it
+                if not self.mend() and not deleted:
                     raise
                 return self.held_up(event, f"{run}-again", fault)
         world.look(model.machine)

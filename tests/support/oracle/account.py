@@ -393,7 +393,7 @@ class World(Volume):
         """Forget the receipts that are gone, and those that are void."""
         void = exchange.void(self.exchange, self.geometry)
         for at, several in self.account.receipts.items():
-            there = {name: done for name, done in several.items() if at not in void and done.file.exists()}
+            there = {name: done for name, done in several.items() if at not in void and done.is_there}
             alone = there and len(there) < len(several) and not _agree(several.values())
             assert not alone, f"{at}: one of several receipts that disagree is left"
             self.account.receipts[at] = there
