@@ -56,7 +56,7 @@ def test_a_mask_that_is_edited_between_the_stages() -> None:
     play(case, [Run(), Edit("input", 0, 1), Switch(), Run(), *edits, Run(check=False)])
 
 
-@examples(30)
+@examples(15)
 @given(case=cases(), rounds=EVENTS)
 def test_any_history(case: Case, rounds: list[list[Event]]) -> None:
     play(case, [Run(), *chain.from_iterable(rounds)])
@@ -135,11 +135,11 @@ def test_every_crash_point(case: Case, before: list[Event]) -> None:
 @pytest.mark.parametrize(
     "meanwhile",
     [
-        pytest.param([Run()], id="another run"),
-        pytest.param([Switch(), Run()], id="the other model"),
+        pytest.param([Run()], id="another run", marks=pytest.mark.long),
+        pytest.param([Switch(), Run()], id="the other model", marks=pytest.mark.long),
         pytest.param([Switch(), Run(), Switch(), Run()], id="the other model, and this one again"),
         pytest.param([Move(), Run()], id="another machine"),
-        pytest.param([Edit("input", 4, 3)], id="an edit of what is read later"),
+        pytest.param([Edit("input", 4, 3)], id="an edit of what is read later", marks=pytest.mark.long),
         pytest.param([Edit("input", 0, 3), Run()], id="an edit and another run"),
         pytest.param([EndLate(0, 3, receipt=True), EndLate(1, 5, receipt=True)], id="late receipts"),
         pytest.param([EndLate(0, 3, receipt=False), EndLate(2, 5, receipt=False)], id="late writes"),

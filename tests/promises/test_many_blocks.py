@@ -70,6 +70,7 @@ def verify(spec: VolumeSpec) -> None:
     assert len(list(windows(workspace, stored, 4, "bench", 0))) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "limit"), [(report, LIMIT), (complete_another_run, LIMIT), (verify, LIMIT + SIGNATURES)]
 )
