@@ -6,11 +6,13 @@ They find an engine for the model, and make input from image stacks.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from contextlib import closing
 
 from tqdm import tqdm
 
-from chunkflow_core.commands.arguments import Add, add_spec_arguments, positive, spec_of, tolerance
+from chunkflow_core.commands.arguments import Add, add_spec_arguments, not_negative, positive, spec_of, tolerance
 from chunkflow_core.storage.addresses import check_address
 from chunkflow_core.variables import conceal
 
@@ -79,15 +81,58 @@ def _add_ingest(add: Add) -> None:
         "--offset", type=int, nargs=3, default=[0, 0, 0], metavar=("Z", "Y", "X"), help="of the first voxel"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a layer that is there")
+    _add_choice(parser)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose from a source that is not simply one stack."""
+    parser.add_argument(
+        "--series", type=not_negative, metavar="N", help="series to take of a TIFF file that holds several, from 0"
+    )
+    parser.add_argument(
+        "--level",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="level to take of a pyramid in a TIFF file (default: 0, the full resolution)",
+    )
+    parser.add_argument(
+        "--channel", type=not_negative, metavar="N", help="channel, colour or sample to take, where there are several"
+    )
+    parser.add_argument("--time", type=not_negative, metavar="N", help="point in time to take, where there are several")
+    parser.add_argument(
+        "--axes",
+        type=_axes,
+        metavar="AXES",
+        help="axes of the source in their order, such as CZYX, of the letters Z Y X C T (channels, time): for arrays "
+        "of more than three, or instead of what the file says of them",
+    )
+    parser.add_argument(
+        "--gaps",
+        choices=("error", "repeat", "blank"),
+        default="error",
+        help="what stands for sections that a folder's numbers leave out: nothing, the section before, or zeros; "
+        "blank also takes parts of a file that were never written as they are read (default: error)",
+    )
+    parser.add_argument(
+        "--step",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="difference of the numbers of one file of a folder and the next (default: 1)",
+    )
 
 
 def ingest(options: argparse.Namespace) -> None:
     """Store an image stack as a precomputed layer."""
     from chunkflow_core.lattice.boxes import vector
-    from chunkflow_core.storage.ingest import ingest, open_stack
+    from chunkflow_core.storage.ingest.axes import Choice
+    from chunkflow_core.storage.ingest.sources import open_stack
+    from chunkflow_core.storage.ingest.store import ingest
 
-    stack = open_stack(options.source)
-    with tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:
+    names = ("series", "level", "channel", "time", "axes", "gaps", "step")
+    stack = open_stack(options.source, Choice(**{name: getattr(options, name) for name in names}))
+    with closing(stack), tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:
         ingest(
             stack,
             options.layer,
@@ -98,6 +143,8 @@ def ingest(options: argparse.Namespace) -> None:
             planes_done=bar.update,
         )
     print(f"{options.layer}: {' × '.join(map(str, stack.shape))} voxels (zyx), {stack.dtype}")
+    for note, text in stack.notes.items():
+        print(f"{note.replace('_', ' ')}: {text if isinstance(text, str) else json.dumps(text)}")
 
 
 def _engines(text: str) -> list[str]:
@@ -106,6 +153,15 @@ def _engines(text: str) -> list[str]:
         if name not in known:
             raise argparse.ArgumentTypeError(f"{text}: expected some of {','.join(known)}")
     return names
+
+
+def _axes(text: str) -> str:
+    from chunkflow_core.storage.ingest.axes import axes_letters
+
+    try:
+        return axes_letters(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def _voxel_size(text: str) -> float:

@@ -299,11 +299,9 @@ class NewLayer:
         offset: Vector = (0, 0, 0),
         channels: int = 1,
         provenance: dict[str, Any] | None = None,
+        at_once: bool = True,
     ) -> None:
-        """Write ``provenance`` and ``info`` of the layer, each in one step.
-
-        ``info`` comes last, since there is a layer from then on. CloudVolume would write it in
-        place: killed then, it leaves a part of it, which nobody can open.
+        """Make the layer, or describe one that :meth:`publish` makes.
 
         Args:
             path: Address of the layer.
@@ -314,6 +312,7 @@ class NewLayer:
             offset: Position of the first voxel, zyx.
             channels: Number of channels.
             provenance: Fields of CloudVolume's provenance to set; the others are empty.
+            at_once: Whether the layer is there before its voxels are.
 
         Raises:
             StorageError: The storage does not answer.
@@ -335,8 +334,19 @@ class NewLayer:
         self.path = path
         with storage_errors(f"creating {path}"):
             self._volume = CloudVolume(**located(path), info=info, provenance={}, progress=False)
-        for name, content in (("provenance", _NO_PROVENANCE | (provenance or {})), ("info", info)):
-            put_file(plain(path), name, json.dumps(content, sort_keys=True, indent=2).encode())
+        self.key: str = info["scales"][0]["key"]
+        self._described = {"provenance": _NO_PROVENANCE | (provenance or {}), "info": info}
+        if at_once:
+            self.publish()
+
+    def publish(self) -> None:
+        """Write ``provenance`` and ``info`` of the layer, each in one step.
+
+        ``info`` comes last, since there is a layer from then on. CloudVolume would write it in
+        place: killed then, it leaves a part of it, which nobody can open.
+        """
+        for name, content in self._described.items():
+            put_file(plain(self.path), name, json.dumps(content, sort_keys=True, indent=2).encode())
 
     def write(self, box: Box, data: NDArray[Any]) -> None:
         """Write ``data``, ``(channels, z, y, x)``, to a box of whole storage chunks."""

@@ -26,7 +26,10 @@ OPTIONS = {
     "cleanup": ["SPEC", "--set"],
     "report": ["SPEC", "--set", "--run", "--json", "--picture", "--publish"],
     "picture": ["SPEC", "--set", "FILE.png", "--z"],
-    "ingest": ["SOURCE", "LAYER", "--voxel-size", "--chunk-size", "--offset", "--overwrite"],
+    "ingest": [
+        *["SOURCE", "LAYER", "--voxel-size", "--chunk-size", "--offset", "--overwrite"],
+        *["--series", "--level", "--channel", "--time", "--axes", "--gaps", "--step"],
+    ],
 }
 
 
