@@ -324,7 +324,7 @@ class World(Volume):
         return wrong
 
     def _names(self, receipt: Path, index: Index) -> bool:
-        """Whether a receipt is of a block as it is now; of before it grew, it counts for nothing."""
+        """Whether a receipt is of a block as it is now; of before it grew, it counts no more."""
         return exchange.corners(receipt.name)[1] == tuple(axis.stop for axis in self.geometry.blocks[index])
 
     def lose(self, what: str, seed: int) -> None:
