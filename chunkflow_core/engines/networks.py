@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from chunkflow_core.engines.element_types import input_type
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.model_imports import import_file
 from chunkflow_core.engines.opened_files import watched
@@ -41,6 +42,10 @@ class Model:
     """Function that gets a numpy batch, and returns what goes into the network."""
     post_process: Function | None = None
     """Function that gets what the network returns, and gives the model's output."""
+    dtype: torch.dtype = torch.float32
+    """Type of the elements that the network takes, where its file declares one."""
+    fixed_batch: int | None = None
+    """Number of patches that the network takes at a time, where its file fixes one."""
 
 
 def load_model(spec: VolumeSpec, device: torch.device) -> Model:
@@ -137,9 +142,44 @@ def _from_archive(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
                 f"model.path: {path} is a .pt2 archive: loading it can run code that it carries. If you know where it "
                 "comes from, set model.trust: true"
             )
-        return Model(torch.export.load(path).module().to(device))
+        return _from_program(spec, path, device)
     torch.jit.set_fusion_strategy([])  # or GPUs run later patches otherwise than the first ones
-    return Model(torch.jit.load(str(path), map_location=device).eval())  # type: ignore[no-untyped-call]
+    network = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
+    return Model(network, dtype=_taken_by(spec, network, device))
+
+
+def _taken_by(spec: VolumeSpec, network: Any, device: torch.device) -> torch.dtype:
+    """The type of the elements that a TorchScript network takes, which its file does not declare.
+
+    It is that of its weights, if they have all the same and it does not take float32 patches.
+    """
+    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
+    (kind,) = kinds if len(kinds) == 1 else {torch.float32}
+    if kind == torch.float32:
+        return kind
+    patch = torch.zeros(1, spec.input_scale.channels, *spec.patch_size, device=device)
+    with torch.inference_mode():
+        try:
+            network(patch)
+        except RuntimeError as error:
+            if is_of_the_machine(error):
+                raise
+            input_type(spec, str(kind).removeprefix("torch."))
+            return kind
+    return torch.float32
+
+
+def _from_program(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
+    """A ``torch.export`` program, with what it declares of its input."""
+    program = torch.export.load(path)
+    names = program.graph_signature.user_inputs
+    inputs = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in names]
+    if len(inputs) != 1:
+        raise SpecError(f"model.path: {path} has {len(inputs)} inputs, expected a network with one")
+    (declared,) = inputs
+    input_type(spec, str(declared.dtype).removeprefix("torch."))
+    batch = declared.shape[0] if isinstance(declared.shape[0], int) else None
+    return Model(program.module().to(device), dtype=declared.dtype, fixed_batch=batch)
 
 
 def _load_state(spec: VolumeSpec, network: torch.nn.Module, weights: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.element_types import cast, input_type
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
@@ -39,10 +40,13 @@ class ONNX(Engine):
             version: Version of ONNX Runtime.
 
         Raises:
-            SpecError: The network has several inputs, or not the output that the spec says.
+            SpecError: The network has several inputs, or not the output that the spec says, or its
+                input is not what the spec gives.
         """
         self._spec, self._session, self._version = spec, session, version
-        self._input = _single_input(spec, session)
+        given = _single_input(spec, session)
+        self._input, self._dtype = given.name, input_type(spec, _numpy_name(given.type))
+        self._batch_size = _fixed_batch(spec, given.shape)
         outputs = session.get_outputs()
         names = [({output.name}, _channels(output.shape)) for output in outputs]
         self._output = outputs[choose(names, spec)].name
@@ -57,11 +61,14 @@ class ONNX(Engine):
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the patches of a batch one at a time; see ``Engine.__call__``."""
-        return each_by_itself(self._batch, patches)
+        return each_by_itself(self._one, patches)
 
-    def _batch(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _one(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run a patch; a batch whose size is fixed in the file is filled up with copies of it."""
         try:
-            (output,) = self._session.run([self._output], {self._input: patches})
+            batch = np.repeat(cast(patches, self._dtype), self._batch_size, axis=0)
+            (output,) = self._session.run([self._output], {self._input: batch})
+            output = output[: len(output) // self._batch_size]
         except Exception as error:
             if is_of_the_machine(error):
                 raise
@@ -134,12 +141,34 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _single_input(spec: VolumeSpec, session: Any) -> str:
+def _single_input(spec: VolumeSpec, session: Any) -> Any:
     inputs = session.get_inputs()
     if len(inputs) != 1:
         raise SpecError(f"model.path: {spec.model.path} has {len(inputs)} inputs, expected a network with one")
-    name: str = inputs[0].name
-    return name
+    return inputs[0]
+
+
+def _numpy_name(declared: str) -> str:
+    """Numpy's name of an element type, of ONNX Runtime's, such as ``tensor(float)``."""
+    name = declared.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _fixed_batch(spec: VolumeSpec, shape: list[Any]) -> int:
+    """Number of patches that the network takes at a time: 1 where the file leaves it open.
+
+    Raises:
+        SpecError: The file fixes another shape of patches than the spec has.
+    """
+    wanted = (spec.input_scale.channels, *spec.patch_size)
+    fixed = len(shape) == 5 and all(not isinstance(n, int) or n == m for n, m in zip(shape[1:], wanted, strict=True))
+    if not fixed and shape:
+        told = [n if isinstance(n, int) else "any" for n in shape]
+        raise SpecError(
+            f"patch_size: {spec.model.path} takes {told}, the spec gives {['any', *wanted]} (batch, input channels, "
+            "z, y, x of patch_size)"
+        )
+    return shape[0] if shape and isinstance(shape[0], int) else 1
 
 
 def _channels(shape: list[Any]) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import threading
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.element_types import cast, input_type
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
 from chunkflow_core.errors import SpecError
@@ -47,8 +49,12 @@ class OpenVINO(Engine):
             output: Index of the output to take.
             around: What of the model file is called before and after the network
                 (``tracing.Around``); None if nothing.
+
+        Raises:
+            SpecError: The network's input is of a type in which the spec's numbers can't be given.
         """
         self._spec, self._compiled, self._output, self._around = spec, compiled, output, around
+        self._dtype = input_type(spec, _numpy_name(compiled.input()))
         self._thread = threading.local()
         self.streams = cpu_streams(spec)
 
@@ -65,7 +71,7 @@ class OpenVINO(Engine):
         try:
             given = self._around.before(patch) if self._around else patch
             request = self._request()
-            request.infer([given])
+            request.infer([cast(given, self._dtype)])
             if self._around:
                 output = self._around.after([np.array(tensor.data) for tensor in request.output_tensors])
             else:
@@ -136,6 +142,13 @@ def _fix_shape(spec: VolumeSpec, model: Any) -> None:
             f"model.path: {spec.model.path} does not take patches of shape {shape} (batch, input channels, z, y, x of "
             f"patch_size), its input is {model.input().get_partial_shape()}: {told(error, spec)}"
         ) from error
+
+
+def _numpy_name(port: Any) -> str:
+    """Numpy's name of the element type of an input, or OpenVINO's where numpy has none."""
+    name = str(port.get_element_type().get_type_name())  # to_dtype would take bf16 for float16, and u4 for uint8
+    match = re.fullmatch(r"([fiu])(8|16|32|64)", name)
+    return {"f": "float", "i": "int", "u": "uint"}[match[1]] + match[2] if match else name
 
 
 def _output(spec: VolumeSpec, compiled: Any) -> int:

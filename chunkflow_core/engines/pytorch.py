@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.element_types import check_half
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.networks import Model, load_model
@@ -36,7 +37,8 @@ class PyTorch(Engine):
             model: The network, and the functions around it.
 
         Raises:
-            SpecError: The network can't be compiled, and the spec says that it has to be.
+            SpecError: The network can't be compiled, and the spec says that it has to be; or it
+                takes other batches than the spec says.
         """
         self._spec, self._device, self._model, self._network = spec, device, model, model.network
         self._precision = _PRECISIONS.get(spec.model.precision)
@@ -44,6 +46,11 @@ class PyTorch(Engine):
         self._shortages = _shortages(device)
         on_gpu = device.type == "cuda"
         if on_gpu and not model.takes_numpy:
+            if model.fixed_batch and model.fixed_batch % spec.model.batch_size:
+                raise SpecError(
+                    f"model.batch_size: {spec.model.batch_size}, but {spec.model.path} takes {model.fixed_batch} "
+                    "patches at a time; expected a divisor of that"
+                )
             self.batch_size, self.device = spec.model.batch_size, device
         elif (
             not on_gpu and not model.takes_numpy
@@ -83,6 +90,8 @@ class PyTorch(Engine):
             raise failed(told(error, self._spec), tuple(patches.shape)) from error
         with torch.inference_mode():
             tensor = torch.as_tensor(select(output, self._spec), device=self.device)
+            if self._model.fixed_batch:  # filled up with copies
+                tensor = tensor[: len(patches)]
             tensor = cropped(tensor, self._spec, len(patches)).float()
             if self._spec.model.activation == "sigmoid":
                 tensor = torch.sigmoid(tensor)
@@ -127,9 +136,19 @@ class PyTorch(Engine):
             value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             # one that was written for a CPU leaves it there, one for a GPU doesn't
             value = value.to(self._device) if isinstance(value, torch.Tensor) else value
+        if self._model.dtype != torch.float32:
+            value = self._cast(value)
+        if self._model.fixed_batch:
+            value = value.repeat(self._model.fixed_batch // len(value), 1, 1, 1, 1)
         if self._channels_last and isinstance(value, torch.Tensor) and value.ndim == 5:
             value = value.contiguous(memory_format=torch.channels_last_3d)
         return value
+
+    def _cast(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches in the type that the network declares; errors as ``element_types.cast``."""
+        if self._model.dtype == torch.float16:
+            check_half(float(patches.abs().max()))
+        return patches.to(self._model.dtype)
 
     def _try_channels_last(self, network: torch.nn.Module) -> None:
         """Keep channels innermost in memory, which is faster here, if the network works with that.

@@ -29,6 +29,7 @@ from chunkflow_core.inference.mask import Mask, MaskWindow
 from chunkflow_core.inference.on_cpu import OnCpu
 from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.inference.reading import BlockReading, Reader, joined
+from chunkflow_core.inference.values import Measured
 from chunkflow_core.lattice.blocks import Block, Piece
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab
@@ -86,7 +87,13 @@ class Inference:
     """Runs patches of the lattice and sums them, block by block or in any other range."""
 
     def __init__(
-        self, spec: VolumeSpec, load: Callable[[], Engine], reader: Reader, z_step: int, mask: Mask | None = None
+        self,
+        spec: VolumeSpec,
+        load: Callable[[], Engine],
+        reader: Reader,
+        z_step: int,
+        mask: Mask | None = None,
+        measured: Callable[[], Measured] = Measured,
     ) -> None:
         """Prepare for a spec.
 
@@ -97,9 +104,10 @@ class Inference:
             z_step: Depth of the input's storage chunks: reading is cut there, so that none is
                 fetched twice.
             mask: Mask that says which patches are run; None for all.
+            measured: Gives what ``prepare`` has measured in the input, if the spec needs that.
         """
         self.spec, self.reader, self.z_step = spec, reader, z_step
-        self.patches = Patches(spec, load, mask)
+        self.patches = Patches(spec, load, mask, measured)
 
     def run(self, block: Block, timings: Timings, patch_done: Callable[[], object] = lambda: None) -> BlockRun:
         """A run of a block's patches, not yet begun.

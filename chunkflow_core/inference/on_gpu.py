@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import Lock
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.inference.augmentation import Transform
 from chunkflow_core.inference.patches import Patches, Planes
+from chunkflow_core.inference.values import Numbers
 from chunkflow_core.lattice.blocks import Block, BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight
@@ -126,7 +128,7 @@ class OnDevice:
         grid, channels = patches.grid, patches.spec.output.channels
         self._slab = DeviceSlab(grid, block.reach, grid.slab_depth(block), channels, patches.values, device)
         self._incoming, self._outgoing = _stream(device), _stream(device)
-        self._scales: dict[Any, torch.Tensor] = {}
+        self._numbers: tuple[Numbers, Numbers] | None = None
         self._extremes: list[tuple[Vector, torch.Tensor]] = []
         self._checks: list[Callable[[], None]] = []
         self.sums = DeviceSums(self._slab, patches.spec.output.dtype, self._to_host, self._checks)
@@ -135,11 +137,13 @@ class OnDevice:
 
     def start(self, positions: list[Vector], planes: Planes) -> None:
         """Queue a tier of patches, given the input planes that they need."""
-        voxels, scale = self._upload(planes), self._scale(planes[1].dtype)
+        if not positions:
+            return
+        voxels, numbers = self._upload(planes), self._numbers_of(planes)
         due = self._due(positions, planes)
         jobs = iter([(position, t) for position in due for t in self._patches.transforms])
         while batch := list(islice(jobs, self._patches.engine.batch_size)):
-            self._run(batch, planes[0], voxels, scale)
+            self._run(batch, planes[0], voxels, numbers)
 
     def finish(self) -> None:
         """Queue the check of the tier's values; its error arises before any of them leaves."""
@@ -174,15 +178,24 @@ class OnDevice:
             else:
                 yield position
 
-    def _scale(self, dtype: np.dtype[Any]) -> torch.Tensor:
-        """What voxels of a dtype are divided by, as a tensor.
+    def _numbers_of(self, planes: Planes) -> Numbers:
+        """How numbers are made of the voxels of a tier, with tensors.
 
         Division by a number of the host would be a multiplication by its reciprocal on some
         devices.
         """
-        if dtype not in self._scales:
-            self._scales[dtype] = torch.tensor(self._patches.scale(dtype), device=self._device)
-        return self._scales[dtype]
+        box, data = planes
+        made = self._patches.given.numbers(data.dtype, box.start[0], box.stop[0])
+        if self._numbers is None or self._numbers[0] is not made:
+            shift = None if made.shift is None else self._constant(made.shift)
+            self._numbers = made, replace(made, divisor=self._constant(made.divisor), shift=shift)
+        return self._numbers[1]
+
+    def _constant(self, array: NDArray[np.float32]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._device.type == "cuda":  # from other memory the copy would wait for all that is queued
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def _upload(self, planes: Planes) -> torch.Tensor:
         voxels = torch.from_numpy(planes[1])
@@ -195,13 +208,13 @@ class OnDevice:
         arrived.record_stream(computing)
         return arrived
 
-    def _run(self, batch: Sequence[Job], box: Box, voxels: torch.Tensor, scale: torch.Tensor) -> None:
+    def _run(self, batch: Sequence[Job], box: Box, voxels: torch.Tensor, numbers: Numbers) -> None:
         patches = self._patches
         shape = (patches.engine.batch_size, voxels.shape[0], *patches.spec.patch_size)
         given = torch.zeros(shape, device=self._device)
         for slot, (position, transform) in zip(given, batch, strict=False):
             part = voxels[(slice(None), *patches.input_box(position).slices(box.start))]
-            slot.copy_(transform.apply(part.to(torch.float32) / scale))
+            slot.copy_(transform.apply(numbers.made_of(part.to(torch.float32, copy=True))))
         outputs = self._run_network(given)
         for (position, transform), output in zip(batch, outputs, strict=False):
             counting = output if patches.share < 1 else self._slab.inside(position, output)  # as on CPUs

@@ -14,6 +14,7 @@ from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
 from chunkflow_core.inference.augmentation import Transform, contributions
 from chunkflow_core.inference.mask import Mask, MaskWindow
+from chunkflow_core.inference.values import InputValues, Measured
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.kernels import take_scaled
 from chunkflow_core.lattice.slab import Slab
@@ -28,9 +29,23 @@ Planes = tuple[Box, NDArray[Any]]
 class Patches:
     """What is done with each patch of a volume."""
 
-    def __init__(self, spec: VolumeSpec, load: Callable[[], Engine], mask: Mask | None = None) -> None:
-        """Prepare for a spec; ``load`` gives the engine when the first patch is run."""
+    def __init__(
+        self,
+        spec: VolumeSpec,
+        load: Callable[[], Engine],
+        mask: Mask | None = None,
+        measured: Callable[[], Measured] = Measured,
+    ) -> None:
+        """Prepare for a spec.
+
+        Args:
+            spec: The volume.
+            load: Gives the engine when the first patch is run.
+            mask: Mask that says which patches are run; None for all.
+            measured: Gives what ``prepare`` has measured in the input, if the spec needs that.
+        """
         self.spec, self.mask, self._load = spec, mask, load
+        self.given = InputValues(spec, measured)
         self.grid = spec.grid
         self.values = ExactStep(*spec.output.range)
         self.transforms = contributions(spec.model.augmentation, affinity=spec.model.outputs == "affinity")
@@ -75,13 +90,14 @@ class Patches:
         """
         box, data = planes
         patch = np.empty((data.shape[0], *self.spec.patch_size), np.float32)
-        z, y, x = (a - b for a, b in zip(self.input_box(position).start, box.start, strict=True))
-        take_scaled(data, (z, y, x), self.scale(data.dtype), patch)
-        return patch
-
-    def scale(self, dtype: np.dtype[Any]) -> np.float32:
-        """What voxels of a dtype are divided by: integers become values from 0 to 1."""
-        return np.float32(1 if dtype.kind == "f" else np.iinfo(dtype).max)
+        own = self.input_box(position)
+        z, y, x = (a - b for a, b in zip(own.start, box.start, strict=True))
+        numbers = self.given.numbers(data.dtype, own.start[0], own.stop[0])
+        if numbers.is_division:
+            take_scaled(data, (z, y, x), numbers.divisor.flat[0], patch)
+            return patch
+        take_scaled(data, (z, y, x), np.float32(1), patch)
+        return numbers.made_of(patch)
 
     def run(self, slab: Slab, position: Vector, planes: Planes, timings: Timings, wait: Callable[[], None]) -> None:
         """Run a patch and add it to a slab; ``wait`` returns when there is room for it."""

@@ -216,7 +216,8 @@ class ReferencePatches:
 
     def _given(self, number: int) -> str:
         patch = reference_patch(number, self._spec.input_scale.channels, self._spec.patch_size)
-        return checksum(np.ascontiguousarray(self._patches.forward(patch)).tobytes())
+        given = self._patches.given.sample(patch)
+        return checksum(np.ascontiguousarray(self._patches.forward(given)).tobytes())
 
 
 def has_other_bits(receipt: Receipt) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.spec.values import ValuesSpec
 from chunkflow_core.storage.addresses import check_address, check_writable, is_fetchable, is_remote
 from chunkflow_core.storage.layer_info import FARTHEST
 
@@ -118,6 +119,8 @@ class InputSpec(Section):
     """How patches are filled beyond the input's bounds: ``reflect``, ``edge``, ``constant`` (0)."""
     fill_missing: bool = False
     """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66."""
+    values: ValuesSpec = ValuesSpec()
+    """Which numbers the network gets for the voxels of the layer."""
     prefetch: int = Field(1, ge=1, le=_MOST)
     """Number of steps, each of one storage chunk's depth, that are read ahead of the patches."""
 

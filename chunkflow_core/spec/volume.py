@@ -167,9 +167,12 @@ class VolumeSpec(Section):
 
         Raises:
             MissingInputError: There is no such layer, or it does not have the mip.
+            SpecError: ``input.values`` makes no sense for its voxels.
             StorageError: The storage does not answer.
         """
-        return read_scale(self.input.path, self.input.mip)
+        scale = read_scale(self.input.path, self.input.mip)
+        self.input.values.check_layer(scale.dtype, scale.channels)
+        return scale
 
     @cached_property
     def input_bounds(self) -> Box:
@@ -216,9 +219,10 @@ class VolumeSpec(Section):
         digest (``block_digest``).
         """
         model = self.model.model_dump(exclude={"path", "weights", "files", "device", "mixed_hardware", "streams"})
+        without_meaning = {"prefetch", "bounds"} | ({"values"} if self.input.values.is_default else set())
         facts = {
             "numerics": NUMERICS_VERSION,
-            "input": self.input.model_dump(exclude={"prefetch", "bounds"}),
+            "input": self.input.model_dump(exclude=without_meaning),
             "skip": self.skip.model_dump(),
             "output": self.output.model_dump(exclude={"compression"}),
             "origin": self.grid.roi.start,

@@ -8,7 +8,9 @@ from typing import Literal
 from chunkflow_core.errors import SpecError
 from chunkflow_core.exchange.epochs import delete_earlier, new_epoch
 from chunkflow_core.exchange.folder import Trial
+from chunkflow_core.inference.measuring import measure, store, stored
 from chunkflow_core.inference.reference import Reference
+from chunkflow_core.inference.values import Measured
 from chunkflow_core.lattice.boxes import vector
 from chunkflow_core.machine import peak_memory
 from chunkflow_core.spec import VolumeSpec
@@ -63,6 +65,7 @@ def prepare(
         lease.take(take_over=take_over)
         layer, history = _look_at_output(spec, other)  # another run may have been at work until now
     anew = layer is None or not history.is_own
+    measured, anew = _measured(workspace, anew=anew, again=other == "overwrite")
     known = workspace.exchange.trial() if once and not anew and other != "overwrite" else None
     if known is None or workspace.reference.stored() is None:
         trial, here = _try_model(workspace)
@@ -73,6 +76,8 @@ def prepare(
             workspace.reference.store(here)  # before the claim: no block is done without
         workspace.exchange.put_trial(trial)
         known = trial
+    if measured is not None:
+        _keep_measured(workspace, measured)  # likewise
     if lease is not None:
         lease.check() if layer is not None else lease.take(take_over=take_over)
     epoch = workspace.exchange.epoch if anew else ""
@@ -109,6 +114,38 @@ def _try_model(workspace: Workspace) -> tuple[Trial, Reference]:
     trial = Trial(seconds, peak_memory(), workspace.trial.patches.engine.streams)
     log.info("model %s: %.3f s per patch, %d at a time", workspace.spec.model.engine, trial.seconds, trial.streams)
     return trial, workspace.reference.here(digests)
+
+
+def _measured(workspace: Workspace, *, anew: bool, again: bool) -> tuple[Measured | None, bool]:
+    """Measure what ``input.values`` needs, but for what has been measured for blocks that count.
+
+    Args:
+        workspace: What the steps of the volume share; has it then.
+        anew: Whether no block counts.
+        again: Whether to measure all of it again.
+
+    Returns:
+        What the input gives, None if nothing is needed; and whether no block counts, since it is so
+        already, or blocks may have had other numbers.
+    """
+    if not workspace.spec.input.values.is_measured:
+        return None, anew
+    known = None if anew else stored(workspace.exchange.path)
+    now = workspace.measured = measure(workspace.spec, None if again else known)
+    if known is None and not anew:
+        log.warning("what was measured of the input for the blocks that are done is lost: they are done again")
+    elif known is not None and now.differs_from(known):
+        log.warning("the input gives other numbers than those that were measured: all blocks are done again")
+        return now, True
+    return now, known is None
+
+
+def _keep_measured(workspace: Workspace, measured: Measured) -> None:
+    """Store what has been measured in the present epoch, unless it is there already."""
+    path = workspace.exchange.path
+    if measured != stored(path):
+        store(path, measured)
+    workspace.measured = measured
 
 
 def _is_of_another_machine(workspace: Workspace, here: Reference, other: Other) -> bool:

@@ -182,7 +182,10 @@ def spec_record(spec: VolumeSpec) -> dict[str, Any]:
     What came from variables is as the file has it. Left out are the values of pods' environment
     variables, and a notifier's arguments.
     """
-    values = spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}})
+    untold: dict[str, set[str]] = {"runner": {"env"}, "notify": {"arguments"}}
+    if spec.input.values.is_default:
+        untold["input"] = {"values"}  # as in the records from before there was such a section
+    values = spec.model_dump(mode="json", exclude=untold)
     record: dict[str, Any] = put_back(values, spec.texts)
     return record
 

@@ -14,7 +14,9 @@ from chunkflow_core.exchange.folder import Exchange
 from chunkflow_core.exchange.leases import Lease
 from chunkflow_core.inference.block import Inference
 from chunkflow_core.inference.mask import Mask, MaskWindow
+from chunkflow_core.inference.measuring import needed
 from chunkflow_core.inference.reference import ReferencePatches
+from chunkflow_core.inference.values import Measured
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.planning.inputs import Inputs
@@ -78,9 +80,19 @@ class Workspace:
 
     def enter_epoch(self, epoch: str) -> None:
         """Go on in an epoch that begins."""
-        for of_the_last in ("exchange", "reference", "engine", "inputs", "outputs"):
+        for of_the_last in ("exchange", "reference", "engine", "inputs", "outputs", "measured"):
             vars(self).pop(of_the_last, None)
         self.exchange = Exchange(self.spec, epoch)
+
+    @cached_property
+    def measured(self) -> Measured:
+        """What ``prepare`` has measured in the input, for a spec that needs that.
+
+        Raises:
+            MissingInputError: It hasn't.
+            DataError: What is stored of it is damaged.
+        """
+        return needed(self.exchange.path)
 
     @cached_property
     def mask(self) -> Mask | None:
@@ -162,4 +174,4 @@ class Workspace:
         return self._inference(lambda: self._any_engine)
 
     def _inference(self, load: Callable[[], Engine]) -> Inference:
-        return Inference(self.spec, load, self.input, self.input.scale.chunk[0], self.mask)
+        return Inference(self.spec, load, self.input, self.input.scale.chunk[0], self.mask, lambda: self.measured)

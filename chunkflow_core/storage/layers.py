@@ -139,14 +139,26 @@ class InputLayer:
         return [self._source(a, box.start[a], box.stop[a]) for a in range(3)]
 
     def _source(self, axis: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Positions inside ``bounds`` whose voxels the positions of a range get, along one axis."""
-        low, high = self.bounds.start[axis], self.bounds.stop[axis]
-        positions = np.arange(start, stop) - low
-        if self.padding == "reflect":
-            period = max(1, 2 * (high - low - 1))
-            positions = np.abs(positions) % period
-            return low + np.minimum(positions, period - positions)
-        return low + np.clip(positions, 0, high - low - 1)
+        return padded_positions(start, stop, self.bounds.start[axis], self.bounds.stop[axis], self.padding)
+
+
+def padded_positions(start: int, stop: int, low: int, high: int, padding: str) -> NDArray[np.int64]:
+    """Positions inside bounds whose voxels the positions of a range get, along one axis.
+
+    Args:
+        start: First position of the range.
+        stop: The one after the last.
+        low: Start of the bounds.
+        high: Stop of the bounds.
+        padding: As :class:`InputLayer` has it; with ``constant``, positions outside the bounds have
+            the nearest one inside, whose voxels are then replaced.
+    """
+    positions = np.arange(start, stop) - low
+    if padding == "reflect":
+        period = max(1, 2 * (high - low - 1))
+        positions = np.abs(positions) % period
+        return low + np.minimum(positions, period - positions)
+    return low + np.clip(positions, 0, high - low - 1)
 
 
 class OutputLayer:

@@ -129,8 +129,8 @@ def test_output_that_the_model_does_not_give(
     assert piece in str(caught.value)
 
 
-def test_exported_program_of_another_batch_size(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
-    program = torch.export.export(trained(), (torch.zeros(BATCH, 1, *PATCH),))
+def test_exported_program_of_another_patch_size(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
+    program = torch.export.export(trained(), (torch.zeros(BATCH, 1, 8, 16, 12),))
     torch.export.save(program, tmp_path / "model.pt2")
     path = make_spec(model=pytorch(path="model.pt2", weights=..., trust=True), output=output)
     with pytest.raises(DataError, match=r"the model failed with a batch of shape \(1, 1, 8, 16, 16\)"):

@@ -33,6 +33,12 @@ def fingerprint(path: Path, *overrides: str) -> str:
         "output.path=file:///elsewhere",
         "input.padding=edge",
         "input.fill_missing=true",
+        "input.values.scale=raw",
+        "input.values={mean: 3, std: 2}",
+        "input.values={percentiles: [1, 99]}",
+        "input.values={percentiles: [1, 99], per_section: true}",
+        "input.values.clip=true",
+        "input.values.invert=true",
         "roi=[[2, 0, 0], [20, 48, 40]]",
         "model.batch_size=2",
         "model.precision=bfloat16",
@@ -82,6 +88,7 @@ def test_input_mip_changes_the_fingerprint(make_spec: MakeSpec, tmp_path: Path, 
         "roi=[[0, 0, 0], [12, 48, 40]]",  # the end: a growing volume keeps its finished blocks
         "input.bounds=[[0, 0, 0], [20, 48, 39]]",  # likewise
         "output.range=[0, 1]",  # the default in other digits
+        "input.values={scale: unit, clip: false}",  # likewise
     ],
 )
 def test_what_decides_no_number_leaves_the_fingerprint(make_spec: MakeSpec, model_folder: Path, override: str) -> None:
