@@ -70,6 +70,19 @@ def cpu_streams(spec: VolumeSpec) -> int:
     return spec.model.streams or max(1, available_cpus() // spec.model.threads)
 
 
+def network_shape(spec: VolumeSpec) -> tuple[int, ...]:
+    """Shape of what a network gets for one patch: ``(1, input channels, z, y, x)``.
+
+    Without z for networks of two dimensions, whose patches are of one section.
+    """
+    return (1, spec.input_scale.channels, *spec.patch_size[3 - spec.model.dimensions :])
+
+
+def network_input(patches: Any, spec: VolumeSpec) -> Any:
+    """An array or tensor of patches as the network gets them; see ``network_shape``."""
+    return patches[:, :, 0] if spec.model.dimensions == 2 else patches
+
+
 def crop_to(array: Any, size: tuple[int, ...]) -> Any:
     """The centre of an array's or tensor's last three axes, cut to ``size``, zyx.
 

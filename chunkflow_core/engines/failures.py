@@ -15,6 +15,8 @@ _MACHINE = re.compile(
     r"(CUDA|cuDNN|CUBLAS) (error|failure)|CUDA out of memory|CUBLAS_STATUS|allocate memory|bad_?alloc", re.IGNORECASE
 )
 _MACHINE_KINDS = {"OutOfMemoryError", "AcceleratorError"}
+_OF_TORCHSCRIPT = re.compile(r"The following operation failed in the TorchScript interpreter\. .*(?=\b\w+: )")
+"""The listings that TorchScript puts before what has happened."""
 _LONGEST = 500
 
 
@@ -30,6 +32,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 def told(error: BaseException, spec: VolumeSpec) -> str:
     """An error in one line, with the line of the model's folder where it arose."""
     text = " ".join(str(error).split())
+    text = _OF_TORCHSCRIPT.sub("", text)
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
     folder = (spec.model_path(spec.model.path) if spec.model.path else Path(spec.folder) / "-").parent.resolve()
     own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]

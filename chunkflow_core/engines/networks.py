@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import inspect
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from chunkflow_core.engines.base import network_shape
+from chunkflow_core.engines.checkpoints import load_weights
 from chunkflow_core.engines.element_types import input_type
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.model_imports import import_file
 from chunkflow_core.engines.opened_files import watched
 from chunkflow_core.engines.settings import undone
-from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError
+from chunkflow_core.errors import ChunkflowError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
 Function = Callable[[Any], Any]
@@ -85,9 +86,8 @@ def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
     module = import_file(path)
     weights = spec.model_path(spec.model.weights) if spec.model.weights else None
     if hasattr(module, "PatchInferencer"):
-        for key in ("batch_statistics", "compile"):
-            if getattr(spec.model, key):
-                raise SpecError(f"model.{key}: only for InstantiatedModel and load_model, not for PatchInferencer")
+        _refuse(spec, ("batch_statistics", "compile"), "InstantiatedModel and load_model, not for PatchInferencer")
+        _refuse(spec, ("weights_key",), "InstantiatedModel, not for PatchInferencer")
         return Model(_patch_inferencer(spec, module, weights), takes_numpy=True)
     return Model(
         _instantiated_model(spec, module, weights, device),
@@ -98,11 +98,12 @@ def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
 
 def _instantiated_model(spec: VolumeSpec, module: ModuleType, weights: Path | None, device: torch.device) -> Function:
     if hasattr(module, "load_model"):
+        _refuse(spec, ("weights_key",), "InstantiatedModel, not for load_model, which chooses by itself")
         network = module.load_model(str(weights) if weights else None)
     elif hasattr(module, "InstantiatedModel"):
         network = module.InstantiatedModel
         if weights:
-            _load_state(spec, network, weights)
+            load_weights(spec, network, weights)
     else:
         raise SpecError(
             f"model.path: {module.__file__} defines none of InstantiatedModel, load_model and PatchInferencer"
@@ -119,6 +120,13 @@ def _instantiated_model(spec: VolumeSpec, module: ModuleType, weights: Path | No
     return result
 
 
+def _refuse(spec: VolumeSpec, keys: tuple[str, ...], place: str) -> None:
+    """Refuse what would be ignored: keys of ``model`` that are for networks of some form only."""
+    for key in keys:
+        if getattr(spec.model, key) not in (None, False):
+            raise SpecError(f"model.{key}: only for {place}")
+
+
 def _patch_inferencer(spec: VolumeSpec, module: ModuleType, weights: Path | None) -> Function:
     """An object of the file's own class, called with numpy and giving numpy."""
     parameters = inspect.signature(module.PatchInferencer).parameters.values()
@@ -131,9 +139,7 @@ def _patch_inferencer(spec: VolumeSpec, module: ModuleType, weights: Path | None
 
 
 def _from_archive(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
-    for key in ("batch_statistics", "compile"):
-        if getattr(spec.model, key):
-            raise SpecError(f"model.{key}: only for networks in a .py file, a compiled one has its mode built in")
+    _refuse(spec, ("batch_statistics", "compile"), "networks in a .py file, a compiled one has its mode built in")
     if spec.model.weights:
         raise SpecError(f"model.weights: only for networks in a .py file; {path} has its weights inside")
     if path.suffix == ".pt2":
@@ -157,7 +163,7 @@ def _taken_by(spec: VolumeSpec, network: Any, device: torch.device) -> torch.dty
     (kind,) = kinds if len(kinds) == 1 else {torch.float32}
     if kind == torch.float32:
         return kind
-    patch = torch.zeros(1, spec.input_scale.channels, *spec.patch_size, device=device)
+    patch = torch.zeros(network_shape(spec), device=device)
     with torch.inference_mode():
         try:
             network(patch)
@@ -180,35 +186,6 @@ def _from_program(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
     input_type(spec, str(declared.dtype).removeprefix("torch."))
     batch = declared.shape[0] if isinstance(declared.shape[0], int) else None
     return Model(program.module().to(device), dtype=declared.dtype, fixed_batch=batch)
-
-
-def _load_state(spec: VolumeSpec, network: torch.nn.Module, weights: Path) -> None:
-    trust = spec.model.trust
-    try:
-        checkpoint = torch.load(weights, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        if trust:
-            raise SpecError(f"model.weights: {weights} is not a checkpoint, or damaged: {told(error, spec)}") from error
-        raise SpecError(
-            f"model.weights: {weights} is not a plain checkpoint: loading it could run code that it carries, or it is "
-            "damaged. If you know where it comes from, set model.trust: true"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise MissingInputError(
-            f"model.weights: {weights} can't be read, it may be truncated: {told(error, spec)}"
-        ) from error
-    except Exception as error:
-        raise SpecError(f"model.weights: {weights} can't be loaded: {told(error, spec)}") from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
-    if not isinstance(state, Mapping):
-        raise SpecError(f"model.weights: {weights} holds a {type(state).__name__}, expected a state_dict")
-    prefix = "module."  # of networks that were trained in DataParallel
-    if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in network.state_dict()):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise SpecError(f"model.weights: {weights} does not fit the model: {told(error, spec)}") from error
 
 
 def _use_batch_statistics(network: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.base import Engine, cpu_streams, network_input, network_shape
 from chunkflow_core.engines.element_types import cast, input_type
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.gpu import claim
@@ -48,7 +48,7 @@ class ONNX(Engine):
         self._input, self._dtype = given.name, input_type(spec, _numpy_name(given.type))
         self._batch_size = _fixed_batch(spec, given.shape)
         outputs = session.get_outputs()
-        names = [({output.name}, _channels(output.shape)) for output in outputs]
+        names = [({output.name}, _channels(output.shape, spec)) for output in outputs]
         self._output = outputs[choose(names, spec)].name
         if session.get_providers()[0] == _CPU:
             self.streams = cpu_streams(spec)
@@ -66,7 +66,7 @@ class ONNX(Engine):
     def _one(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run a patch; a batch whose size is fixed in the file is filled up with copies of it."""
         try:
-            batch = np.repeat(cast(patches, self._dtype), self._batch_size, axis=0)
+            batch = np.repeat(cast(network_input(patches, self._spec), self._dtype), self._batch_size, axis=0)
             (output,) = self._session.run([self._output], {self._input: batch})
             output = output[: len(output) // self._batch_size]
         except Exception as error:
@@ -160,16 +160,19 @@ def _fixed_batch(spec: VolumeSpec, shape: list[Any]) -> int:
     Raises:
         SpecError: The file fixes another shape of patches than the spec has.
     """
-    wanted = (spec.input_scale.channels, *spec.patch_size)
-    fixed = len(shape) == 5 and all(not isinstance(n, int) or n == m for n, m in zip(shape[1:], wanted, strict=True))
+    _, *wanted = network_shape(spec)
+    fixed = len(shape) == len(wanted) + 1 and all(
+        not isinstance(n, int) or n == m for n, m in zip(shape[1:], wanted, strict=True)
+    )
     if not fixed and shape:
         told = [n if isinstance(n, int) else "any" for n in shape]
+        flat = "; for a network of two dimensions: model.dimensions: 2" if len(shape) == 4 < len(wanted) + 1 else ""
         raise SpecError(
             f"patch_size: {spec.model.path} takes {told}, the spec gives {['any', *wanted]} (batch, input channels, "
-            "z, y, x of patch_size)"
+            f"z, y, x of patch_size){flat}"
         )
     return shape[0] if shape and isinstance(shape[0], int) else 1
 
 
-def _channels(shape: list[Any]) -> int | None:
-    return shape[1] if len(shape) == 5 and isinstance(shape[1], int) else None
+def _channels(shape: list[Any], spec: VolumeSpec) -> int | None:
+    return shape[1] if len(shape) == 2 + spec.model.dimensions and isinstance(shape[1], int) else None

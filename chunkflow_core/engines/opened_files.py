@@ -3,13 +3,18 @@
 Such a file could be replaced, and nobody would notice. Python tells of each file that is opened
 (audit event ``open``) before it is; the file is the network's if a function of its files is among
 those that are at work. What else this process opens at the same time, in whatever thread, is not
-concerned. Libraries that open files without Python, such as HDF5's, tell nothing.
+concerned. Libraries that open files without Python, such as HDF5's, do not tell: of those that are
+opened while a network is loaded, and for its first patch, the kernel does (``native_opens``).
+Commands that a network starts have their files among their arguments.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +23,7 @@ from types import FrameType
 from typing import Any, Final
 
 from chunkflow_core.engines.model_imports import is_inside
+from chunkflow_core.engines.native_opens import NativeOpens
 from chunkflow_core.errors import SpecError
 
 _EVENTS: Final = {"open": 0, "import": 1, "ctypes.dlopen": 0, "sqlite3.connect": 0}
@@ -25,6 +31,9 @@ _EVENTS: Final = {"open": 0, "import": 1, "ctypes.dlopen": 0, "sqlite3.connect":
 
 ``import`` has one for compiled modules.
 """
+
+_COMMANDS: Final = {"subprocess.Popen": 1, "os.system": 0, "os.posix_spawn": 1, "os.exec": 1}
+"""Audit events of commands that are started, and which argument is the command."""
 
 _OWN = str(Path(__file__).resolve().parents[1]) + os.sep
 """Folder of this package: it may lie in a model's, and imports its modules when it needs them."""
@@ -42,6 +51,11 @@ class _Watcher:
         self._files, self._folder = files, folder
         self._is_own: dict[str, bool] = {}
         self.refused: SpecError | None = None
+        self._told: set[str] = set()
+        """Files that Python has opened, for whomever."""
+        self._native: NativeOpens | None = None
+        self._begun = 0.0
+        self._lock = threading.Lock()
 
     @cached_property
     def _real(self) -> frozenset[str]:
@@ -55,13 +69,51 @@ class _Watcher:
 
     def look(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Raise ``SpecError`` if an event is that the network opens a file that it may not."""
-        path = arguments[_EVENTS[event]]
-        if not isinstance(path, str | bytes | os.PathLike) or (event == "open" and _writes(arguments[2])):
+        is_command = event in _COMMANDS
+        writes = event == "open" and _writes(arguments[2])
+        for path in _words(arguments[_COMMANDS[event]]) if is_command else [arguments[_EVENTS[event]]]:
+            if isinstance(path, str | bytes | os.PathLike):
+                self._look_at(os.fsdecode(path), writes=writes, is_opened=not is_command)
+
+    def _look_at(self, path: str, *, writes: bool, is_opened: bool) -> None:
+        name = os.path.abspath(path)  # noqa: PTH100 - called for all files of the process
+        place = self._place_of(name)
+        if place is None:
             return
-        name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - called for all files of the process
-        place = max((place for place in self._places if name.startswith(place)), key=len, default=None)
-        if place is None or not self._counts(name, place) or not self._is_at_work(sys._getframe(2)):
-            return
+        if self._native is not None and is_opened:
+            self._told.add(os.path.realpath(name))
+        if not writes and self._counts(name, place) and self._is_at_work(sys._getframe(3)):
+            self._refuse(name)
+
+    def begin(self) -> None:
+        """Have the kernel tell which files are opened without Python."""
+        self._begun = time.time()
+        self._native = NativeOpens(self._places.values())
+
+    def look_at_native(self, *, for_the_last_time: bool) -> None:
+        """Raise ``SpecError`` if a library has opened a file that the network may not."""
+        with self._lock:  # patches run in several threads
+            opened = self._native.taken() if self._native is not None else []
+        if for_the_last_time:
+            self.end()
+        for name in opened:
+            place = self._place_of(name)
+            if place is None or os.path.realpath(name) in self._told or not self._counts(name, place):
+                continue
+            if os.stat(name).st_mtime < self._begun:  # noqa: PTH116 - not one that has just been written
+                self._refuse(name)
+
+    def end(self) -> None:
+        """No longer have the kernel tell of files."""
+        with self._lock:
+            if self._native is not None:
+                self._native.close()
+            self._native = None
+
+    def _place_of(self, name: str) -> str | None:
+        return max((place for place in self._places if name.startswith(place)), key=len, default=None)
+
+    def _refuse(self, name: str) -> None:
         self.refused = SpecError(
             f"model.path: the network opens {name}, which is not among the files that make the model, so that nobody "
             f'would notice if it were replaced. Add to the spec: model.files: ["{self._named(name)}"] (or globs)'
@@ -106,20 +158,48 @@ def watched(files: Collection[Path], folder: Path) -> Iterator[None]:
     Raises:
         SpecError: The network opens a file beside them, even if it then goes on without.
     """
+    if _Watcher.current is not None:
+        _Watcher.current.end()
     watcher = _Watcher.current = _Watcher(files, folder)
     if not _Watcher.is_installed:
         _Watcher.is_installed = True
         sys.addaudithook(_hook)
+    watcher.begin()
     try:
         yield
     finally:
         if watcher.refused is not None:
             raise watcher.refused
+        watcher.look_at_native(for_the_last_time=False)
+
+
+def first_patch_run() -> None:
+    """Call it when the network that was loaded last has run a patch.
+
+    Raises:
+        SpecError: A library has opened a file that the network may not, as ``watched``.
+    """
+    if _Watcher.current is not None:
+        _Watcher.current.look_at_native(for_the_last_time=True)
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in _EVENTS and _Watcher.current is not None:
+    if (event in _EVENTS or event in _COMMANDS) and _Watcher.current is not None:
         _Watcher.current.look(event, arguments)
+
+
+def _words(command: Any) -> list[Any]:
+    """The arguments of a command that is started, whatever form it has."""
+    if isinstance(command, str | bytes):
+        text = os.fsdecode(command)
+        try:
+            return shlex.split(text)
+        except ValueError:  # a quotation that does not end
+            return text.split()
+    words = []
+    for word in command if isinstance(command, list | tuple) else ():
+        words += [word, *(_words(word) if isinstance(word, str) and " " in word else ())]
+    return words
 
 
 def _writes(flags: int) -> bool:

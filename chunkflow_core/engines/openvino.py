@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.base import Engine, cpu_streams, network_input, network_shape
 from chunkflow_core.engines.element_types import cast, input_type
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
@@ -69,7 +69,8 @@ class OpenVINO(Engine):
 
     def _one(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
         try:
-            given = self._around.before(patch) if self._around else patch
+            given = network_input(patch, self._spec)
+            given = self._around.before(given) if self._around else given
             request = self._request()
             request.infer([cast(given, self._dtype)])
             if self._around:
@@ -134,13 +135,15 @@ def _fix_shape(spec: VolumeSpec, model: Any) -> None:
     """Give the network the shape of a patch: what is static is faster, and found wrong at once."""
     if len(model.inputs) != 1:
         raise SpecError(f"model.path: {spec.model.path} has {len(model.inputs)} inputs, expected a network with one")
-    shape = (1, spec.input_scale.channels, *spec.patch_size)
+    shape = network_shape(spec)
     try:
         model.reshape(list(shape))
     except RuntimeError as error:
+        own = model.input().get_partial_shape()
+        flat = "; for a network of two dimensions: model.dimensions: 2" if own.rank == 4 and len(shape) == 5 else ""
         raise SpecError(
             f"model.path: {spec.model.path} does not take patches of shape {shape} (batch, input channels, z, y, x of "
-            f"patch_size), its input is {model.input().get_partial_shape()}: {told(error, spec)}"
+            f"patch_size), its input is {own}: {told(error, spec)}{flat}"
         ) from error
 
 
@@ -155,7 +158,7 @@ def _output(spec: VolumeSpec, compiled: Any) -> int:
     outputs = []
     for port in compiled.outputs:
         shape = port.get_partial_shape()
-        static = not shape.rank.is_dynamic and len(shape) == 5 and not shape[1].is_dynamic
+        static = not shape.rank.is_dynamic and len(shape) == 2 + spec.model.dimensions and not shape[1].is_dynamic
         outputs.append((port.get_names(), shape[1].get_length() if static else None))
     return choose(outputs, spec)
 
@@ -206,8 +209,9 @@ def _digest(spec: VolumeSpec) -> str:
         "format": 2,
         "versions": [version("openvino"), version("torch")],
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in spec.model_files],
-        "patch": [1, spec.input_scale.channels, *spec.patch_size],
+        "patch": network_shape(spec),
         "output": [spec.model.output, spec.output.channels],
+        "weights_key": spec.model.weights_key,
         "batch_statistics": spec.model.batch_statistics,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

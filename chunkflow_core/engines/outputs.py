@@ -16,6 +16,12 @@ from chunkflow_core.engines.base import crop_to
 from chunkflow_core.errors import DataError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
+_AROUND = "a function post_process(output) in the model file can return the part that is meant"
+
+
+class UnfitPatchError(DataError):
+    """The network fails with patches of the spec's size, or gives others than the spec says."""
+
 
 def select(output: Any, spec: VolumeSpec) -> Any:
     """The array or tensor that ``model.output`` names, from a list or dict, or a single one.
@@ -25,25 +31,52 @@ def select(output: Any, spec: VolumeSpec) -> Any:
     """
     wanted = spec.model.output
     if isinstance(output, Mapping):
-        output = _of_mapping(output, wanted, spec.output.channels)
+        output = _of_mapping(output, spec)
     elif isinstance(output, Sequence) and not isinstance(output, str):
         index = 0 if wanted is None else wanted
         if not isinstance(index, int) or not -len(output) <= index < len(output):
             raise DataError(f"model.output: {wanted}, but the model gives a list of {len(output)} outputs")
+        if wanted is None:
+            _check_first(output, spec)
         output = output[index]
     elif wanted not in (None, 0):
         raise DataError(f"model.output: {wanted}, but the model gives a single output")
     if not (hasattr(output, "shape") and hasattr(output, "ndim")):
-        raise DataError(f"the model gave a {type(output).__name__}, expected a tensor (or a list or dict of them)")
+        raise DataError(
+            f"the model gave a {type(output).__name__}, expected a tensor (or a list or dict of them); {_AROUND}"
+        )
     return output
 
 
-def _of_mapping(output: Mapping[Any, Any], wanted: str | int | None, channels: int) -> Any:
+def _check_first(outputs: Sequence[Any], spec: VolumeSpec) -> None:
+    """Refuse to take the first of several outputs if it does not fit, and others do."""
+    fitting = [index for index, output in enumerate(outputs) if _fits(output, spec)]
+    if len(outputs) > 1 and fitting and fitting[0] != 0:
+        shapes = [tuple(getattr(output, "shape", ())) or type(output).__name__ for output in outputs]
+        raise DataError(
+            f"the model gives a list of {len(outputs)} outputs {shapes}, the first of which is not of the declared "
+            f"shape; name the one to take, such as model.output: {fitting[0]}"
+        )
+
+
+def _fits(output: Any, spec: VolumeSpec) -> bool:
+    """Whether an output may be the declared one, and larger by a margin."""
+    shape = tuple(getattr(output, "shape", ()))
+    size = spec.output_size[3 - spec.model.dimensions :]
+    if len(shape) != 2 + len(size) or shape[1] != spec.output.channels:
+        return False
+    return all(n >= m and (n - m) % 2 == 0 for n, m in zip(shape[2:], size, strict=True))
+
+
+def _of_mapping(output: Mapping[Any, Any], spec: VolumeSpec) -> Any:
+    wanted, channels = spec.model.output, spec.output.channels
     if wanted is not None:
         if wanted not in output:
             raise DataError(f"model.output: {wanted} is not among the model's outputs {list(output)}")
         return output[wanted]
-    fitting = [v for v in output.values() if getattr(v, "ndim", 0) == 5 and v.shape[1] == channels]
+    fitting = [
+        v for v in output.values() if getattr(v, "ndim", 0) == 2 + spec.model.dimensions and v.shape[1] == channels
+    ]
     if len(fitting) != 1:
         raise DataError(
             f"the model gives the outputs {list(output)}, of which {len(fitting)} have {channels} channels; "
@@ -95,12 +128,15 @@ def cropped(output: Any, spec: VolumeSpec, batch: int) -> Any:
         DataError: The output does not have the declared shape.
     """
     expected = (batch, spec.output.channels, *spec.output_size)
+    if spec.model.dimensions == 2 and output.ndim == 4:
+        output = output[:, :, None]
     with suppress(ValueError, IndexError):  # told in terms of the spec below
         output = crop_to(output, spec.output_size)
     if tuple(output.shape) != expected:
-        raise DataError(
+        several = f"; {_AROUND}" if output.ndim > len(expected) else ""
+        raise UnfitPatchError(
             f"the model gave an output of shape {tuple(output.shape)}, the spec says {expected} "
-            "(batch, output.channels, z, y, x of output_patch_size)"
+            f"(batch, output.channels, z, y, x of output_patch_size){several}"
         )
     return output
 
@@ -129,6 +165,6 @@ def each_by_itself(run: Any, patches: NDArray[np.float32]) -> NDArray[np.float32
 
 def failed(error: str, shape: tuple[int, ...]) -> DataError:
     """The error for a network that fails with a batch of some shape."""
-    return DataError(
+    return UnfitPatchError(
         f"the model failed with a batch of shape {tuple(shape)} (batch, input channels, z, y, x of patch_size): {error}"
     )

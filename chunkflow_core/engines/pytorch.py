@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkflow_core.engines.base import Engine, cpu_streams
+from chunkflow_core.engines.base import Engine, cpu_streams, network_input
 from chunkflow_core.engines.element_types import check_half
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.networks import Model, load_model
+from chunkflow_core.engines.opened_files import first_patch_run
 from chunkflow_core.engines.outputs import cropped, failed, select
 from chunkflow_core.engines.settings import held
 from chunkflow_core.errors import SpecError
@@ -104,10 +105,12 @@ class PyTorch(Engine):
         with held(self._spec), torch.inference_mode(), autocast:
             # a network may work in place, on memory that is the caller's; and is compiled again for
             # other strides
-            prepared = self._prepared(patches.clone(memory_format=torch.contiguous_format))
+            own = network_input(patches, self._spec).clone(memory_format=torch.contiguous_format)
+            prepared = self._prepared(own)
             output = self._network(prepared)
             output = self._model.post_process(output) if self._model.post_process else output
         self._check_memory()
+        first_patch_run()
         return output
 
     def _check_memory(self) -> None:
@@ -139,7 +142,7 @@ class PyTorch(Engine):
         if self._model.dtype != torch.float32:
             value = self._cast(value)
         if self._model.fixed_batch:
-            value = value.repeat(self._model.fixed_batch // len(value), 1, 1, 1, 1)
+            value = torch.cat([value] * (self._model.fixed_batch // len(value)))
         if self._channels_last and isinstance(value, torch.Tensor) and value.ndim == 5:
             value = value.contiguous(memory_format=torch.channels_last_3d)
         return value

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_core.engines.base import Engine
+from chunkflow_core.engines.base import Engine, network_input, network_shape
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.model_imports import forget_files
 from chunkflow_core.engines.outputs import each_by_itself, failed, finished
@@ -47,7 +47,7 @@ class PZNet(Engine):
 
     def _one(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
         try:
-            output = np.asarray(self._net.forward(np.ascontiguousarray(patch)))
+            output = np.asarray(self._net.forward(np.ascontiguousarray(network_input(patch, self._spec))))
         except Exception as error:
             if is_of_the_machine(error):
                 raise
@@ -123,7 +123,7 @@ def _package() -> ModuleType | None:
 def _check_size(spec: VolumeSpec, net: Any) -> None:
     """Refuse patches of another size than the net was compiled for: they would end the process."""
     shape = getattr(net, "in_shape", None) or (net.get_in_shape() if hasattr(net, "get_in_shape") else None)
-    expected = (1, spec.input_scale.channels, *spec.patch_size)
+    expected = network_shape(spec)
     if shape is not None and math.prod(shape) != math.prod(expected):
         raise SpecError(
             f"patch_size: the net in {spec.model.path} was compiled for patches of shape {tuple(shape)}, the spec "

@@ -13,6 +13,7 @@ import openvino
 import torch
 from numpy.typing import NDArray
 
+from chunkflow_core.engines.base import network_shape
 from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.networks import Model, load_model
 from chunkflow_core.engines.outputs import select
@@ -103,7 +104,7 @@ def convert(spec: VolumeSpec, folder: Path) -> None:
     if model.takes_numpy:
         raise SpecError("model.engine: openvino can't convert a PatchInferencer; the engine pytorch runs it")
     generator = np.random.default_rng(0)
-    shape = (1, spec.input_scale.channels, *spec.patch_size)
+    shape = network_shape(spec)
     example, other, dark = (generator.random(shape, np.float32) * np.float32(scale) for scale in (1, 1, 0.2))
     try:
         example, *others = (_prepared(model, patch) for patch in (example, other, dark))

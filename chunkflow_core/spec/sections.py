@@ -221,9 +221,19 @@ class ModelSpec(Section):
     """
     weights: str | None = None
     """Checkpoint, relative to the spec's folder, or an address (``gs://``, ``s3://``)."""
+    weights_key: str | None = None
+    """Which weights of the checkpoint to take, if several fit the network: the keys that lead to
+    them, with dots between, such as ``ema`` or ``state_dict.model``. Default: the only ones that
+    fit. See docs/models.md.
+    """
     files: list[str] = []
     """Further files that the network opens: paths or globs relative to the spec's folder, or
     addresses in the folder of ``model.path`` if that is one. See docs/models.md.
+    """
+    dimensions: Literal[2, 3] = 3
+    """Dimensions of the network: 3, or 2 for one that takes ``(batch, channels, y, x)``.
+
+    Each section of a patch is then run by itself.
     """
     batch_size: int = Field(1, ge=1, le=_MOST)
     """Number of patches of one forward pass on a GPU; a short last batch is filled up.
@@ -331,6 +341,8 @@ class ModelSpec(Section):
             f"path: {self.path}: the engine {self.engine} does not run such files": not fits.get(self.engine, True),
             "weights: only for networks in a .py file, a compiled one has its weights inside": compiled
             and self.weights,
+            "weights_key: only with model.weights, in which it chooses": self.weights_key is not None
+            and not self.weights,
             "batch_statistics: only for networks in a .py file": compiled and self.batch_statistics,
             "compile: only for the engine pytorch": self.compile and self.engine != "pytorch",
             f"device: cuda: the engine {self.engine} runs on CPUs, expected auto or cpu": (

@@ -38,6 +38,9 @@ from chunkflow_core.variables import Place
 MOST_BLOCKS = 10**8
 """Number of blocks that a volume may have; each of them is listed in memory."""
 
+_LATER = ("weights_key", "dimensions")
+"""Keys of ``model`` that are younger than fingerprints, which have them only where they are set."""
+
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """Size in voxels, zyx, to which the default storage chunk is near.
 
@@ -112,6 +115,11 @@ class VolumeSpec(Section):
                 raise ValueError(f"patch_overlap: {overlap} along {n}, expected 0 to {patch - 1} (less than the patch)")
             chunk = self.output.chunk_size[a] if self.output.chunk_size else 1
             _check_block(n, block, patch - overlap, chunk, overlap)
+        if self.model.dimensions == 2 and output[0] != self.patch_size[0]:
+            raise ValueError(
+                f"output_patch_size: {output[0]} along z, expected patch_size {self.patch_size[0]}, as a network of "
+                "two dimensions (model.dimensions: 2) gives a section for each section"
+            )
         self._check_augmentation()
         paths = {"input": self.input.path, "output": self.output.path, "exchange": self.exchange.path}
         for (first, one), (second, other) in [
@@ -220,6 +228,9 @@ class VolumeSpec(Section):
         """
         model = self.model.model_dump(exclude={"path", "weights", "files", "device", "mixed_hardware", "streams"})
         without_meaning = {"prefetch", "bounds"} | ({"values"} if self.input.values.is_default else set())
+        for key in _LATER:  # their defaults are what was done before there were such keys
+            if model[key] == ModelSpec.model_fields[key].default:
+                del model[key]
         facts = {
             "numerics": NUMERICS_VERSION,
             "input": self.input.model_dump(exclude=without_meaning),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-from chunkflow_core.errors import SpecError
+from chunkflow_core.engines.outputs import UnfitPatchError
+from chunkflow_core.engines.patch_sizes import fitting_patches
+from chunkflow_core.errors import DataError, SpecError
 from chunkflow_core.exchange.epochs import delete_earlier, new_epoch
 from chunkflow_core.exchange.folder import Trial
 from chunkflow_core.inference.measuring import measure, store, stored
@@ -110,7 +112,11 @@ def _try_model(workspace: Workspace) -> tuple[Trial, Reference]:
         What it took; and what the network gives here for the reference patches.
     """
     middle = vector(axis.count // 2 for axis in workspace.spec.grid.axes)
-    seconds, digests = workspace.trial.try_patch(middle, workspace.reference.runs)
+    try:
+        seconds, digests = workspace.trial.try_patch(middle, workspace.reference.runs)
+    except UnfitPatchError as error:
+        remedy = fitting_patches(workspace.spec)
+        raise DataError(f"the model {remedy}; as the spec is, {error}" if remedy else str(error)) from error
     trial = Trial(seconds, peak_memory(), workspace.trial.patches.engine.streams)
     log.info("model %s: %.3f s per patch, %d at a time", workspace.spec.model.engine, trial.seconds, trial.streams)
     return trial, workspace.reference.here(digests)

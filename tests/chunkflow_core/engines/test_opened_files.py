@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from safetensors.torch import save_file
 
+from chunkflow_core.engines.native_opens import NativeOpens
 from chunkflow_core.errors import MissingInputError, SpecError
 from chunkflow_core.spec import load_spec
 from chunkflow_core.storage.external_data import _MESSAGES, external_data
@@ -177,12 +180,54 @@ GAINS = {
 """A file with a number, and how a network reads it."""
 
 
+NATIVE_GAINS = {
+    "torchscript": ("gain.ts", "torch.jit.load(str(HERE / 'gain.ts'))(torch.zeros(1)).item()"),
+    "hdf5": ("gain.h5", "float(__import__('h5py').File(HERE / 'gain.h5')['gain'][()])"),
+    "safetensors": (
+        "gain.safetensors",
+        "__import__('safetensors.torch').torch.load_file(HERE / 'gain.safetensors')['gain'].item()",
+    ),
+    "onnx": (
+        "gain.onnx",
+        "__import__('onnxruntime').InferenceSession(HERE / 'gain.onnx').run(None, {})[0].item()",
+    ),
+    "from_file": ("gain.f32", "torch.from_file(str(HERE / 'gain.f32'), size=1).item()"),
+    "opencv-like": (
+        "gain.raw",
+        "(lambda c, b: (c.read(c.open(os.fsencode(HERE / 'gain.raw'), 0), b, 9), float(b.value))[1])"
+        "(ctypes.CDLL(None), ctypes.create_string_buffer(9))",
+    ),
+}
+"""Files that are opened without Python."""
+COMMAND_GAINS = {
+    "list": ("gain.raw", "float(__import__('subprocess').check_output(['cat', HERE / 'gain.raw']))"),
+    "shell": ("gain.raw", "float(__import__('subprocess').check_output(f'cat {HERE}/gain.raw', shell=True))"),
+    "popen": ("gain.raw", "float(os.popen(f'cat {HERE}/gain.raw').read())"),
+    "spawn": ("gain.raw", "1 + 0 * os.posix_spawn('/bin/cat', ['cat', str(HERE / 'gain.raw')], {})"),
+}
+"""Files that a command opens, which the network starts."""
+
+
 def write_gain(file: Path, value: float) -> None:
     """Write a number in the form that the file's name says."""
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
     if file.suffix == ".npy":
         np.save(file, np.array(value))
+    elif file.suffix == ".ts":
+        torch.jit.trace(torch.nn.Threshold(1, value), torch.zeros(1)).save(str(file))  # type: ignore[no-untyped-call]
+    elif file.suffix == ".h5":
+        with h5py.File(file, "w") as opened:
+            opened["gain"] = value
+    elif file.suffix == ".safetensors":
+        save_file({"gain": torch.tensor(value)}, file)
+    elif file.suffix == ".onnx":
+        tensor = helper.make_tensor("gain", TensorProto.FLOAT, [1], [value])
+        node = helper.make_node("Constant", [], ["y"], value=tensor)
+        graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), file)
+    elif file.suffix == ".f32":
+        np.array([value], np.float32).tofile(file)
     elif file.suffix == ".pt":
         torch.save(torch.tensor(value), file)
     elif file.suffix == ".db":
@@ -223,6 +268,55 @@ def test_files_that_a_network_opens_have_to_be_listed(
     write_gain(file, 0.25)
     assert fingerprint(path, listed) != before
     np.testing.assert_array_equal(load(path, listed)(patches()) * 2, given)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> None:
+    """Skips where the kernel tells nothing."""
+    native = NativeOpens([tmp_path])
+    native.close()
+    if not native.is_told:
+        pytest.skip("the kernel, or this container, does not let processes watch what they open (fanotify)")
+
+
+@pytest.mark.parametrize("when", ["loading", "running"])
+@pytest.mark.parametrize("kind", NATIVE_GAINS)
+def test_files_that_are_opened_without_python(
+    make_spec: MakeSpec, tmp_path: Path, output: Section, chunkflow: Command, kernel: None, kind: str, when: str
+) -> None:
+    name, gain = NATIVE_GAINS[kind]
+    path = make_spec(model=network(tmp_path / "net", gain, when), output=output)
+    write_gain(tmp_path / "net" / name, 0.5)
+    check_has_to_be_listed(chunkflow, path, name)
+
+
+@pytest.mark.parametrize("when", ["loading", "running"])
+@pytest.mark.parametrize("kind", COMMAND_GAINS)
+def test_files_that_commands_open(
+    make_spec: MakeSpec, tmp_path: Path, output: Section, chunkflow: Command, kind: str, when: str
+) -> None:
+    name, gain = COMMAND_GAINS[kind]
+    path = make_spec(model=network(tmp_path / "net", gain, when), output=output)
+    write_gain(tmp_path / "net" / name, 0.5)
+    check_has_to_be_listed(chunkflow, path, name)
+
+
+def check_has_to_be_listed(chunkflow: Command, path: Path, name: str) -> None:
+    """Check that a file is refused until it is listed, and then not, nor one that is not opened."""
+    (path.parent / "net" / "stranger").write_text("1")
+    outcome = chunkflow("prepare", path)
+    assert outcome.returncode == 78, outcome.stderr
+    assert f'Add to the spec: model.files: ["net/{name}"]' in outcome.stderr
+    assert chunkflow("prepare", path, "--set", f"model.files=[net/{name}]").returncode == 0
+
+
+def test_what_a_network_writes_without_python_is_not_read(
+    make_spec: MakeSpec, tmp_path: Path, output: Section, kernel: None
+) -> None:
+    log = "__import__('h5py').File(HERE / 'log.h5', 'w').close() or 1"
+    path = make_spec(model=network(tmp_path / "net", log), output=output)
+    load(path)(patches())
+    assert (tmp_path / "net" / "log.h5").is_file()
 
 
 def test_a_network_that_does_without_the_file_is_refused_all_the_same(
