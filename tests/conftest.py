@@ -49,7 +49,7 @@ _EACH_APART = ("tests/promises/test_histories.py", "tests/promises/test_simulati
 """Files whose tests share nothing, and take minutes each."""
 SHARING_AN_AIRFLOW = {
     "local": ("tests/dags/test_airflow.py", "tests/dags/test_recurring.py", _ENDS_ITS_SERVICE),
-    "pods": ("tests/dags/test_kubernetes.py", "tests/dags/test_kubernetes_trouble.py"),
+    "pods": tuple(f"tests/dags/test_kubernetes{what}.py" for what in ("", "_partition", "_trouble")),
 }
 """Files that share an Airflow, by what their session fixture gives them.
 

@@ -10,7 +10,8 @@ few seconds while there is something new, when the pod is asked to end, and at t
 code is the command's, whatever becomes of the copy.
 
 The duties of a container's first process are done too: SIGTERM and SIGINT are handed on, orphans
-are reaped.
+are reaped. If the command fails and the kernel has killed a process for memory meanwhile, that is
+said last: it may have been one that the command had started.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import termios
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from chunkflow_core.commands.log_copy import Copy, Output
+from chunkflow_core.commands.log_copy import KILLED_FOR_MEMORY, Copy, Output
 from chunkflow_core.errors import UsageError
 from chunkflow_core.variables import expand
 
@@ -37,6 +39,8 @@ PATIENCE = 10.0
 _PIECE = 64 * 2**10
 _POLL = 0.1
 """Seconds until the end of the command is noticed, though others keep its output open."""
+_KILLS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""Where a container sees how many of its processes were killed for memory: cgroup v2, and v1."""
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
 _SI_KERNEL = 0x80  # from <asm-generic/siginfo.h>: sent by the kernel, as by a terminal's Ctrl-C to all that run in it
 _PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
@@ -54,10 +58,10 @@ def run(command: Sequence[str], url: str | None, interval: float = INTERVAL, pat
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # from here on they wait until they are asked for
     _adopt_orphans()
-    output = Output()
+    output, kills = Output(), _kills()
     if url is None or os.isatty(1):
         child = _start(command, mask)
-        return _ended(_wait_for(child, None), output)
+        return _ended(_wait_for(child, None), output, kills)
     source, sink = os.pipe()
     child = _start(command, mask, sink)
     os.close(sink)
@@ -68,7 +72,7 @@ def run(command: Sequence[str], url: str | None, interval: float = INTERVAL, pat
     code = _wait_for(child, copy)
     ended.set()
     pump.join()
-    code = _ended(code, output)
+    code = _ended(code, output, kills)
     copy.finish(patience)
     return code
 
@@ -139,12 +143,25 @@ def _hand_on(source: int, output: Output, ended: threading.Event) -> None:
         left -= len(data)
 
 
-def _ended(code: int, output: Output) -> int:
-    if code >= 0:
-        return code
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-    output.say(f"error: killed by signal {-code} ({name})", now=True)
-    return 128 - code
+def _ended(code: int, output: Output, kills: int) -> int:
+    for_memory = code != 0 and _kills() > kills
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+        why = f": {KILLED_FOR_MEMORY}" if for_memory else ""
+        output.say(f"error: killed by signal {-code} ({name}){why}", now=True)
+        return 128 - code
+    if for_memory:
+        output.say(KILLED_FOR_MEMORY, now=True)
+    return code
+
+
+def _kills() -> int:
+    """How many processes of this container were killed for memory; 0 if the kernel does not say."""
+    for file in _KILLS:
+        with suppress(OSError):
+            counts = dict(line.split() for line in Path(file).read_text().splitlines() if " " in line)
+            return int(counts.get("oom_kill", 0))
+    return 0
 
 
 def _adopt_orphans() -> None:

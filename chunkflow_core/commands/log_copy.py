@@ -15,6 +15,9 @@ HEAD = 256 * 2**10
 TAIL = 8 * 2**20
 """Bytes that are kept of a log's beginning (``HEAD``) and of its end (``TAIL``)."""
 
+KILLED_FOR_MEMORY = "out of memory: the kernel has killed a process of this container at its limit"
+"""What the log's last line says then, whichever process it was."""
+
 
 def log_url(exchange_path: str, dag_id: str, run_id: str, pod_name: str) -> str:
     """Address of the copy of a pod's log, in the exchange."""

@@ -1,8 +1,8 @@
 """How the clients of object stores are set up, and what their errors mean.
 
 CloudFiles 6.4 and CloudVolume 12.15 are given here what they lack: S3 endpoints in paths of layers,
-credentials from the environment without a session token, an end to retries that can't help, notice
-of what could not be deleted, and silence on standard output.
+credentials from the environment without a session token, an end to retries that can't help, and to
+waiting for who never answers, notice of what could not be deleted, and silence on standard output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+import boto3  # type: ignore[import-untyped]
+import botocore.session  # type: ignore[import-untyped]
 import tenacity
+from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import (  # type: ignore[import-untyped]
     ClientError,
     NoCredentialsError,
@@ -25,6 +28,7 @@ from cloudfiles import CloudFiles, compression, connectionpools, interfaces, pat
 from cloudfiles.exceptions import UnsupportedProtocolError
 from google.api_core.exceptions import from_http_response
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
+from requests.adapters import HTTPAdapter
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
 from chunkflow_core.storage.addresses import PRECOMPUTED
@@ -35,6 +39,14 @@ PATIENCE_VARIABLE = "CHUNKFLOW_STORAGE_PATIENCE"
 """Environment variable: seconds for which a request is tried again before a command gives up."""
 
 _PATIENCE = 180.0
+
+_CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0
+"""Seconds until a connection that nobody takes, or an answer that does not come, has failed.
+
+What a network policy or a firewall drops gets no answer. The clients of S3 and GCS would wait 60 s
+for each connection, that of HTTP for ever.
+"""
+_NO_CONNECTION = re.compile(r"connect timeout", re.I)
 
 _ENDPOINT = re.compile(rf"(?P<format>{PRECOMPUTED})?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
 
@@ -110,10 +122,16 @@ def explained(error: Exception) -> str:
             f"{secrets.secretpath('aws-secret.json')}, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, and the "
             f"machine's role; for gs:// in {secrets.secretpath('google-secret.json')}, GOOGLE_APPLICATION_CREDENTIALS, "
             "and the machine's service account. They have to allow reading, writing, deleting and "
-            "listing (docs/storage.md)"
+            "listing (docs/storage.md). In a cluster, the network policy must let pods ask for the account's tokens "
+            "(docs/kubernetes.md: networkPolicy.identity)"
         )
     if kind is MissingInputError:
         return f"{text}. There is no such bucket; buckets have to be made beforehand"
+    if _NO_CONNECTION.search(text):
+        text = (
+            f"{text}. Nothing answers at that address, not even with a refusal: in a cluster, a network policy may "
+            "forbid it (docs/kubernetes.md: networkPolicy.ports), elsewhere a firewall"
+        )
     return (
         f"{text}. It was tried again for {patience():.0f} s ({PATIENCE_VARIABLE}). See whether the storage is "
         "reachable from here and not over its limits, then run again: what is done is kept"
@@ -169,6 +187,33 @@ def _set_retries() -> None:
         vars(method.retry).update(policy)
 
 
+class _Bounded(HTTPAdapter):
+    """Connections to HTTP servers that wait for a bounded time."""
+
+    def send(self, request: Any, stream: bool = False, timeout: Any = None, *rest: Any, **more: Any) -> Any:
+        """Send a request; ``timeout`` is in seconds: of connection and answer, or of both."""
+        connect, read = timeout if isinstance(timeout, tuple) else (timeout, timeout)
+        bounded = (min(connect or _CONNECT_SECONDS, _CONNECT_SECONDS), read or _READ_SECONDS)
+        return super().send(request, stream, bounded, *rest, **more)
+
+
+def _bound_waiting() -> None:
+    """Have all clients give up a connection that nobody takes."""
+    session = botocore.session.get_session()
+    session.set_default_client_config(Config(connect_timeout=_CONNECT_SECONDS))
+    boto3.setup_default_session(botocore_session=session)
+    interfaces.HttpInterface.adaptor = _Bounded()
+    create = connectionpools.GCloudBucketPool._create_connection
+
+    def create_bounded(*arguments: Any, **keywords: Any) -> Any:
+        bucket = create(*arguments, **keywords)
+        for scheme in ("http://", "https://"):
+            bucket.client._http.mount(scheme, _Bounded())
+        return bucket
+
+    connectionpools.GCloudBucketPool._create_connection = create_bounded
+
+
 def _delete_objects(self: Any, names: Iterable[str]) -> None:
     """Delete objects in S3, and raise an error for those that could not be deleted.
 
@@ -218,6 +263,7 @@ def _quiet(*_: object) -> None:
 
 
 _set_retries()
+_bound_waiting()
 patient: Callable[[_Request], _Request] = interfaces.retry
 """Decorator that tries a request again as all others are."""
 interfaces.S3Interface.delete_files = patient(_delete_objects)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from chunkflow_core.commands.log_copy import KILLED_FOR_MEMORY
 from operators.outcomes import Kind, Outcome, Retry, classify, last_word
 
 BASE = "base"
@@ -263,11 +264,10 @@ def _failure(
         text = status.get("message") or status.get("reason") or "the cluster gives no reason and no exit code"
         return Outcome(Kind.ERROR, Retry.COUNTED, str(text))
     code, reason = int(terminated.get("exitCode", -1)), terminated.get("reason")
-    message = (
-        last_word((terminated.get("message") or "").strip().splitlines())
-        or f"the container ended with exit code {code}, see its log"
-    )
-    if reason == "OOMKilled":
+    said = (terminated.get("message") or "").strip()
+    message = last_word(said.splitlines()) or f"the container ended with exit code {code}, see its log"
+    # Where only one process was killed, some nodes say no more than Error.
+    if reason == "OOMKilled" or (said.endswith(KILLED_FOR_MEMORY) and code):
         limit = memory_limit(pod)
         return Outcome(Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, f"killed at the memory limit of {limit}", code)
     if reason in _CONTAINER_LOST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import ipaddress
 import json
 import subprocess
 import sys
@@ -252,6 +253,58 @@ def test_network_policy_covers_the_pods_and_lets_nothing_in(render: Render) -> N
     assert ports == {(53, "UDP"), (53, "TCP"), (443, "TCP"), (9000, "TCP")}
 
 
+def allowed(policy: dict[str, Any], address: str, port: int, protocol: str = "TCP") -> bool:
+    """Whether a pod may connect to an address, as a network plugin reads the policy."""
+    for rule in policy["spec"]["egress"]:
+        blocks = [ipaddress.ip_network(peer["ipBlock"]["cidr"]) for peer in rule.get("to", [])]
+        here = not blocks or any(ipaddress.ip_address(address) in block for block in blocks)
+        if here and (port, protocol) in {(found["port"], found["protocol"]) for found in rule["ports"]}:
+            return True
+    return False
+
+
+GKE = "serviceAccount.annotations.iam\\.gke\\.io/gcp-service-account=chunkflow@p.iam.gserviceaccount.com"
+IRSA = "serviceAccount.annotations.eks\\.amazonaws\\.com/role-arn=arn:aws:iam::1:role/chunkflow"
+ANYWHERE = ("10.0.0.10", "203.0.113.7", "2001:db8::7")
+"""Within the cluster, outside, and by IPv6."""
+DNS = {(address, 53, protocol) for address in (*ANYWHERE, "169.254.20.10", "fd00::a") for protocol in ("UDP", "TCP")}
+STORAGE = {(address, 443, "TCP") for address in ANYWHERE}
+GKE_METADATA = {("169.254.169.254", 80, "TCP"), ("169.254.169.252", 988, "TCP")}
+EKS_AGENT = {("169.254.170.23", 80, "TCP"), ("fd00:ec2::23", 80, "TCP")}
+MINIO = {(address, 9000, "TCP") for address in ANYWHERE}
+NEVER = {
+    ("10.0.0.10", 80, "TCP"),
+    ("10.0.0.10", 8080, "TCP"),  # Airflow's API server
+    ("10.0.0.10", 5432, "TCP"),
+    ("203.0.113.7", 22, "TCP"),
+    ("203.0.113.7", 443, "UDP"),
+    ("2001:db8::7", 80, "TCP"),
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        ([], set()),
+        ([IRSA], set()),
+        ([GKE], GKE_METADATA),
+        (["networkPolicy.identity=gke"], GKE_METADATA),
+        (["networkPolicy.identity=eks"], EKS_AGENT),
+        ([GKE, "networkPolicy.identity=none"], set()),
+        ([GKE, "networkPolicy.identity=eks"], EKS_AGENT),
+        (["networkPolicy.ports={443,9000}"], MINIO),
+    ],
+)
+def test_what_pods_may_connect_to(render: Render, flags: list[str], more: set[tuple[str, int, str]]) -> None:
+    """DNS, storage and the server of their identity, by IPv4 and IPv6; nothing else."""
+    (policy,) = of_kind(render(*(word for flag in flags for word in ("--set", flag))), "NetworkPolicy")
+    may = DNS | STORAGE | more
+    for target in may:
+        assert allowed(policy, *target), target
+    for target in (NEVER | GKE_METADATA | EKS_AGENT | MINIO) - may:
+        assert not allowed(policy, *target), target
+
+
 def test_credentials_arrive_as_files(render: Render) -> None:
     (secret,) = of_kind(render(*values("everything")), "Secret")
     given = yaml.safe_load(values("everything")[1].read_text())["credentials"]["files"]
@@ -284,7 +337,9 @@ def test_script_of_the_test_tells_whether_storage_can_be_written(render: Render,
     assert done.returncode == 0, done.stderr
     assert f"file://{tmp_path}/exchange: written, read, deleted" in done.stdout
     assert list((tmp_path / "exchange").iterdir()) == []
-    assert run(tmp_path / "file").returncode != 0  # no folder
+    refused = run(tmp_path / "file")  # no folder
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert refused.stderr.startswith(f"error: writing, reading and deleting in file://{tmp_path}/file: ")
 
 
 def test_version_is_the_packages() -> None:
@@ -319,6 +374,7 @@ def test_readme_lists_every_value() -> None:
         ("image.pullPolicy=always", ["/image/pullPolicy", "'Always', 'IfNotPresent', 'Never'"]),
         ("networkPolicy.ports={70000}", ["/networkPolicy/ports/0", "maximum"]),
         ("networkPolicy.ports={https}", ["/networkPolicy/ports/0", "want integer"]),
+        ("networkPolicy.identity=aws", ["/networkPolicy/identity", "'auto', 'gke', 'eks', 'none'"]),
         ("claim.mount=data", ["/claim/mount"]),
         ("claim.size=big", ["/claim/size", "'big' does not match pattern"]),
         ("quota.pods=many", ["/quota/pods", "'many' does not match pattern"]),

@@ -36,6 +36,17 @@ default
 {{- end -}}
 {{- end -}}
 
+{{- /* Whose server of tokens pods may ask: gke, eks, or none. */ -}}
+{{- define "chunkflow.identity" -}}
+{{- if ne .Values.networkPolicy.identity "auto" -}}
+{{- .Values.networkPolicy.identity -}}
+{{- else if hasKey .Values.serviceAccount.annotations "iam.gke.io/gcp-service-account" -}}
+gke
+{{- else -}}
+none
+{{- end -}}
+{{- end -}}
+
 {{- define "chunkflow.image" -}}
 {{- printf "%s:%s" .Values.image.repository (default (printf "%s-cpu" .Chart.AppVersion) .Values.image.tag) -}}
 {{- end -}}

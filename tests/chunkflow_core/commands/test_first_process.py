@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chunkflow_core.commands.log_copy import HEAD, TAIL, Output, log_url, read_log
+from chunkflow_core.commands.log_copy import HEAD, KILLED_FOR_MEMORY, TAIL, Output, log_url, read_log
 from tests.support.object_storage import BUCKET, s3_server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pods run Linux")
@@ -110,6 +110,45 @@ def test_death_by_a_signal_is_said_last(start: Start, tmp_path: Path, number: si
     assert output == (b"half a line\n" + message if with_copy else b"half a line" + message)
     if with_copy:
         assert (tmp_path / LOG).read_bytes() == output
+
+
+CGROUP_2 = "low 0\nhigh 0\nmax 7\noom {n}\noom_kill {n}\noom_group_kill 0\n"
+CGROUP_1 = "oom_kill_disable 0\nunder_oom 0\noom_kill {n}\n"
+KILLS_ITSELF = "os.kill(os.getpid(), signal.SIGKILL)"
+CHILD_IS_KILLED = """
+child = subprocess.Popen(["sleep", "60"])
+child.kill()
+print("error: a helper ended with", child.wait(), flush=True)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("counted", [CGROUP_2, CGROUP_1], ids=["v2", "v1"])
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        (KILLS_ITSELF, 137, f"error: killed by signal 9 (SIGKILL): {KILLED_FOR_MEMORY}\n"),
+        (CHILD_IS_KILLED, 1, f"error: a helper ended with -9\n{KILLED_FOR_MEMORY}\n"),
+        ("sys.exit(0)", 0, ""),
+    ],
+    ids=["the command", "a child of it", "neither"],
+)
+def test_the_kernels_count_of_those_killed_for_memory(
+    tmp_path: Path, counted: str, script: str, code: int, said: str
+) -> None:
+    """The kernel counts each kill in a file of the container, before the process is gone."""
+    count = tmp_path / "count"
+    (tmp_path / "work").mkdir()
+    count.write_text(counted.format(n=2))
+    kernel = f"open({str(count)!r}, 'w').write({counted.format(n=3)!r})\n"
+    header = "import os, signal, subprocess, sys\n"
+    (tmp_path / "work" / "child.py").write_text(header + kernel + script)
+    program = "import os, sys; from chunkflow_core.commands import first_process as f; "
+    program += f"f._KILLS = ('/none', {str(count)!r}); os._exit(f.main(['--log', 'file://{tmp_path}/{LOG}', 'child']))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, done.stdout) == (code, said), done.stderr
+    assert (tmp_path / LOG).read_text() == said
 
 
 def test_wrong_usage_and_help(start: Start) -> None:

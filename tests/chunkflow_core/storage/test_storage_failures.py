@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,14 +17,16 @@ import pytest
 from numpy.typing import NDArray
 
 from chunkflow_core.__main__ import main
-from chunkflow_core.errors import SpecError
+from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.output import open_output
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage import clients
 from chunkflow_core.storage.clients import open_files
 from chunkflow_core.storage.files import storage_errors
-from tests.support.object_storage import BUCKET, Fault
+from tests.support.object_storage import BUCKET, Fault, Proxy
 from tests.support.stores import CREDENTIALS, Store, spec_for
+from tests.support.volume import write_layer
 from tests.support.web import serving
 
 Chunkflow = Callable[..., CompletedProcess[str]]
@@ -85,6 +91,88 @@ def test_storage_that_is_not_there(
     monkeypatch.setenv("CHUNKFLOW_STORAGE_PATIENCE", "long")
     outcome = chunkflow("prepare", spec)
     assert outcome.returncode == 78 and "CHUNKFLOW_STORAGE_PATIENCE: 'long'" in outcome.stderr
+
+
+@contextmanager
+def dropping() -> Iterator[str]:
+    """Host and port to which connections are not even refused, as behind a network policy.
+
+    The queue of a socket that accepts nobody is full, so the kernel drops who comes.
+    """
+    with ExitStack() as sockets:
+        server = sockets.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(3):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """Host and port where connections are taken, and requests never answered."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+NEVER_ANSWERED: dict[str, dict[str, Any]] = {
+    "the input": {"input": {"path": "s3://http://{place}/lab/input"}},
+    "the output": {"output": {"path": "s3://http://{place}/lab/output", "chunk_size": [6, 12, 12]}},
+    "the exchange": {"exchange": {"path": "s3://http://{place}/lab/exchange"}},
+    "an input of HTTP": {"input": {"path": "http://{place}/input"}},
+}
+
+
+@pytest.mark.parametrize("what", NEVER_ANSWERED)
+def test_storage_that_a_network_policy_hides(
+    what: str, tmp_path: Path, chunkflow: Chunkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry may help, and the message names the place and who may be in the way."""
+    for name, value in (CREDENTIALS | {"AWS_MAX_ATTEMPTS": "1", "CHUNKFLOW_STORAGE_PATIENCE": "0.1"}).items():
+        monkeypatch.setenv(name, value)
+    write_layer(tmp_path / "input")
+    with dropping() as place:
+        changes = json.loads(json.dumps(NEVER_ANSWERED[what]).replace("{place}", place))
+        spec = spec_for(Store(Proxy(""), f"file://{tmp_path}"), tmp_path, **changes)
+        spec.write_text(spec.read_text().replace(f"{tmp_path}/{tmp_path.name}", str(tmp_path)))
+        began = time.monotonic()
+        outcome = chunkflow("prepare", spec)
+        lasted = time.monotonic() - began
+    assert outcome.returncode == 75, outcome.stderr
+    for text in (place.partition(":")[0], place.partition(":")[2], "timeout", "a network policy may", "tried again"):
+        assert text in outcome.stderr
+    assert 9 < lasted < 50, "one connection takes ten seconds"
+
+
+def wait_for_answers(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setenv("CHUNKFLOW_STORAGE_PATIENCE", "0.1")
+    monkeypatch.setattr(clients, "_CONNECT_SECONDS", seconds)
+    monkeypatch.setattr(clients, "_READ_SECONDS", seconds)
+
+
+@pytest.mark.parametrize(("server", "said"), [(dropping, "a network policy may"), (silent, "Read timed out")])
+def test_a_web_server_that_never_answers(
+    server: Callable[[], AbstractContextManager[str]], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_answers(monkeypatch, 0.3)
+    with server() as place, pytest.raises(StorageError, match=said), storage_errors("reading"):
+        open_files(f"http://{place}/input").get("info")
+
+
+@pytest.mark.long
+def test_gcs_behind_a_network_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client tries again for two minutes by itself."""
+    wait_for_answers(monkeypatch, 1.0)
+    with dropping() as place:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{place}")
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="a network policy may"), storage_errors("reading"):
+            open_files("gs://never-answered/input").get("info")
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chunkflow_core.commands.log_copy import KILLED_FOR_MEMORY
 from operators.kubernetes.ends import Limits, Look, examine, is_lost, vanished, with_events
 from operators.outcomes import Kind, Outcome, Retry
 
@@ -113,6 +114,12 @@ DENIALS = (
         (pod("Failed", ended(137, "OOMKilled")), Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, 137, "memory limit of 4Gi"),
         # Killed was a child of the main process, whose own exit code means nothing then.
         (pod("Failed", ended(65, "OOMKilled")), Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, 65, "memory limit of 4Gi"),
+        # Nor need the node know of it; the log's last line does.
+        *((pod("Failed", ended(code, "Error", f"{said}{KILLED_FOR_MEMORY}\n")),
+           Kind.OUT_OF_MEMORY, Retry.MORE_MEMORY, code, "memory limit of 4Gi")
+          for code, said in ((137, "error: killed by signal 9 (SIGKILL): "), (1, "error: a helper died\n"), (65, ""))),
+        (pod("Failed", ended(1, message=f"{KILLED_FOR_MEMORY}\nerror: another end")),
+         Kind.ERROR, Retry.COUNTED, 1, "another end"),
         (pod("Failed", ended(128, "StartError", "exec: \"python\": executable file not found in $PATH")),
          Kind.IMAGE, Retry.NEVER, 128, "not found in $PATH"),
         (pod("Failed", ended(137), conditions=disrupted("PreemptionByScheduler")),

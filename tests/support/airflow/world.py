@@ -18,7 +18,7 @@ from chunkflow_core.__main__ import main
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.workspace import Workspace
-from chunkflow_core.storage.files import put_file
+from chunkflow_core.storage.files import open_files, put_file
 from chunkflow_core.storage.layers import NewLayer
 from operators.service import Client, start
 from tests.support.airflow.volumes import ENVIRONMENT, Volumes, copy_dags, until
@@ -86,6 +86,14 @@ class World:
     def let_go(self, name: str, task: str) -> None:
         """Have a task whose mood is to count do its work."""
         put_file(self._moods(name), f"go-{task}", b"")
+
+    def is_paused(self, name: str, task: str) -> bool:
+        """Whether a process of a task whose mood is to pause stands still."""
+        return f"paused-{task}" in open_files(self._moods(name)).list(prefix=f"paused-{task}")
+
+    def resume(self, name: str, task: str) -> None:
+        """Have a process of a task go on that has paused."""
+        put_file(self._moods(name), f"resume-{task}", b"")
 
     def remove_all(self) -> None:
         """Remove the volumes that were added.

@@ -374,6 +374,9 @@ class Api:
             await pod.log.more(at, _LOOK_SECONDS)
             if request.transport is None:
                 return response
+            if self.kubelet.places[pod.node].lost and pod.log.cuts == cuts:
+                await asyncio.sleep(_LOOK_SECONDS)  # the connection hangs
+                continue
             if pod.log.cuts != cuts:
                 return _cut(request)
             lines, at = list(pod.log.since(at)), pod.log.end

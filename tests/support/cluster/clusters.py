@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -242,7 +242,39 @@ def _to_node(cluster: TestCluster, name: str, variable: str, method: str) -> Non
     if cluster.double:
         getattr(cluster.double, method)(node)
     else:
-        subprocess.run([*shlex.split(os.environ[variable]), node], check=True)
+        _run_for_node(variable, node)
+
+
+def _run_for_node(variable: str, node: str) -> None:
+    subprocess.run([*shlex.split(os.environ[variable]), node], check=True)
+
+
+CUT_OFF, REJOIN = "CHUNKFLOW_TEST_CUT_OFF", "CHUNKFLOW_TEST_REJOIN"
+"""Environment variables: how to cut a node of a real cluster off from the API, and have it back."""
+
+
+def cut_off(cluster: TestCluster, nodes: Iterable[str]) -> None:
+    """Cut nodes off from the API; their pods work on, and reach storage."""
+    for node in nodes:
+        if cluster.double:
+            cluster.double.lose_node(node, alive=True)
+        else:
+            _run_for_node(CUT_OFF, node)
+
+
+def rejoin(cluster: TestCluster, nodes: Iterable[str]) -> None:
+    """Have nodes back that were cut off."""
+    for node in nodes:
+        if cluster.double:
+            cluster.double.node_back(node)
+        else:
+            _run_for_node(REJOIN, node)
+
+
+def why_no_node_can_be_cut_off(cluster: TestCluster) -> str | None:
+    """What is missing for it; None: nothing is."""
+    missing = [name for name in (CUT_OFF, REJOIN) if not os.environ.get(name)]
+    return None if cluster.double or not missing else f"set {', '.join(missing)} (tests/README.md)"
 
 
 def ends_from_outside(cluster: TestCluster) -> list[End]:

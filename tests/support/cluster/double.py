@@ -390,14 +390,14 @@ class Cluster:
         """
         self._do(self._nodes.shut_down, node)
 
-    def lose_node(self, node: str) -> None:
-        """Cut the node's power: processes die, and nobody hears of it.
+    def lose_node(self, node: str, alive: bool = False) -> None:
+        """Cut the node's power: processes die, and nobody hears of it. ``alive``: its pods work on.
 
         After ``timing.unready`` the node and its pods are not ready, and after
         ``timing.toleration`` the pods get a deletionTimestamp. They stay Terminating until
         :meth:`node_back`, or a delete without grace.
         """
-        self._do(self._nodes.lose, node)
+        self._do(self._nodes.lose, node, alive)
 
     def break_node(self, node: str, message: str) -> None:
         """Have containers on the node fail to start (StartError), until :meth:`node_back`.
@@ -416,7 +416,7 @@ class Cluster:
     def node_back(self, node: str) -> None:
         """Have the node back and whole.
 
-        Pods that were deleted meanwhile go, others of before are Failed.
+        Pods that were deleted meanwhile go; others of before are Failed, or go on if they live.
         """
         self._do(self._nodes.back, node)
 

@@ -382,9 +382,10 @@ class Kubelet:
         self.store.changed(pod)
         self.rules.fire("deleting", pod)
         if not self._place(pod).lost:
-            self.spawn(self._delete(pod, grace))
+            self.spawn(self.delete_with_grace(pod, grace))
 
-    async def _delete(self, pod: Pod, grace: float) -> None:
+    async def delete_with_grace(self, pod: Pod, grace: float) -> None:
+        """End the pod with grace; then its object goes."""
         await self.end_with_grace(pod, grace)
         await asyncio.sleep(self.timing.linger)
         if not self._place(pod).lost:
@@ -418,12 +419,14 @@ class Kubelet:
         if pod.gone:
             return
         pod.gone = True
-        if pod.container is None or pod.ended is not None:
+        goes_on = pod.container is not None and pod.ended is None
+        if not goes_on:
             self._cancel(pod)
-        else:
+        elif not (goes_on := self._place(pod).alive) and pod.container is not None:
             pod.container.kill()
-        pod.log.close()
-        unmount(pod, self._mounts_in_use)
+        if not goes_on:
+            pod.log.close()
+            unmount(pod, self._mounts_in_use)
         self.scheduler.release(pod)
         del self.store.pods[pod.namespace, pod.name]
         self.store.changed(pod, "DELETED")
@@ -431,7 +434,9 @@ class Kubelet:
 
     async def _enforce_deadline(self, pod: Pod, seconds: float) -> None:
         waiting = asyncio.create_task(pod.done.wait())
-        if (await asyncio.wait({waiting}, timeout=seconds))[0] or pod.gone or self._place(pod).lost:
+        if (await asyncio.wait({waiting}, timeout=seconds))[0] or pod.gone:
+            return
+        if self._place(pod).lost and not self._place(pod).alive:
             return
         message = "Pod was active on the node longer than the specified deadline"
         pod.ending = {"reason": "DeadlineExceeded", "message": message}

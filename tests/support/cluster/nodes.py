@@ -29,12 +29,12 @@ class Nodes:
             pod.ending["disruption"] = ("TerminationByKubelet", message)
             self._kubelet.spawn(self._kubelet.end_with_grace(pod, self._timing.shutdown))
 
-    def lose(self, name: str) -> None:
-        """Cut the node's power as ``Cluster.lose_node`` says."""
+    def lose(self, name: str, alive: bool) -> None:
+        """Cut the node's power, or only its connection, as ``Cluster.lose_node`` says."""
         place = self._kubelet.places[name]
-        place.lost = True
+        place.lost, place.alive = True, alive
         for pod in list(place.pods):
-            if "containerStatuses" in pod.object["status"]:
+            if "containerStatuses" in pod.object["status"] and not alive:
                 self._kubelet.cut_off(pod)
         self._leave(place)
 
@@ -50,11 +50,14 @@ class Nodes:
         await asyncio.sleep(seconds)
         if not place.lost:
             self._return(place)
-            for pod in list(place.pods):
-                ready = condition(pod, "Ready") or {}
-                if pod.started is not None and pod.ended is None and ready.get("status") == "False":
-                    set_by_kubelet(pod, True)
-                    self._kubelet.store.changed(pod)
+            self._show_ready(place)
+
+    def _show_ready(self, place: Place) -> None:
+        for pod in list(place.pods):
+            ready = condition(pod, "Ready") or {}
+            if pod.started is not None and pod.ended is None and ready.get("status") == "False":
+                set_by_kubelet(pod, True)
+                self._kubelet.store.changed(pod)
 
     def _leave(self, place: Place) -> None:
         place.kubelet.clear()
@@ -89,13 +92,32 @@ class Nodes:
         """Have the node back as ``Cluster.node_back`` says."""
         place = self._kubelet.places[name]
         place.shut_down, place.broken = False, None
-        if place.lost:
+        if place.alive:
+            self._rejoin(place)
+        elif place.lost:
             place.lost = False
             for pod in list(place.pods):
                 if pod.cut_off or "deletionTimestamp" in pod.object["metadata"]:
                     self._kubelet.cut_off(pod)
                     self._kubelet.spawn(self._recover(pod))
             self._return(place)
+
+    def _rejoin(self, place: Place) -> None:
+        """Have the API and the node hear of each other again: the kubelet ends what it is told to.
+
+        That is what was deleted meanwhile, also what the API knows no more.
+        """
+        place.lost = place.alive = False
+        self._return(place)
+        self._show_ready(place)
+        for pod in self._kubelet.created:
+            metadata = pod.object["metadata"]
+            if pod.node == place.node.name and pod.container is not None and not pod.done.is_set():
+                if pod.gone:
+                    grace = pod.spec["terminationGracePeriodSeconds"]
+                    self._kubelet.spawn(self._kubelet.end_with_grace(pod, grace))
+                elif "deletionTimestamp" in metadata:
+                    self._kubelet.spawn(self._kubelet.delete_with_grace(pod, metadata["deletionGracePeriodSeconds"]))
 
     async def _recover(self, pod: Pod) -> None:
         if pod.started is not None and "running" in pod.object["status"]["containerStatuses"][0]["state"]:

@@ -25,6 +25,9 @@ class Place:
     address: str = ""
     """The node's address in the cluster."""
     lost: bool = False
+    """Whether the API can't reach the node."""
+    alive: bool = False
+    """Whether a lost node is only cut off from the API: what runs there runs on."""
     shut_down: bool = False
     not_ready: bool = False
     """Whether the API says so: some time after the last sign of life."""

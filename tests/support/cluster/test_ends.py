@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import kubernetes
@@ -17,6 +18,7 @@ import psutil
 import pytest
 from kubernetes.client import CoreV1Api
 
+from tests.support.airflow.volumes import until
 from tests.support.cluster.client import (
     FOREVER,
     IMAGE,
@@ -176,6 +178,60 @@ def test_node_loss(cluster: Cluster, api: CoreV1Api) -> None:
     assert cluster.pod("one") is None
     cluster.node_back(node)
     assert state(cluster.wait("two", "gone"))["terminated"]["exitCode"] == 255
+
+
+def has_written(cluster: Cluster, name: str, text: str) -> bool:
+    return text in cluster.log(name)
+
+
+def test_a_node_that_is_cut_off_and_lives(cluster: Cluster, api: CoreV1Api) -> None:
+    """Deleted without grace, its pod is unknown to the API, and works on until the node is back."""
+    names = ("forgotten", "terminating", "untouched")
+    script = ["sh", "-c", "trap 'echo bye; exit 7' TERM; while :; do sleep 0.05; echo on; done"]
+    for name in names:
+        create(api, name, script)
+        until(partial(has_written, cluster, name, "on"), 20)
+        for other in {"node-a", "node-b"} - {cluster.node_of("forgotten")}:
+            cluster.shutdown_node(other)
+    node = cluster.node_of("forgotten") or ""
+    assert {cluster.node_of(name) for name in names} == {node}
+    cluster.lose_node(node, alive=True)
+    for name in names:
+        cluster.wait(name, lambda pod: condition(pod, "Ready")["status"] == "False")
+    assert refusal(lambda: api.read_namespaced_pod_log("forgotten", "default"))[0] == 500
+    pod = cluster.wait("forgotten", lambda pod: "deletionTimestamp" in pod["metadata"])
+    assert condition(pod, "DisruptionTarget")["reason"] == "DeletionByTaintManager"
+    assert pod["status"]["phase"] == "Running" and "running" in state(pod)
+    api.delete_namespaced_pod("forgotten", "default", grace_period_seconds=0)
+    assert cluster.pod("forgotten") is None
+
+    def goes_on(name: str) -> None:
+        written = len(cluster.log(name))
+        until(lambda: len(cluster.log(name)) > written + 30, 20)
+
+    for name in ("forgotten", "terminating"):
+        goes_on(name)
+    for other in {"node-a", "node-b"} - {node}:
+        cluster.node_back(other)
+    create(api, "forgotten", script, labels={"next": "one"})
+    cluster.wait("forgotten", "Running")
+    assert cluster.most_running({}) == 4
+    cluster.node_back(node)
+    last = cluster.wait("terminating", "gone")
+    assert state(last)["terminated"]["exitCode"] == 7
+    until(lambda: [pod.text.count("bye\n") for pod in cluster.created] == [1, 1, 1, 0], 20)
+
+
+def test_a_node_that_is_back_before_anybody_gives_it_up(cluster: Cluster, api: CoreV1Api) -> None:
+    create(api, "one")
+    wait_for_log(cluster, "one", "up\n")
+    cluster.lose_node(cluster.node_of("one") or "", alive=True)
+    cluster.wait("one", lambda pod: condition(pod, "Ready")["status"] == "False")
+    cluster.node_back(cluster.node_of("one") or "")
+    pod = cluster.wait("one", lambda pod: condition(pod, "Ready")["status"] == "True")
+    assert pod["status"]["phase"] == "Running" and log_of(api, "one") == "up\n"
+    api.delete_namespaced_pod("one", "default")
+    assert state(cluster.wait("one", "gone"))["terminated"]["exitCode"] == 7
 
 
 def test_kubelet_restart(cluster: Cluster, api: CoreV1Api) -> None:

@@ -15,6 +15,8 @@ imported where it is needed.
 - ``hang``: do nothing for an hour
 - ``count``: count aloud, half a second apart, until the file ``go-TASK`` is at that address; say
   how far, then do the work
+- ``pause MODULE:CLASS.METHOD N``: work, but let no thread make call number N of that method, or a
+  later one, before the file ``resume-TASK`` is at that address; ``paused-TASK`` is there from then
 """
 
 import os
@@ -41,10 +43,14 @@ def _mood() -> tuple[str, str] | None:
     moods = json.loads(os.environ["CHUNKFLOW_MOODS"]).get(task, [])
     if not moods or (count := len(_noted(f"{task}-"))) >= len(moods):
         return None
+    _note(f"{task}-{count}")
+    return task, str(moods[count])
+
+
+def _note(name: str) -> None:
     from chunkflow_core.storage.files import put_file
 
-    put_file(os.environ["CHUNKFLOW_MOODS_URL"], f"{task}-{count}", b"")
-    return task, str(moods[count])
+    put_file(os.environ["CHUNKFLOW_MOODS_URL"], name, b"")
 
 
 def _noted(beginning: str) -> list[str]:
@@ -71,7 +77,9 @@ def _behave(task: str, mood: str) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as file:
             for _ in range(int(number)):
                 file.write(os.urandom(2**20))
-    if action == "count":
+    if action == "pause":
+        _pause(task, *number.split())
+    elif action == "count":
         lines = 0
         while f"go-{task}" not in _noted(f"go-{task}"):
             print(f"counting {lines}", flush=True)
@@ -80,6 +88,30 @@ def _behave(task: str, mood: str) -> None:
         print(f"counted {lines}", flush=True)
     else:
         time.sleep(3600)
+
+
+def _pause(task: str, where: str, number: str) -> None:
+    import functools
+    import importlib
+    import threading
+
+    module, _, path = where.partition(":")
+    name, _, method = path.partition(".")
+    owner = getattr(importlib.import_module(module), name)
+    original, calls, turn = getattr(owner, method), [0], threading.Lock()
+
+    @functools.wraps(original)
+    def paused(*arguments: object, **keywords: object) -> object:
+        with turn:
+            calls[0] += 1
+            if calls[0] >= int(number) and not _noted(f"resume-{task}"):
+                print(f"paused before call {calls[0]} of {where}", flush=True)
+                _note(f"paused-{task}")
+                while not _noted(f"resume-{task}"):
+                    time.sleep(0.2)
+        return original(*arguments, **keywords)
+
+    setattr(owner, method, paused)
 
 
 if found := _mood():
