@@ -164,6 +164,7 @@ def plan(options: argparse.Namespace) -> None:
     from chunkflow_core.steps.workspace import Workspace
 
     workspace = Workspace(spec)
+    workspace.check_codecs()
     request = Request(box, force=options.force, check_input=options.check_input)
     due = plan(spec, request, workspace.state(confirm=bool(options.run)))
     asked = _asked(options.bbox, force=options.force, check_input=options.check_input)

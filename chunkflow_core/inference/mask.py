@@ -31,6 +31,7 @@ from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.files import storage_errors
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.layer_reader import open_layer
+from chunkflow_core.storage.presence import Absence, nothing_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ class Mask:
         mask = spec.skip.mask
         if mask is None:
             raise ValueError("the spec has no skip.mask")
-        self.path, self.scale = mask.path, read_scale(mask.path, mask.mip)
+        self.scale, self._mip = read_scale(mask.path, mask.mip), mask.mip
+        self.path = self.scale.address
         if self.scale.channels != 1:
             raise SpecError(f"skip.mask.path: {self.path} has {self.scale.channels} channels, expected 1")
         if not _is_number(self.scale.dtype):
@@ -120,7 +122,7 @@ class Mask:
         mask_sizes = _voxel_size("skip.mask.path", self.path, self.scale)
         self._ratios = [size / mask_size for size, mask_size in zip(sizes, mask_sizes, strict=True)]
         with storage_errors(f"opening {self.path}"):
-            self._reader = open_layer(self.path, self.scale, mask.mip, fill_missing=mask.fill_missing)
+            self._reader = open_layer(self.path, self.scale, mask.mip, fill_missing=bool(mask.fill_missing))
 
     def window(self, box: Box) -> MaskWindow:
         """Read the mask where it covers a box, in input voxels.
@@ -149,6 +151,16 @@ class Mask:
         ends = [[self._mask_voxels(a, v, v + 1)[0] for v in (box.start[a], box.stop[a] - 1)] for a in range(3)]
         return Box(vector(int(low) for low, _ in ends), vector(int(high) + 1 for _, high in ends))
 
+    def nothing_in(self, box: Box) -> Absence:
+        """What is missing if no storage chunk over a box, in input voxels, can be found."""
+        return nothing_there(self.path, self.scale, self._mip, self.region(box))
+
+    def _advice(self) -> str:
+        """What to say about a storage chunk that isn't there."""
+        absence = nothing_there(self.path, self.scale, self._mip, self.scale.bounds)
+        zeros = "If missing chunks of this layer mean zeros, set skip.mask.fill_missing: true"
+        return absence.text if absence.text and absence.is_sure else zeros
+
     def _fill(self, present: NDArray[np.bool_], positions: list[NDArray[np.int64]]) -> None:
         """Read the mask voxels at positions, ascending and inside the layer, into ``present``."""
         if not present.size:
@@ -158,8 +170,7 @@ class Mask:
         for part in np.split(np.arange(len(z)), np.flatnonzero(np.diff(layer)) + 1):
             wanted = (z[part], y, x)
             region = Box(vector(int(p[0]) for p in wanted), vector(int(p[-1]) + 1 for p in wanted))
-            advice = "If missing chunks of this layer mean zeros, set skip.mask.fill_missing: true"
-            with storage_errors(f"reading the mask {self.path} at {region}", missing=advice):
+            with storage_errors(f"reading the mask {self.path} at {region}", missing=self._advice):
                 data = self._reader.read(region)[0] != 0
             present[part] = data[np.ix_(*(p - start for p, start in zip(wanted, region.start, strict=True)))]
 

@@ -154,7 +154,7 @@ class _Region:
             self._scale,
             self._scale.bounds,
             padding="edge",
-            fill_missing=spec.input.fill_missing,
+            fill_missing=bool(spec.input.fill_missing),
             advice=advice,
         )
         ratios = [self._ratio(axis) for axis in range(3)]

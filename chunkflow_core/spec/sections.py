@@ -80,6 +80,12 @@ def _of_json(value: Any) -> Any:
     return value
 
 
+def _true_false_or_all(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "all":
+        raise ValueError("expected true, false or all")
+    return value
+
+
 def _key_or_index(value: Any) -> Any:
     if value is not None and type(value) not in (str, int):
         raise ValueError("expected the key or the index of one of the model's outputs")
@@ -90,6 +96,7 @@ Size = Annotated[Vector, BeforeValidator(_three_positive_integers)]
 Offset = Annotated[Vector, BeforeValidator(_three_integers)]
 StoragePath = Annotated[str, BeforeValidator(check_address)]
 WritablePath = Annotated[str, BeforeValidator(check_writable)]
+FillMissing = Annotated[bool | Literal["all"], BeforeValidator(_true_false_or_all)]
 Corners = Annotated[tuple[Vector, Vector], BeforeValidator(_two_corners)]
 
 
@@ -117,8 +124,11 @@ class InputSpec(Section):
     """
     padding: Literal["reflect", "edge", "constant"] = "reflect"
     """How patches are filled beyond the input's bounds: ``reflect``, ``edge``, ``constant`` (0)."""
-    fill_missing: bool = False
-    """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66."""
+    fill_missing: FillMissing = False
+    """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66.
+
+    ``all``: also if not a single one is there, which ``prepare`` refuses otherwise.
+    """
     values: ValuesSpec = ValuesSpec()
     """Which numbers the network gets for the voxels of the layer."""
     prefetch: int = Field(1, ge=1, le=_MOST)
@@ -139,8 +149,11 @@ class MaskSpec(Section):
     """
     mip: int = Field(0, ge=0)
     """Scale of the layer."""
-    fill_missing: bool = False
-    """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66."""
+    fill_missing: FillMissing = False
+    """Whether missing storage chunks are read as zeros, instead of stopping with exit code 66.
+
+    ``all``: also if not a single one is there, which ``prepare`` refuses otherwise.
+    """
 
 
 class SkipSpec(Section):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -233,8 +234,8 @@ class VolumeSpec(Section):
                 del model[key]
         facts = {
             "numerics": NUMERICS_VERSION,
-            "input": self.input.model_dump(exclude=without_meaning),
-            "skip": self.skip.model_dump(),
+            "input": _same_voxels(self.input.model_dump(exclude=without_meaning)),
+            "skip": _same_voxels(self.skip.model_dump()),
             "output": self.output.model_dump(exclude={"compression"}),
             "origin": self.grid.roi.start,
             "patch": [self.patch_size, self.output_size, self.patch_overlap],
@@ -329,6 +330,14 @@ class VolumeSpec(Section):
         files += with_companions(path)
         folder = path.parent if is_remote(self.model.path) else Path(self.folder)
         return files + [file for file in listed_files(folder, self.model.files_beside) if file not in files]
+
+
+def _same_voxels(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section in which ``fill_missing`` says what is read, not what ``prepare`` refuses."""
+    return {
+        key: _same_voxels(value) if isinstance(value, dict) else bool(value) if key == "fill_missing" else value
+        for key, value in section.items()
+    }
 
 
 def _geometry(block: AxisBlock) -> dict[str, int]:

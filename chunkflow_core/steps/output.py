@@ -59,6 +59,11 @@ def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
         SpecError: The layer there has another shape than the spec says.
     """
     scale = read_scale(spec.output.path, 0)
+    if scale.address != spec.output.path:
+        raise SpecError(
+            f"output.path: the info file at {spec.output.path} redirects to {scale.address}, where readers will look. "
+            "Give that path, or delete that info file"
+        )
     wanted: dict[str, tuple[object, object]] = {
         "dtype": (scale.dtype, spec.output.dtype),
         "channels": (scale.channels, spec.output.channels),

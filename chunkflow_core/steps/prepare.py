@@ -7,7 +7,7 @@ from typing import Literal
 
 from chunkflow_core.engines.outputs import UnfitPatchError
 from chunkflow_core.engines.patch_sizes import fitting_patches
-from chunkflow_core.errors import DataError, SpecError
+from chunkflow_core.errors import DataError, MissingInputError, SpecError
 from chunkflow_core.exchange.epochs import delete_earlier, new_epoch
 from chunkflow_core.exchange.folder import Trial
 from chunkflow_core.inference.measuring import measure, store, stored
@@ -19,8 +19,10 @@ from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import check_output, create_output, delete_cut_short, extend_output, has_voxels
 from chunkflow_core.steps.provenance import History, Mode
 from chunkflow_core.steps.workspace import Workspace
+from chunkflow_core.storage.addresses import is_same_place
 from chunkflow_core.storage.layer_info import LayerScale
 from chunkflow_core.storage.layers import layer_exists
+from chunkflow_core.storage.presence import Absence
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ def prepare(
             f"roi: {roi} reaches past the input layer {spec.input.path}, of which there is {bounds} to be read"
         )
     log.info("input %s: %s, %s, ROI %s", spec.input.path, bounds, workspace.input.scale.dtype, roi)
+    _check_layers(workspace)
     layer, history = _look_at_output(spec, other)
     lease = workspace.lease
     if lease is not None and layer is not None:
@@ -91,6 +94,43 @@ def prepare(
         why = "the output layer is gone" if layer is None else "the output is claimed anew"
         log.warning("%s: %d receipts are discarded", why, discarded)
     return known
+
+
+def _check_layers(workspace: Workspace) -> None:
+    """Check that there is something to read in input and mask.
+
+    Raises:
+        MissingInputError: Not a single storage chunk was found.
+        SpecError: The input is where the output is to be.
+    """
+    spec, layer, mask = workspace.spec, workspace.input, workspace.mask
+    if layer.path != spec.input.path:
+        log.info("input %s redirects to %s", spec.input.path, layer.path)
+    if is_same_place(layer.path, spec.output.path):
+        raise SpecError(
+            f"output.path: {spec.output.path} is where input.path {spec.input.path} redirects to, expected another "
+            "place"
+        )
+    roi = spec.grid.roi
+    if spec.input.fill_missing != "all":
+        filled = spec.input.fill_missing
+        _check_found("input", layer.nothing_in(roi.grown(spec.halo, spec.halo)), filled=filled)
+    if mask is not None and spec.skip.mask is not None and spec.skip.mask.fill_missing != "all":
+        _check_found("skip.mask", mask.nothing_in(roi), filled=spec.skip.mask.fill_missing)
+
+
+def _check_found(section: str, absence: Absence, *, filled: bool) -> None:
+    """Refuse a layer of which nothing was found.
+
+    Args:
+        section: Section of the spec with the layer.
+        absence: What was not found.
+        filled: Whether what is missing would be read as zeros. Else a block will tell by itself if
+            it isn't sure that there is nothing.
+    """
+    if absence.text and (filled or absence.is_sure):
+        zeros = f". If it is meant to be zeros all the same, set {section}.fill_missing: all" if filled else ""
+        raise MissingInputError(f"{section}.path: {absence.text}{zeros}")
 
 
 def make_output(spec: VolumeSpec) -> None:

@@ -24,6 +24,8 @@ from chunkflow_core.planning.outputs import Outputs
 from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import open_output
+from chunkflow_core.storage.codecs import check_codec
+from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 
 
@@ -52,9 +54,23 @@ class Workspace:
             self.spec.input_scale,
             self.spec.input_bounds,
             padding=spec.padding,
-            fill_missing=spec.fill_missing,
+            fill_missing=bool(spec.fill_missing),
             advice="If missing chunks of this layer mean zeros, set input.fill_missing: true",
         )
+
+    def check_codecs(self) -> None:
+        """Check that what is to be read can be decoded here, without opening it.
+
+        Raises:
+            SpecError: What decodes the input or the mask is not installed.
+            MissingInputError: There is no such layer.
+            StorageError: The storage does not answer.
+        """
+        scales, mask = [self.spec.input_scale], self.spec.skip.mask
+        if mask is not None:
+            scales.append(read_scale(mask.path, mask.mip))
+        for scale in scales:
+            check_codec(scale.address, scale.codec)
 
     @cached_property
     def output(self) -> OutputLayer:

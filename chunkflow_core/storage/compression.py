@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import zlib
 from typing import Final
 
 import brotli
@@ -30,6 +31,11 @@ _GZIP_LEVEL, _BROTLI_QUALITY, _ZSTANDARD_LEVEL = 1, 5, 1
 class CorruptFileError(Exception):
     """A stored file is not what it should be."""
 
+    def __init__(self, message: str, name: str = "") -> None:
+        """Take the message, and the file's name below the layer's address; empty if unknown."""
+        super().__init__(message)
+        self.name = name
+
 
 def compress(content: bytes, method: str | None) -> bytes:
     """Compress a file by ``gzip``, ``br`` or ``zstd``; None leaves it as it is."""
@@ -47,24 +53,28 @@ def compress(content: bytes, method: str | None) -> bytes:
 def decompress(content: bytes, method: str | None) -> bytes:
     """Decompress a file by ``gzip``, ``br``, ``zstd``, ``xz`` or ``bzip2``; None leaves it alone.
 
+    A web server may say the same by other names, or have used ``deflate`` (zlib).
+
     Raises:
         CorruptFileError: The file is damaged.
         ValueError: There is no such method.
     """
     try:
-        match method:
-            case None | "":
+        match (method or "").lower():
+            case "":
                 return content
-            case "gzip":
+            case "gzip" | "x-gzip":
                 return bytes(deflate.gzip_decompress(content))
             case "br":
                 return bytes(brotli.decompress(content))
             case "zstd":
                 return bytes(zstandard.ZstdDecompressor().decompress(content))
-            case "xz":
+            case "xz" | "lzma":
                 return lzma.decompress(content)
-            case "bzip2":
+            case "bzip2" | "bz2":
                 return bz2.decompress(content)
+            case "deflate":
+                return zlib.decompress(content)
     except Exception as error:  # each compression has its own
-        raise CorruptFileError(f"it can't be decompressed: {error}") from error
+        raise CorruptFileError(f"it can't be decompressed: {error or type(error).__name__}") from error
     raise ValueError(f"{method}: expected gzip, br, zstd, xz or bzip2")

@@ -5,7 +5,7 @@ The clients of object stores take a second to import: what is on a disk does wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from chunkflow_core.storage.durable import sync_written
 _JSON = (".json", "info", "provenance")
 """Endings of the names of files that hold JSON."""
 
-_CORRUPT = {"CompressionError", "DecompressionError", "DecodingError", "DeflateError", "ZstdError"}
+CORRUPT = {"CompressionError", "DecompressionError", "DecodingError", "DeflateError", "ZstdError"}
 """Names of the errors that CloudFiles, CloudVolume and what they use raise for damaged files.
 
 Importing the classes would take a second.
@@ -61,12 +61,12 @@ def is_on_disk(path: str) -> bool:
 
 
 @contextmanager
-def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
+def storage_errors(doing: str, *, missing: str | Callable[[], str] = "") -> Iterator[None]:
     """Turn a storage client's exceptions into those of this project.
 
     Args:
         doing: What is tried and where, for the message.
-        missing: Advice for a storage chunk that isn't there.
+        missing: Advice for a storage chunk that isn't there, or what gives it.
 
     Raises:
         MissingInputError: A storage chunk or a bucket isn't there.
@@ -81,8 +81,9 @@ def storage_errors(doing: str, *, missing: str = "") -> Iterator[None]:
     except Exception as error:
         kind_name, text = type(error).__name__, " ".join(str(error).split())
         if isinstance(error, MissingChunkError) or kind_name == "EmptyVolumeException":  # of CloudVolume
-            raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {missing}") from error
-        if isinstance(error, CorruptFileError) or kind_name in _CORRUPT:
+            advice = missing if isinstance(missing, str) else missing()
+            raise MissingInputError(f"{doing}: a storage chunk is missing ({error}). {advice}") from error
+        if isinstance(error, CorruptFileError) or kind_name in CORRUPT:
             raise DataError(f"{doing}: a stored file is corrupt: {error}") from error
         if type(error).__module__ != "builtins":
             from chunkflow_core.storage.clients import explained, meaning

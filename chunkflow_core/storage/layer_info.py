@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chunkflow_core.errors import MissingInputError, StorageError
+from chunkflow_core.errors import MissingInputError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.storage.addresses import PRECOMPUTED
+from chunkflow_core.storage.info_file import find_info
 
 ENCODINGS = (
     "raw",
@@ -34,8 +33,15 @@ FARTHEST = 2**53
 and sums of some of them still fit 64 bits."""
 
 _SHARDED = "sharded"
-_MOST_CHANNELS, _FINEST, _COARSEST, _LONGEST_NAME = 2**16, 1e-9, 1e9, 255
-"""Limits of what an ``info`` may say: channels, voxel size in nm, bytes of a folder's name."""
+_MOST_CHANNELS, _FINEST, _COARSEST, _LONGEST_NAME, _LARGEST_BLOCK = 2**16, 1e-9, 1e9, 255, 2**10
+"""Limits of what an ``info`` may say: channels, voxel size in nm, bytes of a folder's name, voxels
+along a block of ``compressed_segmentation``.
+"""
+
+_INTEGER = re.compile(r"(-?\d{1,20})(\.0*)?", re.ASCII)
+
+_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+"""Data types of the format, which some write in capitals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,16 @@ class LayerScale:
     encoding: str
     """Encoding of storage chunks, such as ``raw``; ``sharded`` if they share files."""
     info: dict[str, Any] = field(compare=False, repr=False)
-    """The whole layer's ``info``, so that whoever opens the layer need not read it again."""
+    """The whole layer's ``info``, so that whoever opens the layer need not read it again.
+
+    What it says of this scale is in the form that CloudVolume takes.
+    """
+    address: str = ""
+    """Where the layer is, if its ``info`` was read: there are its storage chunks, even if redirects
+    have led there.
+    """
+    codec: str = "raw"
+    """Encoding of the voxels of a storage chunk, also in files that storage chunks share."""
 
     @property
     def meaning(self) -> str:
@@ -72,43 +87,8 @@ class LayerScale:
             yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
 
 
-def read_info(path: str) -> dict[str, Any]:
-    """The ``info`` of the layer at ``path``.
-
-    Raises:
-        MissingInputError: There is no layer at ``path``, or its ``info`` is not that of a layer.
-        SpecError: The storage refuses the credentials, or finds none.
-        StorageError: The storage did not answer.
-    """
-    path = path.removeprefix(PRECOMPUTED)
-    try:
-        if path.startswith("file://"):
-            text: bytes | None = (Path(path.removeprefix("file://")).expanduser() / "info").read_bytes()
-        else:
-            # imports that a DAG of file:// layers need not pay
-            from chunkflow_core.storage.files import open_files, storage_errors
-
-            with storage_errors(f"{path}: cannot read the layer's info"):
-                text = open_files(path).get("info")
-    except (FileNotFoundError, NotADirectoryError):
-        text = None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot read the layer's info: {error}") from error
-    if text is None:
-        raise MissingInputError(
-            f"{path}: there is no layer here (no info file). Check the path; prepare makes output layers"
-        )
-    try:
-        info: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MissingInputError(f"{path}: the layer's info file is not JSON: {error}") from error
-    if not isinstance(info, dict) or not isinstance(info.get("scales"), list) or not info["scales"]:
-        raise MissingInputError(f"{path}: the info file is not that of a precomputed layer, it lists no scales")
-    return info
-
-
 def read_scale(path: str, mip: int) -> LayerScale:
-    """One scale of the layer at ``path``.
+    """One scale of the layer at ``path``, or where its ``info`` redirects to.
 
     Raises:
         MissingInputError: There is no layer at ``path``, its ``info`` is not that of a layer, or
@@ -116,35 +96,38 @@ def read_scale(path: str, mip: int) -> LayerScale:
         SpecError: The storage refuses the credentials, or finds none.
         StorageError: The storage did not answer.
     """
-    info = read_info(path)
+    address, info = find_info(path)
     scales = info["scales"]
     if mip >= len(scales):
-        raise MissingInputError(f"{path}: mip {mip} does not exist; the layer has mips 0 to {len(scales) - 1}")
+        raise MissingInputError(f"{address}: mip {mip} does not exist; the layer has mips 0 to {len(scales) - 1}")
     try:
-        return _scale(info, scales[mip])
+        return scale_of(address, info, mip)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        told = (
+            f"{error.args[0]} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error!s:.300}"
+        )
         raise MissingInputError(
-            f"{path}: the info file is not that of a precomputed layer, its mip {mip} can't be understood "
-            f"({type(error).__name__}: {error!s:.300})"
+            f"{address}: the info file is not that of a precomputed layer, its mip {mip} can't be understood ({told})"
         ) from error
 
 
-def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
-    start = _three("voxel_offset", scale.get("voxel_offset", [0, 0, 0]), positive=False)
-    size = _three("size", scale["size"])
+def scale_of(address: str, info: dict[str, Any], mip: int) -> LayerScale:
+    """What an ``info`` says of a scale; an error of Python's own if it can't be understood."""
+    info = _tidy(info, mip)
+    scale = info["scales"][mip]
+    start, size = _three("voxel_offset", scale["voxel_offset"], positive=False), _three("size", scale["size"])
     channels, dtype, resolution = info["num_channels"], info["data_type"], scale["resolution"]
-    sharding = scale.get("sharding")
+    sharding, codec = scale.get("sharding"), scale["encoding"]
     if sharding and not (isinstance(sharding, dict) and "@type" in sharding):
         raise ValueError(f"sharding is {_shown(sharding)}, expected keys and values with @type")
-    encoding = _SHARDED if sharding else scale.get("encoding", "raw")
     if type(channels) is not int or not 1 <= channels <= _MOST_CHANNELS:
         raise ValueError(f"num_channels is {_shown(channels)}, expected an integer >= 1, at most {_MOST_CHANNELS}")
-    for key, text in {"data_type": dtype, "key": scale["key"], "encoding": encoding}.items():
+    for key, text in {"data_type": dtype, "key": scale["key"], "encoding": codec}.items():
         if not isinstance(text, str) or "\0" in text:
             raise ValueError(f"{key} is {_shown(text)}, expected a text")
     _check_key(scale["key"])
-    if encoding not in ENCODINGS and not sharding:
-        raise ValueError(f"encoding is {_shown(encoding)}, expected one of {', '.join(ENCODINGS)}")
+    if codec not in ENCODINGS:
+        raise ValueError(f"encoding is {_shown(codec)}, expected one of {', '.join(ENCODINGS)}")
     if not _are_three(resolution, int, float) or not all(_is_size(value) for value in resolution):
         raise ValueError(f"resolution is {_shown(resolution)}, expected three numbers of nm")
     np.dtype(dtype)  # TypeError for one that isn't known
@@ -154,9 +137,63 @@ def _scale(info: dict[str, Any], scale: dict[str, Any]) -> LayerScale:
         chunk=_three("chunk_sizes", scale["chunk_sizes"][0]),
         dtype=dtype,
         channels=channels,
-        encoding=encoding,
+        encoding=_SHARDED if sharding else codec,
         info=info,
+        address=address,
+        codec=codec,
     )
+
+
+def _tidy(info: dict[str, Any], mip: int) -> dict[str, Any]:
+    """An ``info`` whose scale ``mip`` is written as CloudVolume takes it.
+
+    Other writers leave out what has one meaning only, write integers as decimals, names in
+    capitals, and folders as ``./4_4_40/``. What is not clear stays as it is.
+    """
+    scale: dict[str, Any] = {**info["scales"][mip]}
+    if not scale.get("sharding"):
+        scale.pop("sharding", None)
+    if scale.get("voxel_offset") is None:
+        scale["voxel_offset"] = [0, 0, 0]
+    scale["voxel_offset"], scale["size"] = _whole(scale["voxel_offset"]), _whole(scale["size"])
+    scale["chunk_sizes"] = [_whole(sizes) for sizes in scale["chunk_sizes"]]
+    scale["encoding"] = _lower(scale.get("encoding", "raw"), ENCODINGS)
+    if isinstance(scale["key"], str):
+        parts = scale["key"].removesuffix("/").split("/")
+        scale["key"] = "/".join(part for part in parts if part != ".") or scale["key"]
+    if scale["encoding"] == "compressed_segmentation":
+        _tidy_blocks(scale)
+    return {
+        **info,
+        "type": info.get("type", "image"),
+        "num_channels": _whole_number(info["num_channels"]),
+        "data_type": _lower(info["data_type"], _DTYPES),
+        "scales": [scale if i == mip else other for i, other in enumerate(info["scales"])],
+    }
+
+
+def _tidy_blocks(scale: dict[str, Any]) -> None:
+    """Check the block size of ``compressed_segmentation``, on which its decoder relies."""
+    key = "compressed_segmentation_block_size"
+    scale[key] = _whole(scale.get(key) or [8, 8, 8])
+    if max(_three(key, scale[key])) > _LARGEST_BLOCK:
+        raise ValueError(f"{key} is {_shown(scale[key])}, expected integers up to {_LARGEST_BLOCK}")
+
+
+def _whole(values: Any) -> Any:
+    return [_whole_number(value) for value in values] if isinstance(values, list) else values
+
+
+def _whole_number(value: Any) -> Any:
+    """The integer that a JSON number or a text stands for, such as ``10.0``; else the value."""
+    if isinstance(value, str) and (digits := _INTEGER.fullmatch(value)):
+        return int(digits[1])
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _lower(text: Any, known: tuple[str, ...]) -> Any:
+    """The text in small letters, if that is a known name; else as it is."""
+    return text.lower() if isinstance(text, str) and text.lower() in known else text
 
 
 def _three(key: str, values: Any, *, positive: bool = True) -> Vector:

@@ -23,6 +23,7 @@ from chunkflow_core.storage.disk import PARTIAL, DiskFiles
 from chunkflow_core.storage.files import Files, is_on_disk, open_files, put_file, storage_errors
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
 from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer
+from chunkflow_core.storage.presence import Absence, nothing_there
 from chunkflow_core.storage.signatures import LayerSignatures, WrittenChunk, signature_number
 
 _CACHE = "public, max-age=3600"
@@ -57,7 +58,7 @@ class InputLayer:
         Args:
             path: Address of the layer.
             mip: Number of the scale.
-            scale: What the layer's ``info`` says of the scale.
+            scale: What the layer's ``info`` says of the scale, and where the layer is.
             bounds: Part of the scale that is read.
             padding: What stands outside ``bounds``: ``constant`` for zeros, ``edge``, ``reflect``.
             fill_missing: Whether storage chunks that aren't there are zeros.
@@ -65,8 +66,10 @@ class InputLayer:
 
         Raises:
             DataError: The voxels are no numbers.
+            SpecError: What decodes the layer's storage chunks is not installed.
         """
-        self.path, self.padding, self._mip, self._advice = path, padding, mip, advice
+        self.path, self.padding, self._advice = scale.address or path, padding, advice
+        self._asked, self._mip = path, mip
         self.scale, self.bounds = scale, bounds
         with storage_errors(f"opening {self.path}"):
             self._reader = open_layer(self.path, self.scale, mip, fill_missing=fill_missing)
@@ -88,13 +91,14 @@ class InputLayer:
         maps = self._sources(box)
         source = _hull(maps)
         try:
-            with storage_errors(f"reading {self.path} at {source}", missing=self._advice):
+            with storage_errors(f"reading {self.path} at {source}", missing=self._told):
                 data = self._reader.read(source)
         except MissingInputError:
             self.check_unchanged()
             raise
         except DataError as error:
-            if self._is_fresh(source):
+            cause = error.__cause__
+            if self._is_fresh(source, cause.name if isinstance(cause, CorruptFileError) else ""):
                 raise StorageError(f"{error}. It has just been written, and may not be complete yet") from error
             raise
         for a, indices in enumerate(maps):
@@ -112,15 +116,24 @@ class InputLayer:
 
         Storage chunks at the end of a layer that has grown may have other names.
         """
-        now = read_scale(self.path, self._mip)
+        now = read_scale(self._asked, self._mip)
         if now != self.scale:
             raise StorageError(
-                f"{self.path} has changed since it was opened: it had {self.scale.bounds}, now {now.bounds}. A retry "
+                f"{self._asked} has changed since it was opened: it had {self.scale.bounds}, now {now.bounds}. A retry "
                 "reads it as it is now"
             )
 
-    def _is_fresh(self, box: Box) -> bool:
-        """Whether a storage chunk of a box has been written to within the last minutes.
+    def nothing_in(self, box: Box) -> Absence:
+        """What is missing if no storage chunk that is read for a box can be found."""
+        return nothing_there(self.path, self.scale, self._mip, self.source(box))
+
+    def _told(self) -> str:
+        """What to say about a storage chunk that isn't there."""
+        absence = self.nothing_in(self.bounds)
+        return absence.text if absence.text and absence.is_sure else self._advice
+
+    def _is_fresh(self, box: Box, name: str) -> bool:
+        """Whether a file, or any of a box if it is not known, was written in the last minutes.
 
         Files on disks only can be read half: CloudVolume writes them in place, and so does rsync
         with some options.
@@ -128,7 +141,7 @@ class InputLayer:
         if not is_on_disk(plain(self.path)):
             return False
         key = self.scale.info["scales"][self._mip]["key"]
-        names = (f"{key}/{chunk.key}" for chunk in self.scale.storage_chunks(box))
+        names = [name] if name else (f"{key}/{chunk.key}" for chunk in self.scale.storage_chunks(box))
         return DiskFiles(plain(self.path)).changed_since(names, time() - _FRESH)
 
     def source(self, box: Box) -> Box:

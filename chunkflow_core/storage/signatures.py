@@ -53,7 +53,7 @@ class LayerSignatures:
         self._columns: dict[Column, array[int]] = {}
         with storage_errors(f"opening {self.path}"):
             self._store = (
-                None if scale.encoding == "sharded" else _open_store(self.path, scale.info["scales"][mip]["key"])
+                None if scale.encoding == "sharded" else open_store(self.path, scale.info["scales"][mip]["key"])
             )
 
     def load(self, boxes: Iterable[Box]) -> None:
@@ -196,7 +196,7 @@ class LayerSignatures:
         return array("Q", bytes(8 * len(self._chunks.names[0])))
 
 
-def _open_store(path: str, key: str) -> Store | None:
+def open_store(path: str, key: str) -> Store | None:
     """The storage to ask for the files ``key/…`` of a layer; None if it can't be asked for them."""
     if is_on_disk(path):
         return Disk(str(local_path(path) / key))

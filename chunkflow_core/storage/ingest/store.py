@@ -16,8 +16,8 @@ from chunkflow_core.machine import user
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.disk import local_path
 from chunkflow_core.storage.files import is_on_disk, storage_errors
+from chunkflow_core.storage.info_file import read_info
 from chunkflow_core.storage.ingest.stack import Stack
-from chunkflow_core.storage.layer_info import read_info
 from chunkflow_core.storage.layers import NewLayer, layer_exists, layer_files
 
 HELD_BYTES = 1 << 28

@@ -55,6 +55,19 @@ class Disk:
             while batch := [self._split(name) for name in islice(files, _LISTED)]:  # there may be millions
                 yield from in_parallel(self._signatures, batches(batch, 1000), _DISK_THREADS)
 
+    def names(self) -> Iterator[str]:
+        """Names as ``everything`` has them, each read when it is needed."""
+        try:
+            entries = os.scandir(self._folder)
+        except FileNotFoundError:
+            return
+        with entries:
+            yield from (plain_name(entry.name) for entry in entries if not entry.is_dir())
+
+    def holds(self, names: list[str]) -> bool:
+        """Whether there is any file of some names that is not empty."""
+        return any(_size(f"{self._folder}/{name}{extension}") > 0 for name in names for extension in _EXTENSIONS)
+
     @staticmethod
     def _split(file: str) -> tuple[str, tuple[str, ...]]:
         name = plain_name(file)
@@ -86,3 +99,11 @@ class Disk:
         except FileNotFoundError:
             return ""
         return file_signature(status, extension)
+
+
+def _size(path: str) -> int:
+    """Size of a file in bytes; 0 if it isn't there."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 (as above)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0

@@ -75,6 +75,15 @@ class Store(Protocol):
     def everything(self) -> Iterator[tuple[str, str]]:
         """Names and signatures of all that lies among the storage chunks, but for subfolders."""
 
+    def names(self) -> Iterator[str]:
+        """Names as ``everything`` has them, each asked for when it is needed.
+
+        ``CannotTell`` is raised if the storage has no listing, or refuses it.
+        """
+
+    def holds(self, names: list[str]) -> bool:
+        """Whether there is any file of some names."""
+
 
 def in_parallel(ask: Callable[[_Item], Found], items: Iterable[_Item], threads: int) -> Iterator[tuple[str, str]]:
     """All that is found for some items, in their order.

@@ -53,6 +53,21 @@ class _Server(ABC):
         """Nothing: a web server has no listing."""
         raise CannotTell
 
+    def names(self) -> Iterator[str]:
+        """Names as ``everything`` has them."""
+        return (name for name, _ in self.everything())
+
+    def holds(self, names: list[str]) -> bool:
+        """Whether there is any file of some names."""
+        return any(True for _ in in_parallel(self._held, batches(names, 1), _REQUESTS))
+
+    def _held(self, names: list[str]) -> Found:
+        with self._connect() as connection:
+            return [(name, "") for name in names if self._holds(connection, f"{self._key}/{name}")]
+
+    def _holds(self, connection: Any, name: str) -> bool:
+        return self._head(connection, name) is not None
+
     @abstractmethod
     def _head(self, connection: Any, name: str) -> str | None:
         """Signature of a file; None if it isn't there."""
@@ -78,6 +93,23 @@ class _Bucket(_Server):
     def everything(self) -> Iterator[tuple[str, str]]:
         """Names and signatures of all objects that lie in no subfolder."""
         return (found for found in self._pages("") if "/" not in found[0])
+
+    def names(self) -> Iterator[str]:
+        """Names as ``everything`` has them; ``CannotTell`` if they may not be listed."""
+        try:
+            yield from super().names()
+        except Exception as error:
+            if meaning(error) is not SpecError:
+                raise
+            raise CannotTell from error
+
+    def _holds(self, connection: Any, name: str) -> bool:
+        try:
+            return super()._holds(connection, name)
+        except Exception as error:
+            if meaning(error) is not SpecError:
+                raise
+            return False  # who may not list is refused what isn't there
 
     def _list(self, prefix: str) -> Found:
         return list(self._pages(prefix))
@@ -136,16 +168,34 @@ class _Http(_Server):
 
     @patient
     def _head(self, connection: Any, name: str) -> str | None:
+        with self._request(connection, "HEAD", name) as response:
+            status, headers = response.status_code, response.headers
+        if status == 403 and self._holds(connection, name):  # it refuses HEAD only
+            raise CannotTell
+        if status in (403, 404):  # to CloudFiles, neither is there
+            return None
+        if status in (405, 501):
+            raise CannotTell
+        response.raise_for_status()
+        return http_signature(headers)
+
+    @patient
+    def _holds(self, connection: Any, name: str) -> bool:
+        with self._request(connection, "GET", name) as response:  # HEAD may not be allowed
+            if response.status_code in (403, 404):
+                return False
+            response.raise_for_status()
+            return True
+
+    @staticmethod
+    def _request(connection: Any, method: str, name: str) -> Any:
+        """The answer to a request for a file, of whose content nothing is read yet."""
         # always the same encoding, since answers in another one may have another ETag
         headers = {**connection.default_headers(), "Accept-Encoding": "gzip"}
         url = connection.get_path_to_file(name)
-        with connection.session.head(url, headers=headers, allow_redirects=True, timeout=_TIMEOUT) as response:
-            if response.status_code in (403, 404):  # to CloudFiles, neither is there
-                return None
-            if response.status_code in (405, 501):
-                raise CannotTell
-            response.raise_for_status()
-            return http_signature(response.headers)
+        return connection.session.request(
+            method, url, headers=headers, allow_redirects=True, timeout=_TIMEOUT, stream=True
+        )
 
 
 def _of_s3(etag: str | None, size: int, modified: datetime) -> str:
