@@ -128,11 +128,11 @@ def spec_content(
         model: The section ``model``.
         output: The section ``output``, without the path.
         name: Name of the output layer in the folder; that of the exchange is made from it.
-        fill_missing: Whether missing storage chunks of the input are zeros.
+        fill_missing: Whether missing storage chunks of the input are zeros, be it all of them.
     """
     return {
         "name": "bench",
-        "input": {"path": f"file://{folder}/input", "fill_missing": fill_missing},
+        "input": {"path": f"file://{folder}/input", "fill_missing": "all" if fill_missing else False},
         "output": {"path": f"file://{folder}/{name}", **output},
         "exchange": {"path": f"file://{folder}/{name}-exchange"},
         "patch_size": list(patch),

@@ -29,7 +29,7 @@ from tests.support.airflow.world import World, write_spec
 from tests.support.cluster.clusters import cut_off, rejoin, why_no_node_can_be_cut_off
 from tests.support.volume import output_of
 
-pytestmark = pytest.mark.airflow
+pytestmark = [pytest.mark.airflow, pytest.mark.long]
 
 NAME = "parted"
 SHAPE = (12, 40, 40)

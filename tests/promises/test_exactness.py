@@ -335,7 +335,7 @@ def run_in(
     return workspace.output.read(spec.grid.roi), writes, patches, spec
 
 
-@examples(40)
+@examples(20)
 @given(case=cases(), data=st.data())
 def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> None:
     volume = random_volume(case)

@@ -110,7 +110,7 @@ EDITED: list[Event] = [Run(), Cleanup("delete"), Edit("input", 0, 1)]
     ("case", "before"),
     [
         pytest.param(SQUARE, [], id="new"),
-        pytest.param(SQUARE, EDITED, id="edited"),
+        pytest.param(SQUARE, EDITED, id="edited", marks=pytest.mark.long),
         pytest.param(
             COLUMN,
             [Run(), Edit("input", 0, 1), Run(), *(EndLate(k, k, receipt=True) for k in (2, 3, 4))],
@@ -138,7 +138,7 @@ def test_every_crash_point(case: Case, before: list[Event]) -> None:
         pytest.param([Run()], id="another run", marks=pytest.mark.long),
         pytest.param([Switch(), Run()], id="the other model", marks=pytest.mark.long),
         pytest.param([Switch(), Run(), Switch(), Run()], id="the other model, and this one again"),
-        pytest.param([Move(), Run()], id="another machine"),
+        pytest.param([Move(), Run()], id="another machine", marks=pytest.mark.long),
         pytest.param([Edit("input", 4, 3)], id="an edit of what is read later", marks=pytest.mark.long),
         pytest.param([Edit("input", 0, 3), Run()], id="an edit and another run"),
         pytest.param([EndLate(0, 3, receipt=True), EndLate(1, 5, receipt=True)], id="late receipts"),

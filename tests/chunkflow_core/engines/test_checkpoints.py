@@ -99,14 +99,14 @@ def wrapped(draw: st.DrawFn, state: State) -> Any:
 
 
 @given(data=st.data(), old=st.booleans())
-@examples(60)
+@examples(30)
 def test_weights_are_found_however_they_are_wrapped(load: Load, data: st.DataObject, old: bool) -> None:
     state = trained().state_dict()
     assert is_loaded(load(data.draw(wrapped(state)), old=old), state)
 
 
 @given(data=st.data())
-@examples(40)
+@examples(30)
 def test_of_two_that_fit_none_is_taken_unasked(load: Load, data: st.DataObject) -> None:
     one, other = trained().state_dict(), other_weights()
     first, second = data.draw(
@@ -123,7 +123,7 @@ def test_of_two_that_fit_none_is_taken_unasked(load: Load, data: st.DataObject) 
 
 
 @given(data=st.data())
-@examples(60)
+@examples(30)
 def test_anything_else_is_refused_in_a_sentence(load: Load, data: st.DataObject) -> None:
     """What is changed so that it no longer fits is never loaded in part."""
     state = dict(trained().state_dict())
@@ -158,7 +158,7 @@ JSON = st.recursive(
 
 
 @given(content=JSON)
-@examples(60)
+@examples(30)
 def test_what_is_no_checkpoint_of_the_network_is_refused(load: Load, content: Any) -> None:
     with pytest.raises(ChunkflowError) as caught:
         load(content)

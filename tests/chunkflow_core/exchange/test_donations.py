@@ -236,7 +236,7 @@ def test_a_retry_in_the_same_run_donates_again_what_was_damaged(folder: Path) ->
 def test_zero_donations_are_not_stored(tmp_path: Path) -> None:
     path = write_volume(
         tmp_path,
-        input={"path": f"file://{tmp_path}/input", "fill_missing": True},
+        input={"path": f"file://{tmp_path}/input", "fill_missing": "all"},
         exchange={"path": f"file://{tmp_path}/exchange", "donations": "keep"},
     )
     shutil.rmtree(next(p for p in (tmp_path / "input").iterdir() if p.is_dir()))

@@ -180,7 +180,7 @@ def sections(draw: st.DrawFn, kind: str) -> Values:
     return values
 
 
-@examples(60)
+@examples(30)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), channels=st.integers(1, 2), seed=st.integers(0, 999))
 def test_a_patch_has_the_numbers_of_the_reference(data: st.DataObject, dtype: str, channels: int, seed: int) -> None:
     values = data.draw(sections(np.dtype(dtype).kind))
@@ -204,7 +204,7 @@ def test_a_patch_has_the_numbers_of_the_reference(data: st.DataObject, dtype: st
         np.testing.assert_array_equal(taken, wanted)
 
 
-@examples(60)
+@examples(30)
 @given(data=st.data(), dtype=st.sampled_from(["uint8", "int16", "int32", "float32"]), seed=st.integers(0, 999))
 def test_tensors_have_the_bits_of_arrays(data: st.DataObject, dtype: str, seed: int) -> None:
     """What is computed on an accelerator is what is computed without."""

@@ -325,7 +325,7 @@ def test_pages_in_place_of_storage_chunks(tmp_path: Path, chunkflow: Command) ->
         assert "It is a web page" in outcome.stderr
 
 
-@pytest.mark.parametrize("kind", ["file", "http"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("http", marks=pytest.mark.long)])
 def test_a_layer_too_large_to_ask_for_all_of_it(tmp_path: Path, kind: str) -> None:
     """It costs few requests, where there is something and where not."""
     scale = _huge(tmp_path)

@@ -29,7 +29,7 @@ from .conftest import write_input
 Use = Callable[[str], Store]
 
 
-@pytest.fixture(params=["file", "s3", "gs"])
+@pytest.fixture(params=["file", "s3", pytest.param("gs", marks=pytest.mark.long)])
 def path(request: pytest.FixtureRequest, use: Use, tmp_path: Path) -> Path:
     """The spec of a finished volume."""
     if request.param == "file":
