@@ -95,6 +95,9 @@ def load(spec: VolumeSpec) -> OpenVINO:
     assert spec.model.path is not None
     path = spec.model_path(spec.model.path)
     core = openvino.Core()
+    # What makes arrays of tensors is set up at its first use, and threads that begin with it at the
+    # same time wait for each other for ever.
+    _ = openvino.Tensor(np.zeros(1, np.float32)).data
     hint = _precision(spec, core)
     converted = None if path.suffix.lower() in _FORMATS else _converted(spec)
     file = path if converted is None else converted.network

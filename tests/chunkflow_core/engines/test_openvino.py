@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from chunkflow_core.errors import SpecError
 from chunkflow_core.storage.model_files import made_once
 from tests.support.models.cases import can
 from tests.support.models.loading import MakeSpec, Section, load, patches
-from tests.support.models.two_convolutions import NET, net, python_file
+from tests.support.models.two_convolutions import NET, net, onnx_file, python_file
 
 
 @pytest.mark.parametrize("change", ["weights", "model file", "patch", "batch_statistics"])
@@ -43,6 +45,40 @@ def test_a_conversion_is_told_to_nobody(make_spec: MakeSpec, tmp_path: Path, out
     engine = load(make_spec(model=python_file(tmp_path, engine="openvino"), output=output))
     assert isinstance(engine, OpenVINO)
     assert forks == []
+
+
+THREADS = """
+import faulthandler, sys, threading
+import numpy as np
+from chunkflow_core.engines import load_engine
+from chunkflow_core.spec import load_spec
+
+faulthandler.dump_traceback_later(60, exit=True)
+engine = load_engine(load_spec(sys.argv[1]))
+start = threading.Barrier(8)
+sys.setswitchinterval(1e-6)
+
+def run():
+    start.wait()
+    engine(np.zeros((1, 1, 8, 16, 16), np.float32))
+
+threads = [threading.Thread(target=run, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_begin_at_the_same_time_do_not_wait_for_each_other(
+    make_spec: MakeSpec, tmp_path: Path, output: Section
+) -> None:
+    path = make_spec(model=onnx_file(tmp_path, engine="openvino"), output=output)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", THREADS, path], stderr=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    ends = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 6, "".join(ends)
 
 
 def test_half_a_conversion_is_never_used(tmp_path: Path) -> None:
