@@ -89,7 +89,7 @@ def open_tiff(file: Path, choice: Choice) -> Stack:
             series = readable(lambda: list(tiff.series), name)
             _check_members(tiff, series, name)
             complaints.check(name)
-            stack = _stack(tiff, count, series, choice, name)
+            stack = readable(lambda: _stack(tiff, count, series, choice, name), name)
         except BaseException:
             tiff.close()
             raise

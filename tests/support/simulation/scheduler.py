@@ -39,6 +39,10 @@ _OF_WRITES: tuple[Fate, ...] = ("again", "twice", "late", "late and killed")
 """What becomes only of requests that change something, and may do so late."""
 
 
+_LONGEST_PAUSE = 10_000
+"""Steps after which nobody is taken to pause, but all to wait for each other."""
+
+
 @dataclass(frozen=True)
 class Weather:
     """How often, of a million requests, something goes wrong."""
@@ -120,6 +124,8 @@ class Scheduler:
         self._current: Actor | None = None
         self._last: Actor | None = None
         self._loyalty = 0.5
+        self._idle = 0
+        """How many steps ago anybody could go on."""
 
     @property
     def trace(self) -> str:
@@ -214,7 +220,10 @@ class Scheduler:
         if self.zombies and random() < 0.0015:
             self.wake(self.random.choice(self.zombies))
         due = [actor for actor in self.actors if actor.is_due]
-        assert due, "everybody waits for somebody"
+        self._idle = 0 if due else self._idle + 1
+        assert self._idle < _LONGEST_PAUSE, "everybody waits for somebody"
+        if not due:  # all that are at work pause
+            return
         actor = self._last if self._last in due and random() < self._loyalty else self.random.choice(due)
         assert actor is not None
         self._last = actor
