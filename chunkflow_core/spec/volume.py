@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from chunkflow_core.spec.sections import (
     Size,
     SkipSpec,
 )
+from chunkflow_core.spec.values import ValuesSpec
 from chunkflow_core.storage.addresses import is_remote, is_same_place
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.layer_info import LayerScale, read_scale
@@ -40,7 +41,7 @@ MOST_BLOCKS = 10**8
 """Number of blocks that a volume may have; each of them is listed in memory."""
 
 _LATER = ("weights_key", "dimensions")
-"""Keys of ``model`` that are younger than fingerprints, which have them only where they are set."""
+"""Keys of ``model`` that are younger than fingerprints; see ``VolumeSpec.unset_later``."""
 
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """Size in voxels, zyx, to which the default storage chunk is near.
@@ -219,6 +220,17 @@ class VolumeSpec(Section):
             )
         return grid
 
+    @property
+    def unset_later(self) -> dict[str, dict[str, Any]]:
+        """Keys, by section, that are younger than fingerprints and records, and are not set.
+
+        These say what was done before there were such keys, so nothing is said of them. They are
+        given as pydantic's ``exclude`` takes them.
+        """
+        values = self.input.values
+        unset = True if values.is_default else dict.fromkeys(_defaults(values, type(values).model_fields), True)
+        return {"model": dict.fromkeys(_defaults(self.model, _LATER), True), "input": {"values": unset}}
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that decides the output's numbers, and of where they go.
@@ -227,21 +239,20 @@ class VolumeSpec(Section):
         that a growing volume keeps its finished blocks: what of them matters is in each block's own
         digest (``block_digest``).
         """
-        model = self.model.model_dump(exclude={"path", "weights", "files", "device", "mixed_hardware", "streams"})
-        without_meaning = {"prefetch", "bounds"} | ({"values"} if self.input.values.is_default else set())
-        for key in _LATER:  # their defaults are what was done before there were such keys
-            if model[key] == ModelSpec.model_fields[key].default:
-                del model[key]
+        later = self.unset_later
+        meaningless = dict.fromkeys(("path", "weights", "files", "device", "mixed_hardware", "streams"), True)
         facts = {
             "numerics": NUMERICS_VERSION,
-            "input": _same_voxels(self.input.model_dump(exclude=without_meaning)),
+            "input": _same_voxels(
+                self.input.model_dump(exclude=dict.fromkeys(("prefetch", "bounds"), True) | later["input"])
+            ),
             "skip": _same_voxels(self.skip.model_dump()),
             "output": self.output.model_dump(exclude={"compression"}),
             "origin": self.grid.roi.start,
             "patch": [self.patch_size, self.output_size, self.patch_overlap],
             "block": self.block_size,
             "chunk": self.storage_chunk,
-            "model": model,
+            "model": self.model.model_dump(exclude=meaningless | later["model"]),
             "files": self._file_digests,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -330,6 +341,11 @@ class VolumeSpec(Section):
         files += with_companions(path)
         folder = path.parent if is_remote(self.model.path) else Path(self.folder)
         return files + [file for file in listed_files(folder, self.model.files_beside) if file not in files]
+
+
+def _defaults(section: Section | ValuesSpec, keys: Iterable[str]) -> Iterator[str]:
+    """Those of some keys of a section that have their defaults."""
+    return (key for key in keys if getattr(section, key) == type(section).model_fields[key].default)
 
 
 def _same_voxels(section: Mapping[str, Any]) -> dict[str, Any]:

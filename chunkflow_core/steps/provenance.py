@@ -180,12 +180,9 @@ def spec_record(spec: VolumeSpec) -> dict[str, Any]:
     """The spec for JSON, without what may be secret, as layers are public.
 
     What came from variables is as the file has it. Left out are the values of pods' environment
-    variables, and a notifier's arguments.
+    variables, a notifier's arguments, and keys that older records don't have and that are not set.
     """
-    untold: dict[str, set[str]] = {"runner": {"env"}, "notify": {"arguments"}}
-    if spec.input.values.is_default:
-        untold["input"] = {"values"}  # as in the records from before there was such a section
-    values = spec.model_dump(mode="json", exclude=untold)
+    values = spec.model_dump(mode="json", exclude={"runner": {"env"}, "notify": {"arguments"}, **spec.unset_later})
     record: dict[str, Any] = put_back(values, spec.texts)
     return record
 
