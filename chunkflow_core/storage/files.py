@@ -15,7 +15,7 @@ from chunkflow_core.storage.disk import DiskFiles, local_path, replace_file
 from chunkflow_core.storage.disk import create_file as create_on_disk
 from chunkflow_core.storage.durable import sync_written
 
-_JSON = (".json", "info", "provenance")
+_JSON = (".json", ".open", "info", "provenance")
 """Endings of the names of files that hold JSON."""
 
 CORRUPT = {"CompressionError", "DecompressionError", "DecodingError", "DeflateError", "ZstdError"}
