@@ -46,8 +46,9 @@ from bench.common import (
     write_json,
 )
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import cloudvolume_slices
+from chunkflow_core.storage.layer_scale import LayerScale
 
 CODECS = ("none", "gzip", "zstd", "br")
 LEVELS = {"gzip": (1, 3, 6, 9), "zstd": (1, 3, 9), "br": (1, 3, 5)}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.inference.mask import MaskWindow
 from chunkflow_core.storage.digests import short_digest
-from chunkflow_core.storage.layer_info import LayerScale
+from chunkflow_core.storage.layer_scale import LayerScale
 
 
 class Content:

@@ -29,8 +29,9 @@ from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.files import storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import open_layer
+from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.presence import Absence, nothing_there
 
 

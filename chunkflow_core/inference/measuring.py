@@ -26,7 +26,8 @@ from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.digests import checksum
 from chunkflow_core.storage.files import open_files, put_file, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
+from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.layers import InputLayer, padded_positions
 
 log = logging.getLogger(__name__)

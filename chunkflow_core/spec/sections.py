@@ -15,8 +15,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from chunkflow_core.lattice.boxes import Vector
 from chunkflow_core.spec.values import ValuesSpec
-from chunkflow_core.storage.addresses import check_address, check_writable, is_fetchable, is_remote
-from chunkflow_core.storage.layer_info import FARTHEST
+from chunkflow_core.storage.addresses import (
+    ZARR,
+    check_address,
+    check_writable,
+    is_fetchable,
+    is_remote,
+    layer_format,
+    plain,
+)
+from chunkflow_core.storage.layer_scale import FARTHEST
 
 _MOST = 2**16
 """Largest number of channels, patches, threads and the like: what is above was a slip."""
@@ -111,7 +119,7 @@ class InputSpec(Section):
 
     path: StoragePath
     """Address of the layer to read: any that CloudVolume reads (``file://``, ``gs://``, ``s3://``,
-    ``https://``, …).
+    ``https://``, …), with ``zarr://`` or ``n5://`` before it for those formats.
     """
     mip: int = Field(0, ge=0)
     """Scale of the layer."""
@@ -168,6 +176,33 @@ class SkipSpec(Section):
 class OutputSpec(Section):
     """The layer to write."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_path(cls, values: Any) -> Any:
+        """Let the format say what the path's prefix does, and the other way round."""
+        if not isinstance(values, dict) or not isinstance(path := values.get("path"), str):
+            return values
+        prefix = layer_format(path)
+        if prefix in ("zarr", "zarr3"):
+            values = {"format": "ome-zarr"} | values
+        if prefix in ("zarr2", "n5"):
+            raise ValueError(f"path: {prefix} is not written, expected format: precomputed or ome-zarr")
+        if values.get("format") != "ome-zarr":
+            return values
+        if path.startswith("precomputed://") or values.get("compression") == "br":
+            what = "path: it says precomputed" if path.startswith("precomputed://") else "compression: zarr has no br"
+            raise ValueError(f"{what}, and format says ome-zarr")
+        return values | {"path": ZARR + plain(path)}
+
+    @model_validator(mode="after")
+    def _read_chunk(self) -> OutputSpec:
+        if self.read_chunk_size is not None:
+            if self.format != "ome-zarr" or self.chunk_size is None:
+                raise ValueError("read_chunk_size: needs format: ome-zarr, and chunk_size")
+            if any(size % part for size, part in zip(self.chunk_size, self.read_chunk_size, strict=True)):
+                raise ValueError(f"read_chunk_size: {self.read_chunk_size}, expected a divisor of chunk_size")
+        return self
+
     path: WritablePath
     """Address of the layer to write, which ``prepare`` makes."""
     channels: int = Field(1, ge=1, le=_MOST)
@@ -179,8 +214,15 @@ class OutputSpec(Section):
 
     Default: a divisor of the block near 32 × 128 × 128.
     """
+    format: Literal["precomputed", "ome-zarr"] = "precomputed"
+    """Format of the layer: ``precomputed``, or ``ome-zarr`` (version 0.5, on zarr 3)."""
+    read_chunk_size: Size | None = None
+    """With ``ome-zarr``: size of what readers can read of a storage chunk, which is then a shard.
+
+    It divides ``chunk_size``. Default: none, a storage chunk is read whole.
+    """
     compression: Literal["gzip", "br", "zstd", "none"] = "gzip"
-    """Compression of storage chunks: ``gzip``, ``br``, ``zstd``, ``none``."""
+    """Compression of storage chunks: ``gzip``, ``br`` (not in ``ome-zarr``), ``zstd``, ``none``."""
     range: Annotated[tuple[float, float], BeforeValidator(_low_and_high)] = (0.0, 1.0)
     """Least and largest value that the model can give.
 

@@ -33,15 +33,16 @@ from chunkflow_core.spec.sections import (
 from chunkflow_core.spec.values import ValuesSpec
 from chunkflow_core.storage.addresses import is_remote, is_same_place
 from chunkflow_core.storage.digests import short_digest
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
+from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.model_files import fetch, listed_files, with_companions
 from chunkflow_core.variables import Place
 
 MOST_BLOCKS = 10**8
 """Number of blocks that a volume may have; each of them is listed in memory."""
 
-_LATER = ("weights_key", "dimensions")
-"""Keys of ``model`` that are younger than fingerprints; see ``VolumeSpec.unset_later``."""
+_LATER = {"model": ("weights_key", "dimensions"), "output": ("format", "read_chunk_size")}
+"""Keys that are younger than fingerprints, by section; see ``VolumeSpec.unset_later``."""
 
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """Size in voxels, zyx, to which the default storage chunk is near.
@@ -229,7 +230,11 @@ class VolumeSpec(Section):
         """
         values = self.input.values
         unset = True if values.is_default else dict.fromkeys(_defaults(values, type(values).model_fields), True)
-        return {"model": dict.fromkeys(_defaults(self.model, _LATER), True), "input": {"values": unset}}
+        return {
+            "model": dict.fromkeys(_defaults(self.model, _LATER["model"]), True),
+            "input": {"values": unset},
+            "output": dict.fromkeys(_defaults(self.output, _LATER["output"]), True),
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,7 +252,7 @@ class VolumeSpec(Section):
                 self.input.model_dump(exclude=dict.fromkeys(("prefetch", "bounds"), True) | later["input"])
             ),
             "skip": _same_voxels(self.skip.model_dump()),
-            "output": self.output.model_dump(exclude={"compression"}),
+            "output": self.output.model_dump(exclude={"compression", "format", "read_chunk_size"}),
             "origin": self.grid.roi.start,
             "patch": [self.patch_size, self.output_size, self.patch_overlap],
             "block": self.block_size,

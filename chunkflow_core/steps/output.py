@@ -10,8 +10,10 @@ from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import put_file, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
-from chunkflow_core.storage.layers import NewLayer, OutputLayer, layer_files
+from chunkflow_core.storage.layer_info import read_scale
+from chunkflow_core.storage.layer_scale import LayerScale
+from chunkflow_core.storage.layers import NO_PROVENANCE, NewLayer, OutputLayer, layer_files
+from chunkflow_core.storage.zarr_new import NewZarr
 
 
 def open_output(spec: VolumeSpec, *, may_grow: bool = False) -> OutputLayer:
@@ -30,6 +32,14 @@ def open_output(spec: VolumeSpec, *, may_grow: bool = False) -> OutputLayer:
 
 def create_output(spec: VolumeSpec) -> None:
     """Make the output layer: one scale, of the ROI's size, at the input's voxel size."""
+    provenance = {
+        "description": f"{spec.name}: {spec.model.engine} inference of {spec.written('input')}",
+        "sources": [spec.written("input")],
+        "processing": [],
+    }
+    if spec.output.format == "ome-zarr":
+        _new_zarr(spec).publish(NO_PROVENANCE | provenance)
+        return
     NewLayer(
         spec.output.path,
         spec.grid.roi.shape,
@@ -38,11 +48,22 @@ def create_output(spec: VolumeSpec) -> None:
         chunk=spec.storage_chunk,
         offset=spec.grid.roi.start,
         channels=spec.output.channels,
-        provenance={
-            "description": f"{spec.name}: {spec.model.engine} inference of {spec.written('input')}",
-            "sources": [spec.written("input")],
-            "processing": [],
-        },
+        provenance=provenance,
+    )
+
+
+def _new_zarr(spec: VolumeSpec) -> NewZarr:
+    """The output layer as OME-Zarr."""
+    return NewZarr(
+        path=spec.output.path,
+        name=spec.name,
+        bounds=spec.grid.roi,
+        dtype=spec.output.dtype,
+        channels=spec.output.channels,
+        resolution=spec.input_scale.resolution,
+        chunk=spec.storage_chunk,
+        read_chunk=spec.output.read_chunk_size,
+        compression=spec.output.compression,
     )
 
 
@@ -70,8 +91,10 @@ def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
         "chunk_size": (scale.chunk, spec.storage_chunk),
     }
     problems = [f"{what} {a}, the spec says {b}" for what, (a, b) in wanted.items() if a != b]
-    if scale.encoding != "raw":
+    if spec.output.format == "precomputed" and scale.encoding != "raw":
         problems.append(f"encoding {scale.encoding}, only raw is written")
+    if spec.output.format == "ome-zarr" and scale.encoding != _new_zarr(spec).scale.encoding:
+        problems.append("other codecs than the spec's output.compression and output.read_chunk_size ask for")
     if problems:
         raise SpecError(
             f"output.path: the layer at {spec.output.path} has {problems[0]}. Give another path, or delete that layer"
@@ -101,9 +124,9 @@ def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
 
 def has_voxels(spec: VolumeSpec) -> bool:
     """Whether there is a storage chunk in the output layer."""
-    folder = read_scale(spec.output.path, 0).info["scales"][0]["key"]
+    folder = read_scale(spec.output.path, 0).folder
     with storage_errors(f"listing {spec.output.path}"):
-        return any(True for _ in layer_files(spec.output.path).list(prefix=f"{folder}/"))
+        return any(True for _ in layer_files(spec.output.path).list(prefix=folder))
 
 
 def extend_output(spec: VolumeSpec, layer: LayerScale) -> None:
@@ -115,6 +138,9 @@ def extend_output(spec: VolumeSpec, layer: LayerScale) -> None:
         spec: The volume.
         layer: The layer's scale as it is before.
     """
+    if spec.output.format == "ome-zarr":
+        _new_zarr(spec).put_array()
+        return
     first, *others = layer.info["scales"]
     info = layer.info | {"scales": [first | {"size": list(reversed(spec.grid.roi.shape))}, *others]}
     put_file(plain(spec.output.path), "info", json.dumps(info, sort_keys=True, indent=2).encode())

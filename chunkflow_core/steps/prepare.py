@@ -20,7 +20,8 @@ from chunkflow_core.steps.output import check_output, create_output, delete_cut_
 from chunkflow_core.steps.provenance import History, Mode
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.addresses import is_same_place
-from chunkflow_core.storage.layer_info import LayerScale
+from chunkflow_core.storage.files import is_on_disk
+from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.layers import layer_exists
 from chunkflow_core.storage.presence import Absence
 
@@ -224,7 +225,7 @@ def _look_at_output(spec: VolumeSpec, other: Other) -> tuple[LayerScale | None, 
 def _check_history(spec: VolumeSpec, history: History, other: Other) -> None:
     """Refuse to leave two kinds of storage chunks in one layer, unless that is asked for."""
     compression = history.last.get("spec", {}).get("output", {}).get("compression", spec.output.compression)
-    if compression != spec.output.compression and spec.output.path.startswith("file://"):
+    if compression != spec.output.compression and is_on_disk(spec.output.path):
         raise SpecError(
             f"output.compression: the layer at {spec.output.path} is stored with {compression}, the spec says "
             f"{spec.output.compression}. On a disk both would lie side by side, and the older be read. Give another "
@@ -271,7 +272,7 @@ def _claim(spec: VolumeSpec, layer: LayerScale, history: History, other: Other, 
     if layer.bounds != roi:
         extend_output(spec, layer)
         log.info("output %s extended: %s, it was %s", spec.output.path, roi, layer.bounds)
-        if len(layer.info["scales"]) > 1:
+        if len(layer.info.get("scales", [])) > 1:
             log.warning("the %d smaller scales of the layer are as they were", len(layer.info["scales"]) - 1)
     if not history.is_of(roi):
         log.info("%d storage chunks that its old end had cut short are deleted", delete_cut_short(spec))

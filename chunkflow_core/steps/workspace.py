@@ -24,8 +24,8 @@ from chunkflow_core.planning.outputs import Outputs
 from chunkflow_core.planning.state import ExchangeState
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.output import open_output
-from chunkflow_core.storage.codecs import check_codec
 from chunkflow_core.storage.layer_info import read_scale
+from chunkflow_core.storage.layer_reader import check_decoder
 from chunkflow_core.storage.layers import InputLayer, OutputLayer
 
 
@@ -70,7 +70,7 @@ class Workspace:
         if mask is not None:
             scales.append(read_scale(mask.path, mask.mip))
         for scale in scales:
-            check_codec(scale.address, scale.codec)
+            check_decoder(scale.address, scale)
 
     @cached_property
     def output(self) -> OutputLayer:

@@ -8,20 +8,36 @@ import os
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-PRECOMPUTED = "precomputed://"
-"""Prefix of an address that says which format the layer has; here all layers have it."""
+FORMATS: Final = ("precomputed", "zarr", "zarr2", "zarr3", "n5")
+"""Formats of layers. ``zarr`` is that version of it which is there."""
+
+FORMAT: Final = rf"(?:{'|'.join(FORMATS)})://"
+"""Pattern of the prefix of an address that says which format the layer has.
+
+Without one, it is precomputed.
+"""
+
+ZARR: Final = "zarr3://"
+"""Prefix of addresses of zarr, version 3."""
 
 _STORES = r"(gs|s3|matrix|nokura|tigerdata)://(?!https?:)[^/]|s3://https?://[^/]+/[^/]"
-_PROTOCOL = re.compile(rf"({PRECOMPUTED})?(file://[/~]|{_STORES}|(\w+\+)?https?://[^/]).*")
-_ALIAS = re.compile(rf"(?:{PRECOMPUTED})?(\w+)://[^/]")
+_FORMAT = re.compile(FORMAT)
+_PROTOCOL = re.compile(rf"({FORMAT})?(file://[/~]|{_STORES}|(\w+\+)?https?://[^/]).*")
+_ALIAS = re.compile(rf"(?:{FORMAT})?(\w+)://[^/]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def plain(address: str) -> str:
     """The address without the format and without a slash at its end: where the files are."""
-    return address.removeprefix(PRECOMPUTED).rstrip("/")
+    return _FORMAT.sub("", address).rstrip("/")
+
+
+def layer_format(address: str) -> str:
+    """Which of the ``FORMATS`` the layer at an address has."""
+    match = _FORMAT.match(address)
+    return match[0].removesuffix("://") if match else FORMATS[0]
 
 
 def is_same_place(one: str, other: str) -> bool:
@@ -57,7 +73,7 @@ def check_address(value: Any) -> Any:
         raise ValueError("expected a storage path without the character \\0, which no storage takes")
     if isinstance(value, str) and (_PROTOCOL.fullmatch(value) or _has_alias(value)):
         return value
-    if isinstance(value, str) and re.match(rf"({PRECOMPUTED})?s3://https?:", value):
+    if isinstance(value, str) and re.match(rf"({FORMAT})?s3://https?:", value):
         raise ValueError('expected endpoint, bucket and path, such as "s3://https://minio.example.org/bucket/em"')
     raise ValueError('expected a storage path such as "file:///data/em", "gs://bucket/em" or "s3://bucket/em"')
 
@@ -65,7 +81,7 @@ def check_address(value: Any) -> Any:
 def check_writable(value: Any) -> Any:
     """The value, if it is the address of a place that can be written; ``ValueError`` if not."""
     check_address(value)
-    if re.match(rf"({PRECOMPUTED})?(\w+\+)?https?://", value):
+    if re.match(rf"({FORMAT})?(\w+\+)?https?://", value):
         raise ValueError(
             'expected a place that can be written, such as "file:///data/em" or "gs://bucket/em", not http'
         )

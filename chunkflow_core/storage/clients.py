@@ -31,7 +31,7 @@ from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from requests.adapters import HTTPAdapter
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
-from chunkflow_core.storage.addresses import PRECOMPUTED
+from chunkflow_core.storage.addresses import FORMAT
 
 _Request = TypeVar("_Request", bound=Callable[..., Any])
 
@@ -48,7 +48,7 @@ for each connection, that of HTTP for ever.
 """
 _NO_CONNECTION = re.compile(r"connect timeout", re.I)
 
-_ENDPOINT = re.compile(rf"(?P<format>{PRECOMPUTED})?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
+_ENDPOINT = re.compile(rf"(?P<format>{FORMAT})?s3://(?P<endpoint>https?://[^/]+)/(?P<bucket>[^/]+)(?P<rest>.*)")
 
 _CLIENTS = ("boto3", "botocore", "google", "requests", "urllib3", "http", "tenacity", "cloudfiles")
 

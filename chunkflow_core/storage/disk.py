@@ -81,10 +81,10 @@ class DiskFiles:
         inside, slash, beginning = prefix.rpartition("/")
         folder, above = str(self._folder / inside), inside + slash
         if flat:
-            names = (f"{entry.name}/" if entry.is_dir() else plain_name(entry.name) for entry in _scan(folder))
+            names = (f"{entry.name}/" if entry.is_dir() else plain_name(entry.name) for entry in scan(folder))
             found = {above + name for name in names}
         else:
-            found = set(map(plain_name, _below(folder, above, beginning)))
+            found = set(map(plain_name, files_below(folder, above, beginning)))
         ordered = sorted(found)
         if not size:
             return iter(ordered)
@@ -228,21 +228,21 @@ def delete_partials(path: str, older_than: float) -> None:
                 file.unlink()
 
 
-def _below(folder: str, above: str, beginning: str) -> Iterator[str]:
+def files_below(folder: str, above: str = "", beginning: str = "") -> Iterator[str]:
     """Files below a folder, with ``above`` before their names.
 
     Those whose path in the folder begins otherwise are left out while the folder is read: a group
     of the exchange may hold a hundred thousand files, and a block asks for its own. Links to
     folders are not followed.
     """
-    for entry in _scan(folder, beginning):  # strings, since there can be a million of files
+    for entry in scan(folder, beginning):  # strings, since there can be a million of files
         if not entry.is_dir():
             yield above + entry.name
         elif not entry.is_symlink():
-            yield from _below(entry.path, f"{above}{entry.name}/", "")
+            yield from files_below(entry.path, f"{above}{entry.name}/", "")
 
 
-def _scan(folder: str, beginning: str = "") -> Iterator[os.DirEntry[str]]:
+def scan(folder: str, beginning: str = "") -> Iterator[os.DirEntry[str]]:
     """What is in a folder and begins so; nothing if the folder is not there.
 
     ``os.walk`` would take a folder that can't be read for an empty one.

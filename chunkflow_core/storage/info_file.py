@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from chunkflow_core.errors import MissingInputError, StorageError
-from chunkflow_core.storage.addresses import PRECOMPUTED, check_address, is_same_place
+from chunkflow_core.storage.addresses import check_address, is_same_place, plain
+from chunkflow_core.storage.zarr_info import format_there
 
 _MOST_INFOS: Final = 10
 """Number of ``info`` files that are read until there is one that redirects no further.
@@ -59,15 +60,17 @@ def read_info(path: str) -> dict[str, Any]:
 def _read_info(path: str, said: str) -> dict[str, Any]:
     """The JSON object in the file ``info`` below an address; ``said`` names that in messages."""
     try:
-        text = _read_text(path.removeprefix(PRECOMPUTED), said)
+        text = _read_text(plain(path), said)
     except (FileNotFoundError, NotADirectoryError):
         text = None
     except OSError as error:
         raise StorageError(f"{said}: cannot read the layer's info: {error}") from error
     if text is None:
-        raise MissingInputError(
-            f"{said}: there is no layer here (no info file). Check the path; prepare makes output layers"
+        other = format_there(path)
+        advice = (
+            f"There is one of another format: write {other}" if other else "Check the path; prepare makes output layers"
         )
+        raise MissingInputError(f"{said}: there is no layer here (no info file). {advice}")
     try:
         info: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from chunkflow_core.errors import MissingInputError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
+from chunkflow_core.storage.addresses import layer_format
 from chunkflow_core.storage.info_file import find_info
+from chunkflow_core.storage.layer_scale import FARTHEST, MOST_CHANNELS, SHARDED, LayerScale, is_size
+from chunkflow_core.storage.zarr_info import read_array
 
 ENCODINGS = (
     "raw",
@@ -28,63 +28,16 @@ ENCODINGS = (
 )
 """The encodings of storage chunks that CloudVolume reads."""
 
-FARTHEST = 2**53
-"""Largest coordinate or length in voxels. Readers such as Neuroglancer tell no larger ones apart,
-and sums of some of them still fit 64 bits."""
 
-_SHARDED = "sharded"
-_MOST_CHANNELS, _FINEST, _COARSEST, _LONGEST_NAME, _LARGEST_BLOCK = 2**16, 1e-9, 1e9, 255, 2**10
-"""Limits of what an ``info`` may say: channels, voxel size in nm, bytes of a folder's name, voxels
-along a block of ``compressed_segmentation``.
+_LONGEST_NAME, _LARGEST_BLOCK = 255, 2**10
+"""Limits of what an ``info`` may say: bytes of a folder's name, voxels along a block of
+``compressed_segmentation``.
 """
 
 _INTEGER = re.compile(r"(-?\d{1,20})(\.0*)?", re.ASCII)
 
 _DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 """Data types of the format, which some write in capitals."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerScale:
-    """One scale of a layer; vectors are in the order z, y, x."""
-
-    bounds: Box
-    resolution: tuple[float, ...]
-    """Voxel size in nm, as the layer gives it."""
-    chunk: Vector
-    """Storage chunk size in voxels."""
-    dtype: str
-    channels: int
-    encoding: str
-    """Encoding of storage chunks, such as ``raw``; ``sharded`` if they share files."""
-    info: dict[str, Any] = field(compare=False, repr=False)
-    """The whole layer's ``info``, so that whoever opens the layer need not read it again.
-
-    What it says of this scale is in the form that CloudVolume takes.
-    """
-    address: str = ""
-    """Where the layer is, if its ``info`` was read: there are its storage chunks, even if redirects
-    have led there.
-    """
-    codec: str = "raw"
-    """Encoding of the voxels of a storage chunk, also in files that storage chunks share."""
-
-    @property
-    def meaning(self) -> str:
-        """What decides the meaning of voxels: dtype, channels, and their size in nm, zyx."""
-        return f"{self.dtype} {self.channels} {self.resolution}"
-
-    def storage_chunks(self, box: Box) -> Iterator[Box]:
-        """The storage chunks that touch a box inside the layer, whole."""
-        ranges = [
-            [
-                (p, min(p + c, self.bounds.stop[a]))
-                for p in range(box.start[a] - (box.start[a] - self.bounds.start[a]) % c, box.stop[a], c)
-            ]
-            for a, c in enumerate(self.chunk)
-        ]
-        for z, y, x in product(*ranges):
-            yield Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
 
 
 def read_scale(path: str, mip: int) -> LayerScale:
@@ -96,6 +49,8 @@ def read_scale(path: str, mip: int) -> LayerScale:
         SpecError: The storage refuses the credentials, or finds none.
         StorageError: The storage did not answer.
     """
+    if layer_format(path) != "precomputed":
+        return read_array(path, mip)
     address, info = find_info(path)
     scales = info["scales"]
     if mip >= len(scales):
@@ -120,15 +75,15 @@ def scale_of(address: str, info: dict[str, Any], mip: int) -> LayerScale:
     sharding, codec = scale.get("sharding"), scale["encoding"]
     if sharding and not (isinstance(sharding, dict) and "@type" in sharding):
         raise ValueError(f"sharding is {_shown(sharding)}, expected keys and values with @type")
-    if type(channels) is not int or not 1 <= channels <= _MOST_CHANNELS:
-        raise ValueError(f"num_channels is {_shown(channels)}, expected an integer >= 1, at most {_MOST_CHANNELS}")
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+        raise ValueError(f"num_channels is {_shown(channels)}, expected an integer >= 1, at most {MOST_CHANNELS}")
     for key, text in {"data_type": dtype, "key": scale["key"], "encoding": codec}.items():
         if not isinstance(text, str) or "\0" in text:
             raise ValueError(f"{key} is {_shown(text)}, expected a text")
     _check_key(scale["key"])
     if codec not in ENCODINGS:
         raise ValueError(f"encoding is {_shown(codec)}, expected one of {', '.join(ENCODINGS)}")
-    if not _are_three(resolution, int, float) or not all(_is_size(value) for value in resolution):
+    if not _are_three(resolution, int, float) or not all(is_size(value) for value in resolution):
         raise ValueError(f"resolution is {_shown(resolution)}, expected three numbers of nm")
     np.dtype(dtype)  # TypeError for one that isn't known
     return LayerScale(
@@ -137,10 +92,11 @@ def scale_of(address: str, info: dict[str, Any], mip: int) -> LayerScale:
         chunk=_three("chunk_sizes", scale["chunk_sizes"][0]),
         dtype=dtype,
         channels=channels,
-        encoding=_SHARDED if sharding else codec,
+        encoding=SHARDED if sharding else codec,
         info=info,
         address=address,
         codec=codec,
+        key=scale["key"],
     )
 
 
@@ -203,11 +159,6 @@ def _three(key: str, values: Any, *, positive: bool = True) -> Vector:
     if max(map(abs, values)) > FARTHEST:
         raise ValueError(f"{key} is {_shown(values)}, expected integers within 2^53 (9.0e15)")
     return vector(reversed(values))
-
-
-def _is_size(value: float) -> bool:
-    """Whether a number can be a voxel size in nm; 0 stands for one that is not known."""
-    return value == 0 or _FINEST <= value <= _COARSEST
 
 
 def _check_key(key: str) -> None:

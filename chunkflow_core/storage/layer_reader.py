@@ -18,7 +18,7 @@ from chunkflow_core.storage.codecs import check_codec, mend_decoders
 from chunkflow_core.storage.compression import CorruptFileError
 from chunkflow_core.storage.disk import DiskFiles
 from chunkflow_core.storage.files import CORRUPT, MissingChunkError, is_on_disk, open_files
-from chunkflow_core.storage.layer_info import LayerScale
+from chunkflow_core.storage.layer_scale import SHARDED, LayerScale
 
 if TYPE_CHECKING:
     from cloudvolume import CloudVolume
@@ -46,21 +46,39 @@ def open_layer(path: str, scale: LayerScale, mip: int = 0, *, fill_missing: bool
     Raises:
         SpecError: What decodes the layer's storage chunks is not installed.
     """
+    if scale.array is not None:
+        from chunkflow_core.storage.zarr_reader import ZarrReader  # a second of CPU
+
+        return ZarrReader(path, scale, fill_missing=fill_missing)
     check_codec(path, scale.codec)
     if is_on_disk(plain(path)) and scale.encoding == "raw":
-        return _DiskReader(plain(path), scale, mip, fill_missing=fill_missing)
+        return _DiskReader(plain(path), scale, fill_missing=fill_missing)
     return _VolumeReader(path, scale, mip, fill_missing=fill_missing)
 
 
+def check_decoder(path: str, scale: LayerScale) -> None:
+    """Check that a scale's storage chunks can be decoded here.
+
+    Raises:
+        SpecError: What decodes them is not installed, or not known.
+    """
+    if scale.array is None:
+        check_codec(path, scale.codec)
+        return
+    from chunkflow_core.storage.zarr_chunks import ChunkCodec
+
+    ChunkCodec(path, scale)
+
+
 class _DiskReader:
-    def __init__(self, path: str, scale: LayerScale, mip: int, *, fill_missing: bool) -> None:
-        self._files, self._key, self._scale = DiskFiles(path), scale.info["scales"][mip]["key"], scale
+    def __init__(self, path: str, scale: LayerScale, *, fill_missing: bool) -> None:
+        self._files, self._scale = DiskFiles(path), scale
         self._dtype, self._fill_missing = np.dtype(scale.dtype), fill_missing
 
     def read(self, box: Box) -> NDArray[Any]:
         result = np.zeros((self._scale.channels, *box.shape), self._dtype)
         for chunk in self._scale.storage_chunks(box):
-            name = f"{self._key}/{chunk.key}"
+            name = self._scale.file(chunk)
             try:
                 content = self._files.get(name)
             except CorruptFileError as error:
@@ -83,7 +101,7 @@ class _DiskReader:
 
 class _VolumeReader:
     def __init__(self, path: str, scale: LayerScale, mip: int, *, fill_missing: bool) -> None:
-        self._path, self._scale, self._key = path, scale, scale.info["scales"][mip]["key"]
+        self._path, self._scale = path, scale
         try:
             self._volume = open_volume(path, scale, mip, fill_missing=fill_missing)
         except Exception as error:
@@ -102,7 +120,7 @@ class _VolumeReader:
         except CorruptFileError as error:
             raise self._named(larger, error) from error
         except Exception as error:
-            if type(error).__name__ == _NO_CHUNK and self._scale.encoding != "sharded":
+            if type(error).__name__ == _NO_CHUNK and self._scale.encoding != SHARDED:
                 self._check_not_empty(str(error))
             raise
         return data[(slice(None), *box.slices(larger.start))]
@@ -132,8 +150,8 @@ class _VolumeReader:
             try:
                 self._read(chunk)
             except CorruptFileError as found:
-                name = f"{self._key}/{chunk.key}"
-                looks = "" if self._scale.encoding == "sharded" else _looks(self._stored(name) or b"")
+                name = self._scale.file(chunk)
+                looks = "" if self._scale.encoding == SHARDED else _looks(self._stored(name) or b"")
                 return CorruptFileError(f"storage chunk {name}: {found}{looks}", name)
             except Exception as other:
                 if type(other).__name__ != _NO_CHUNK:

@@ -9,20 +9,22 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from time import time
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.storage.addresses import plain
+from chunkflow_core.storage.addresses import layer_format, plain
 from chunkflow_core.storage.compression import CorruptFileError, compress, decompress
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.disk import PARTIAL, DiskFiles
 from chunkflow_core.storage.files import Files, is_on_disk, open_files, put_file, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer
+from chunkflow_core.storage.layer_scale import LayerScale
+from chunkflow_core.storage.listing.grid import Chunks
 from chunkflow_core.storage.presence import Absence, nothing_there
 from chunkflow_core.storage.signatures import LayerSignatures, WrittenChunk, signature_number
 
@@ -35,7 +37,7 @@ Those of a layer that is made anew are seen an hour later at the latest.
 _FRESH: Final = 600
 """Seconds for which a file may be incomplete since it is still written to."""
 
-_NO_PROVENANCE: Final[dict[str, Any]] = {"description": "", "owners": [], "processing": [], "sources": []}
+NO_PROVENANCE: Final[dict[str, Any]] = {"description": "", "owners": [], "processing": [], "sources": []}
 """CloudVolume's provenance of a layer of which nothing is said."""
 
 
@@ -140,8 +142,7 @@ class InputLayer:
         """
         if not is_on_disk(plain(self.path)):
             return False
-        key = self.scale.info["scales"][self._mip]["key"]
-        names = [name] if name else (f"{key}/{chunk.key}" for chunk in self.scale.storage_chunks(box))
+        names = [name] if name else (self.scale.file(chunk) for chunk in self.scale.storage_chunks(box))
         return DiskFiles(plain(self.path)).changed_since(names, time() - _FRESH)
 
     def source(self, box: Box) -> Box:
@@ -174,6 +175,35 @@ def padded_positions(start: int, stop: int, low: int, high: int, padding: str) -
     return low + np.clip(positions, 0, high - low - 1)
 
 
+class Encoding(Protocol):
+    """How voxels of a storage chunk are stored, before the compression of its file."""
+
+    def encode(self, chunk: Box, voxels: NDArray[Any]) -> bytes:
+        """The file of a storage chunk from all its voxels, ``(channels, z, y, x)``."""
+
+    def voxels(self, chunk: Box, name: str, content: bytes) -> bytes:
+        """The voxels of a storage chunk's file, in the order of ``(channels, z, y, x)``.
+
+        Args:
+            chunk: The storage chunk.
+            name: Name of its file, for messages.
+            content: What is in the file.
+
+        Raises:
+            CorruptFileError: The file is damaged.
+        """
+
+
+class _Raw:
+    """Encoding ``raw`` of precomputed layers: x fastest, channels last."""
+
+    def encode(self, chunk: Box, voxels: NDArray[Any]) -> bytes:
+        return voxels.tobytes()
+
+    def voxels(self, chunk: Box, name: str, content: bytes) -> bytes:
+        return content
+
+
 class OutputLayer:
     """The layer to write: whole storage chunks only.
 
@@ -187,16 +217,28 @@ class OutputLayer:
         Args:
             path: Address of the layer.
             scale: What the layer's ``info`` says of its only scale.
-            compression: Compression of storage chunks: ``gzip``, ``br``, ``zstd`` or ``none``.
+            compression: Compression of storage chunks: ``gzip``, ``br``, ``zstd`` or ``none``. That
+                of zarr is one of the layer's codecs.
         """
         self.path, self.scale = path, scale
-        self._compression = None if compression == "none" else compression
-        self._key: str = scale.info["scales"][0]["key"]
+        self._compression = None if compression == "none" or scale.array is not None else compression
 
     @cached_property
     def _reader(self) -> LayerReader:
         with storage_errors(f"opening {self.path}"):
             return open_layer(self.path, self.scale)
+
+    @cached_property
+    def _encoding(self) -> Encoding:
+        if self.scale.array is not None:
+            from chunkflow_core.storage.zarr_chunks import ChunkCodec  # a second of CPU
+
+            return ChunkCodec(self.path, self.scale)
+        return _Raw()
+
+    @cached_property
+    def _chunks(self) -> Chunks:
+        return Chunks(self.scale)
 
     def write(self, box: Box, data: NDArray[Any]) -> dict[str, WrittenChunk]:
         """Write voxels to a box of whole storage chunks.
@@ -210,7 +252,7 @@ class OutputLayer:
             data: ``(channels, z, y, x)``, in the layer's dtype.
 
         Returns:
-            Names of the storage chunks, with what is known of each.
+            Keys of the storage chunks, with what is known of each.
 
         Raises:
             StorageError: The storage does not answer.
@@ -218,11 +260,10 @@ class OutputLayer:
         written: dict[str, WrittenChunk] = {}
         for chunk in self.expected_chunks(box):
             image = data[(slice(None), *chunk.slices(box.start))]
-            voxels = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
-            content = compress(voxels, self._compression)
-            name = f"{self._key}/{chunk.key}"
+            content = compress(self._encoding.encode(chunk, image), self._compression)
+            name = self.scale.file(chunk)
             said = put_file(plain(self.path), name, content, compression=self._compression, cache=_CACHE)
-            written[chunk.key] = WrittenChunk(short_digest(voxels), signature_number(said))
+            written[chunk.key] = WrittenChunk(short_digest(image.tobytes()), signature_number(said))
         return written
 
     def signatures(self) -> LayerSignatures:
@@ -242,44 +283,60 @@ class OutputLayer:
             return self._reader.read(box)
 
     def stored_chunks(self) -> set[str]:
-        """Names of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``.
+        """Keys of all storage chunks there are, ``x0-x1_y0-y1_z0-z1``.
 
-        Whatever else lies among them is named, too, but not what is in a subfolder: no reader takes
-        that for a storage chunk, and somebody may keep it there.
+        Whatever else lies among them is named as its file is, but not what is in a subfolder of
+        files of storage chunks: no reader takes that for one, and somebody may keep it there.
         """
-        folder = f"{self._key}/"
+        folder, is_nested = self.scale.folder, self.scale.naming.is_nested
         with storage_errors(f"listing {self.path}"):
             names = (name.removeprefix(folder) for name in layer_files(self.path).list(prefix=folder))
-            return {name for name in names if "/" not in name and not name.endswith(PARTIAL)}
+            files = {name for name in names if (is_nested or "/" not in name) and not name.endswith(PARTIAL)}
+        return {self._key(name) for name in files}
+
+    def _key(self, name: str) -> str:
+        """Key of the storage chunk in a file; the file's name if it is none."""
+        place = self._chunks.place(name)
+        return name if place is None else self._chunks.key(place)
+
+    def _file(self, key: str) -> str:
+        """Name of a storage chunk's file below the layer's address, by its key.
+
+        What else ``stored_chunks`` names is such a file.
+        """
+        place = self._chunks.place_of(key)
+        return self.scale.folder + (key if place is None else self._chunks.name(*place))
 
     def chunk_at(self, voxel: Vector) -> Box | None:
         """The storage chunk that holds a voxel; None outside the layer."""
         inside = Box(voxel, vector(a + 1 for a in voxel)) & self.scale.bounds
         return next(self.expected_chunks(inside)) if inside else None
 
-    def digest(self, name: str) -> str | None:
+    def digest(self, key: str) -> str | None:
         """Digest of a stored storage chunk's voxels, as ``write`` gives it; None if it isn't there.
 
         Raises:
             DataError: The file can't be decompressed, or there are several.
         """
+        name = self._file(key)
         if is_on_disk(plain(self.path)):
-            files = DiskFiles(plain(self.path)).files_of(f"{self._key}/{name}")
+            files = DiskFiles(plain(self.path)).files_of(name)
             if len(files) > 1:
                 raise DataError(f"there are {' and '.join(files)}: which one is read is up to the reader")
-        with storage_errors(f"reading {name} of {self.path}"):
-            (answer,) = layer_files(self.path).get([f"{self._key}/{name}"], raw=True)
+        with storage_errors(f"reading {key} of {self.path}"):
+            (answer,) = layer_files(self.path).get([name], raw=True)
         if answer["content"] is None:
             return None
         try:
-            return short_digest(decompress(answer["content"], answer["compress"]))
+            content = decompress(answer["content"], answer["compress"])
+            return short_digest(self._encoding.voxels(Box.from_key(key), name, content))
         except CorruptFileError as error:
             raise DataError(str(error)) from error
 
-    def delete_chunks(self, names: Iterable[str]) -> None:
+    def delete_chunks(self, keys: Iterable[str]) -> None:
         """Delete storage chunks, or what else lies among them, by ``stored_chunks``' names."""
         with storage_errors(f"deleting storage chunks of {self.path}"):
-            layer_files(self.path).delete([f"{self._key}/{name}" for name in names])
+            layer_files(self.path).delete([self._file(key) for key in keys])
 
     def rows(self, box: Box) -> Iterator[Box]:
         """A box of whole storage chunks, cut into rows of storage chunks along x.
@@ -306,8 +363,9 @@ def layer_exists(path: str) -> bool:
 
     An empty ``info`` is none: a machine that crashed while it made the layer may have left it.
     """
+    name = "info" if layer_format(path) == "precomputed" else "zarr.json"
     with storage_errors(f"looking for {path}"):
-        return bool(layer_files(path).get("info"))
+        return bool(layer_files(path).get(name))
 
 
 class NewLayer:
@@ -360,7 +418,7 @@ class NewLayer:
         with storage_errors(f"creating {path}"):
             self._volume = CloudVolume(**located(path), info=info, provenance={}, progress=False)
         self.key: str = info["scales"][0]["key"]
-        self._described = {"provenance": _NO_PROVENANCE | (provenance or {}), "info": info}
+        self._described = {"provenance": NO_PROVENANCE | (provenance or {}), "info": info}
         if at_once:
             self.publish()
 

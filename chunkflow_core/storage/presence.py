@@ -17,8 +17,9 @@ from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.compression import EXTENSIONS
 from chunkflow_core.storage.files import is_on_disk, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale, scale_of
+from chunkflow_core.storage.layer_info import scale_of
 from chunkflow_core.storage.layer_reader import open_layer
+from chunkflow_core.storage.layer_scale import SHARDED, LayerScale
 from chunkflow_core.storage.listing.grid import CannotTell, Chunks, Store, batches
 from chunkflow_core.storage.signatures import open_store
 
@@ -65,7 +66,7 @@ def nothing_there(path: str, scale: LayerScale, mip: int, box: Box) -> Absence:
     """
     inside = box & scale.bounds
     with storage_errors(f"looking for storage chunks of {path}"):
-        store = open_store(plain(path), scale.info["scales"][mip]["key"]) if inside else None
+        store = open_store(plain(path), scale) if inside and scale.naming.parts == 1 else None
         if store is None:
             return Absence()
         search = _Search(path, scale, mip, inside, store)
@@ -81,7 +82,7 @@ class _Search:
         self._chunks = Chunks(scale)
         self._ranges = self._chunks.touching(box)
         self._count = math.prod(map(len, self._ranges))
-        most = _IN_SHARDS if scale.encoding == "sharded" else _MOST
+        most = _IN_SHARDS if scale.encoding == SHARDED else _MOST
         self._places = Random(0).sample(range(self._count), min(self._count, most))
         self._looked, self._strays = 0, list[str]()
 
@@ -99,7 +100,7 @@ class _Search:
 
     def told(self, *, is_sure: bool) -> str:
         """What to say if there is none."""
-        key, which = self._scale.info["scales"][self._mip]["key"], f"the {self._count:,}"
+        key, which = self._scale.key, f"the {self._count:,}"
         if not is_sure:
             which = f"{self._looked:,} of {which}"
         text = (
@@ -111,7 +112,7 @@ class _Search:
     def _any(self, places: list[int]) -> bool:
         """Whether any storage chunk of some places is there."""
         self._looked += len(places)
-        if self._scale.encoding == "sharded":
+        if self._scale.encoding == SHARDED:
             return any(map(self._is_in_a_shard, places))
         return bool(places) and self._store.holds([self._name(place) for place in places])
 
@@ -134,13 +135,13 @@ class _Search:
 
     def _listed(self) -> bool | None:
         """Whether there is a storage chunk by a listing; None if that does not tell."""
-        if self._scale.encoding != "sharded" and self._looked == self._count:
+        if self._scale.encoding != SHARDED and self._looked == self._count:
             return False
         try:
             names, more = self._some_names()
         except CannotTell:
             return None
-        if self._scale.encoding == "sharded":
+        if self._scale.encoding == SHARDED:
             return None if any(name.endswith(".shard") for name in names) or more else False
         found = [name for name in names if self._touches(name)]
         if any(self._store.holds(batch) for batch in batches(found, _FIRST)):
@@ -179,22 +180,22 @@ class _Search:
                         f"server has to say Content-Encoding: {EXTENSIONS[extension]}. `cloudfiles cp` uploads a layer "
                         "from a disk that way, and web servers can be told to (nginx: gzip_static always)"
                     )
-        if others := [mip for mip in range(len(self._scale.info["scales"])) if self._has_some(mip)]:
+        scales = self._scale.info.get("scales", [])
+        if others := [mip for mip in range(len(scales)) if self._has_some(mip)]:
             yield f"There are some of mip {', '.join(map(str, others))}"
         yield "Check the address, the mip and the ROI"
 
     def _has_some(self, mip: int) -> bool:
         """Whether a few storage chunks of another mip show that it has some."""
-        key = self._scale.info["scales"][self._mip]["key"]
         try:
             other = scale_of(self._path, self._scale.info, mip)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             return False
-        store = open_store(plain(self._path), other.info["scales"][mip]["key"])
-        if other.info["scales"][mip]["key"] == key or other.encoding == "sharded" or store is None:
+        store = open_store(plain(self._path), other)
+        if other.key == self._scale.key or other.encoding == SHARDED or store is None:
             return False
         chunks = Chunks(other)
-        zs, ys, xs = map(range, map(len, chunks.names))
+        zs, ys, xs = map(range, map(len, chunks.ranges))
         count = len(zs) * len(ys) * len(xs)
         places = Random(0).sample(range(count), min(count, _OF_ANOTHER))
         columns = [(divmod(place // len(xs), len(ys)), place % len(xs)) for place in places]

@@ -18,7 +18,7 @@ from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.disk import local_path
 from chunkflow_core.storage.files import is_on_disk, storage_errors
-from chunkflow_core.storage.layer_info import LayerScale
+from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.listing.disk import Disk
 from chunkflow_core.storage.listing.grid import VERSION, CannotTell, Chunks, Column, Store, Wanted
 
@@ -52,9 +52,7 @@ class LayerSignatures:
         self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}"
         self._columns: dict[Column, array[int]] = {}
         with storage_errors(f"opening {self.path}"):
-            self._store = (
-                None if scale.encoding == "sharded" else open_store(self.path, scale.info["scales"][mip]["key"])
-            )
+            self._store = open_store(self.path, scale) if scale.has_own_files else None
 
     def load(self, boxes: Iterable[Box]) -> None:
         """Ask the storage for all storage chunks that touch some boxes, and remember the answers.
@@ -99,7 +97,7 @@ class LayerSignatures:
         if self._store is None:
             raise SpecError(f"{self.path}: storage of this kind can't be listed")
         strays: list[str] = []
-        _, height, width = map(len, self._chunks.names)
+        _, height, width = map(len, self._chunks.ranges)
         self._columns = {column: self._unknown_column() for column in product(range(height), range(width))}
         twice = defaultdict[Column, list[int]](list)
         with storage_errors(f"listing {self.path}"):
@@ -112,30 +110,32 @@ class LayerSignatures:
                 else:
                     self._columns[place[0]][place[1]] = signature_number(signature)
             for name, signature in self._store.ask(self._chunks, twice) if twice else ():
-                self.note(name, signature_number(signature))
+                self._note(self._chunks.place(name), signature_number(signature))
         for numbers in self._columns.values():
             for z in [z for z, number in enumerate(numbers) if number == _UNKNOWN]:
                 numbers[z] = ABSENT
         return strays
 
-    def note(self, name: str, number: int) -> None:
+    def note(self, key: str, number: int) -> None:
         """Remember a storage chunk's ``signature_number`` as the storage's answer."""
-        place = self._chunks.place(name)
+        self._note(self._chunks.place_of(key), number)
+
+    def _note(self, place: tuple[Column, int] | None, number: int) -> None:
         if place is not None:
             column = self._columns.setdefault(place[0], self._unknown_column())
             column[place[1]] = number
 
-    def number(self, name: str) -> int:
+    def number(self, key: str) -> int:
         """The ``signature_number`` of a storage chunk that has been loaded.
 
         It is 0 if the storage can't tell, and 1 if the storage chunk isn't there.
         """
-        column, z = self._chunks.place(name) or ((0, 0), 0)
+        column, z = self._chunks.place_of(key) or ((0, 0), 0)
         return self._columns[column][z] if self._store is not None else _UNKNOWN
 
-    def exists(self, name: str) -> bool:
+    def exists(self, key: str) -> bool:
         """Whether a storage chunk that has been loaded is there."""
-        return self.number(name) != ABSENT
+        return self.number(key) != ABSENT
 
     def digest(self, box: Box) -> str:
         """Hash of names and signatures of the storage chunks that touch a box; "" if unknown.
@@ -150,7 +150,7 @@ class LayerSignatures:
             self.load([box])
         if self._store is None:
             return ""
-        names_z, names_y, names_x = self._chunks.names
+        names_z, names_y, names_x = self._chunks.ranges
         content = hashlib.sha256(" ".join([self._meaning, *names_z[zs.start : zs.stop]]).encode())
         for y, x in product(ys, xs):
             content.update(f" {names_x[x]}_{names_y[y]} ".encode())
@@ -179,7 +179,7 @@ class LayerSignatures:
 
         Room is made for their answers.
         """
-        marks: dict[Column, bytearray] = defaultdict(lambda: bytearray(len(self._chunks.names[0])))
+        marks: dict[Column, bytearray] = defaultdict(lambda: bytearray(len(self._chunks.ranges[0])))
         for box in boxes:
             zs, ys, xs = self._chunks.touching(box)
             marked = b"\1" * len(zs)
@@ -193,16 +193,16 @@ class LayerSignatures:
         return wanted
 
     def _unknown_column(self) -> array[int]:
-        return array("Q", bytes(8 * len(self._chunks.names[0])))
+        return array("Q", bytes(8 * len(self._chunks.ranges[0])))
 
 
-def open_store(path: str, key: str) -> Store | None:
-    """The storage to ask for the files ``key/…`` of a layer; None if it can't be asked for them."""
+def open_store(path: str, scale: LayerScale) -> Store | None:
+    """The storage to ask for the files of a scale; None if it can't be asked for them."""
     if is_on_disk(path):
-        return Disk(str(local_path(path) / key))
+        return Disk(str(local_path(path) / scale.key), is_nested=scale.naming.is_nested)
     from chunkflow_core.storage.listing.servers import open_server
 
-    return open_server(path, key)
+    return open_server(path, scale.key, is_nested=scale.naming.is_nested)
 
 
 def signature_number(signature: str) -> int:

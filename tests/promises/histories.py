@@ -25,7 +25,6 @@ from chunkflow_core.steps.infer import inference_and_donate
 from chunkflow_core.steps.local import run_here
 from chunkflow_core.steps.prepare import prepare
 from chunkflow_core.steps.workspace import Workspace
-from tests.support.oracle import output
 from tests.support.oracle.account import Due, World
 from tests.support.oracle.crashes import BrokenModel, Fault, Killed, Model, failing, in_one_thread, no_fault
 from tests.support.oracle.events import (
@@ -307,7 +306,7 @@ class History:
     def check_stored(self) -> None:
         """Compare what is stored of blocks that are complete with the dense reference."""
         world, inferred, damaged = self.world, self.world.account.inferred, self.world.damaged()
-        there = output.stored(world.folder / "output")
+        there = world.output.stored()
         for index in filter(world.is_complete, world.geometry.blocks):
             if not damaged.isdisjoint({("infer", index), ("blend", index)}):
                 continue
@@ -320,7 +319,7 @@ class History:
     def refuse(self, what: str) -> None:
         """Look at what somebody does who may not overwrite the output, which is another one's."""
         world = self.world
-        if world.claimed is None or world.is_gone or not output.stored(world.folder / "output"):
+        if world.claimed is None or world.is_gone or not world.output.stored():
             return
         mine, (model, machine) = (world.model, world.machine), world.claimed
         world.model, world.machine = (1 - model, machine) if what == "model" else (model, 1 - machine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -32,6 +34,7 @@ from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage import disk, files
 from chunkflow_core.storage.layers import NewLayer
 from tests.support.random_examples import examples
+from tests.support.zarrs import write_zarr
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Case:
     masked: bool
     augmentation: str
     seed: int
+    input_format: str = "precomputed"
+    output_format: str = "precomputed"
 
 
 MOST = 100
@@ -132,7 +137,17 @@ def cases(draw: st.DrawFn) -> Case:
         masked=draw(st.booleans()),
         augmentation=draw(st.sampled_from(["none", "none", "none", "flips"])),
         seed=draw(st.integers(0, 2**32 - 1)),
+        input_format=draw(st.sampled_from(["precomputed", "zarr3"])),
+        output_format=draw(st.sampled_from(["precomputed", "ome-zarr", "shards"])),
     )  # fmt: skip
+
+
+def format_of(case: Case) -> dict[str, object]:
+    """What a spec's output says about its format."""
+    if case.output_format == "precomputed":
+        return {}
+    halves = [size // 2 if size % 2 == 0 else size for size in case.chunk]
+    return {"format": "ome-zarr"} | ({"read_chunk_size": halves} if case.output_format == "shards" else {})
 
 
 def spec_of(case: Case, place: str, **model: object) -> VolumeSpec:
@@ -140,8 +155,18 @@ def spec_of(case: Case, place: str, **model: object) -> VolumeSpec:
     return parse_spec(
         {
             "name": "case",
-            "input": {"path": f"{place}/input", "padding": case.padding, "prefetch": case.prefetch},
-            "output": {"path": f"{place}/output", "channels": 2, "dtype": case.dtype, "chunk_size": list(case.chunk)},
+            "input": {
+                "path": ("zarr3://" if case.input_format == "zarr3" else "") + f"{place}/input",
+                "padding": case.padding,
+                "prefetch": case.prefetch,
+            },
+            "output": {
+                "path": f"{place}/output",
+                "channels": 2,
+                "dtype": case.dtype,
+                "chunk_size": list(case.chunk),
+                **format_of(case),
+            },
             "exchange": {"path": f"{place}/exchange"},
             "roi": [list(corner) for corner in case.roi],
             "patch_size": [p + 2 * h for p, h in zip(case.patch, case.halo, strict=True)],
@@ -306,8 +331,11 @@ def run_in(
 ) -> tuple[NDArray[np.generic], Counter[str], Counter[str], VolumeSpec]:
     """Do ``run_case``, with all layers and the exchange in a folder."""
     place = f"file://{folder}"
-    layer = NewLayer(f"{place}/input", case.size, dtype="uint8", resolution=(40, 4, 4), chunk=case.input_chunk)
-    layer.write(Box((0, 0, 0), case.size), volume[None])
+    if case.input_format == "zarr3":
+        write_zarr(folder / "input", volume, chunks=case.input_chunk, voxel_size=(40, 4, 4))
+    else:
+        layer = NewLayer(f"{place}/input", case.size, dtype="uint8", resolution=(40, 4, 4), chunk=case.input_chunk)
+        layer.write(Box((0, 0, 0), case.size), volume[None])
     if case.masked:
         mask = random_mask(case).astype(np.uint8)
         resolution = tuple(n * voxel for n, voxel in zip((40, 4, 4), MASK_VOXEL, strict=True))
@@ -332,7 +360,10 @@ def run_in(
                     if done.issuperset(spec.grid.donors(receiver)) and receiver not in blended:
                         receive_and_blend(workspace, receiver)
                         blended.add(receiver)
-    return workspace.output.read(spec.grid.roi), writes, patches, spec
+    output = workspace.output.read(spec.grid.roi)
+    if case.output_format != "precomputed":
+        np.testing.assert_array_equal(zarr.open_array(folder / "output" / "0", mode="r")[:], output)
+    return output, writes, patches, spec
 
 
 @examples(20)
@@ -351,7 +382,8 @@ def test_output_equals_the_dense_reference(case: Case, data: st.DataObject) -> N
     np.testing.assert_array_equal(output, expected)
     assert patches["run"] == run
     assert patches["run"] + patches["skipped"] == patches["done"] == spec.grid.patches == math.prod(patch_counts(case))
-    chunks = {path: n for path, n in writes.items() if path.startswith("output/") and "-" in path.rsplit("/", 1)[1]}
+    name = r"output/(0/c/0(/\d+){3}|\w+/\S+-\S+)"
+    chunks = {path: n for path, n in writes.items() if re.fullmatch(name, path)}
     expected_chunks = math.prod(-(-(b - a) // c) for a, b, c in zip(*case.roi, case.chunk, strict=True))
     assert len(chunks) == expected_chunks
     assert set(chunks.values()) == {1}

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Final
 
 from chunkflow_core.storage.compression import EXTENSIONS
-from chunkflow_core.storage.disk import PARTIAL, file_signature, plain_name
+from chunkflow_core.storage.disk import PARTIAL, file_signature, files_below, plain_name, scan
 from chunkflow_core.storage.listing.grid import Chunks, Found, Wanted, batches, in_parallel
 
 _DISK_THREADS: Final = 4
@@ -26,15 +26,15 @@ _EXTENSIONS: Final = tuple(EXTENSIONS)
 class Disk:
     """A folder on a disk: time of the last change, size and compression of each file."""
 
-    def __init__(self, folder: str) -> None:
-        """Name the folder; nothing is looked at yet."""
-        self._folder = folder
+    def __init__(self, folder: str, *, is_nested: bool = False) -> None:
+        """Name the folder, and say whether files are in folders below; nothing is looked at yet."""
+        self._folder, self._is_nested = folder, is_nested
 
     def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
         """Names and signatures of those storage chunks that are wanted and there."""
         names = chunks.all_names(wanted)
-        z, y, x = map(len, chunks.names)
-        if len(names) * len(_EXTENSIONS) < z * y * x:
+        z, y, x = map(len, chunks.ranges)
+        if self._is_nested or len(names) * len(_EXTENSIONS) < z * y * x:
             extensions = dict.fromkeys(names, _EXTENSIONS)
         else:
             extensions = dict.fromkeys(names, ())
@@ -46,27 +46,23 @@ class Disk:
 
         A name comes twice if it is there in two compressions.
         """
-        try:
-            entries = os.scandir(self._folder)
-        except FileNotFoundError:
-            return
-        with entries:
-            files = (entry.name for entry in entries if not entry.name.endswith(PARTIAL) and not entry.is_dir())
-            while batch := [self._split(name) for name in islice(files, _LISTED)]:  # there may be millions
-                yield from in_parallel(self._signatures, batches(batch, 1000), _DISK_THREADS)
+        files = (name for name in self._files() if not name.endswith(PARTIAL))
+        while batch := [self._split(name) for name in islice(files, _LISTED)]:  # there may be millions
+            yield from in_parallel(self._signatures, batches(batch, 1000), _DISK_THREADS)
 
     def names(self) -> Iterator[str]:
         """Names as ``everything`` has them, each read when it is needed."""
-        try:
-            entries = os.scandir(self._folder)
-        except FileNotFoundError:
-            return
-        with entries:
-            yield from (plain_name(entry.name) for entry in entries if not entry.is_dir())
+        return map(plain_name, self._files())
 
     def holds(self, names: list[str]) -> bool:
         """Whether there is any file of some names that is not empty."""
         return any(_size(f"{self._folder}/{name}{extension}") > 0 for name in names for extension in _EXTENSIONS)
+
+    def _files(self) -> Iterator[str]:
+        """Files in the folder, and below it if that is where the layer's are."""
+        if self._is_nested:
+            return files_below(self._folder)
+        return (entry.name for entry in scan(self._folder) if not entry.is_dir())
 
     @staticmethod
     def _split(file: str) -> tuple[str, tuple[str, ...]]:
@@ -78,9 +74,9 @@ class Disk:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
-                    name, dot, extension = entry.name.partition(".")
-                    if name in extensions and dot + extension in _EXTENSIONS:
-                        extensions[name] += (dot + extension,)
+                    name, found = self._split(entry.name)
+                    if name in extensions:
+                        extensions[name] += found
         except FileNotFoundError:  # no storage chunk has been written yet
             return
 

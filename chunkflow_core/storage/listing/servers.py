@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -31,8 +29,8 @@ _TIMEOUT: Final = 60
 class _Server(ABC):
     """Files below an address, each of which can be asked for by itself."""
 
-    def __init__(self, files: CloudFiles, key: str) -> None:
-        self._files, self._key = files, key
+    def __init__(self, files: CloudFiles, key: str, *, is_nested: bool) -> None:
+        self._files, self._folder, self._is_nested = files, f"{key}/" if key else "", is_nested
 
     def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
         """Names and signatures of storage chunks that are there, among them all that are wanted."""
@@ -43,7 +41,7 @@ class _Server(ABC):
 
     def _heads(self, names: list[str]) -> Found:
         with self._connect() as connection:
-            signatures = [(name, self._head(connection, f"{self._key}/{name}")) for name in names]
+            signatures = [(name, self._head(connection, f"{self._folder}{name}")) for name in names]
         return [(name, signature) for name, signature in signatures if signature is not None]
 
     def _connect(self) -> Any:
@@ -63,7 +61,7 @@ class _Server(ABC):
 
     def _held(self, names: list[str]) -> Found:
         with self._connect() as connection:
-            return [(name, "") for name in names if self._holds(connection, f"{self._key}/{name}")]
+            return [(name, "") for name in names if self._holds(connection, f"{self._folder}{name}")]
 
     def _holds(self, connection: Any, name: str) -> bool:
         return self._head(connection, name) is not None
@@ -80,7 +78,7 @@ class _Bucket(_Server):
 
     def ask(self, chunks: Chunks, wanted: Wanted) -> Iterator[tuple[str, str]]:
         """Names and signatures of storage chunks that are there, by as few requests as possible."""
-        prefixes, names = _fewest(chunks, wanted) if self._may_list else ([], chunks.all_names(wanted))
+        prefixes, names = chunks.fewest(wanted, _PAGE) if self._may_list else ([], chunks.all_names(wanted))
         try:
             yield from in_parallel(self._list, prefixes, _REQUESTS)
         except Exception as error:
@@ -91,8 +89,8 @@ class _Bucket(_Server):
         yield from self._each(names)
 
     def everything(self) -> Iterator[tuple[str, str]]:
-        """Names and signatures of all objects that lie in no subfolder."""
-        return (found for found in self._pages("") if "/" not in found[0])
+        """Names and signatures of all objects, but for those in others' subfolders."""
+        return (found for found in self._pages("") if self._is_nested or "/" not in found[0])
 
     def names(self) -> Iterator[str]:
         """Names as ``everything`` has them; ``CannotTell`` if they may not be listed."""
@@ -116,7 +114,7 @@ class _Bucket(_Server):
 
     def _pages(self, prefix: str) -> Iterator[tuple[str, str]]:
         with self._connect() as connection:
-            folder: str = connection.get_path_to_file(f"{self._key}/")
+            folder: str = connection.get_path_to_file(self._folder)
             token, more = None, True
             while more:
                 page, token = self._page(connection, folder + prefix, token)
@@ -157,8 +155,8 @@ class _GCS(_Bucket):
 
 
 class _Http(_Server):
-    def __init__(self, files: CloudFiles, key: str) -> None:
-        super().__init__(files, key)
+    def __init__(self, files: CloudFiles, key: str, *, is_nested: bool) -> None:
+        super().__init__(files, key, is_nested=is_nested)
         self._connection = files._get_connection()
         for protocol in ("http://", "https://"):
             self._connection.session.mount(protocol, HTTPAdapter(pool_maxsize=_REQUESTS))
@@ -216,7 +214,7 @@ def http_signature(headers: Mapping[str, str]) -> str:
     raise CannotTell
 
 
-def open_server(path: str, key: str) -> Store | None:
+def open_server(path: str, key: str, *, is_nested: bool = False) -> Store | None:
     """The server that has the files ``key/…`` of a layer; None if it can't be asked for them."""
     try:
         place = paths.extract(located(path)["cloudpath"])
@@ -226,27 +224,4 @@ def open_server(path: str, key: str) -> Store | None:
         return None
     stores: dict[str, type[_Server]] = {"s3": _S3, "gs": _GCS, "http": _Http, "https": _Http}
     kind = stores.get(place.protocol)
-    return kind(open_files(path), key) if kind else None
-
-
-def _fewest(chunks: Chunks, wanted: Wanted) -> tuple[list[str], list[str]]:
-    """Prefixes to list and names to look at, so that the fewest requests are made.
-
-    That is so if all storage chunks are there. Names begin with the range in x, then that in y.
-    Where numbers are equal, the smaller answers win, which also come at the same time.
-    """
-    of_column, of_row = (
-        -(-objects // _PAGE) for objects in (len(chunks.names[0]), math.prod(map(len, chunks.names[:2])))
-    )
-    rows: dict[int, Wanted] = defaultdict(dict)
-    for column, zs in wanted.items():
-        rows[column[1]][column] = zs
-    prefixes, names = [], []
-    for x, columns in rows.items():
-        if of_row < sum(min(of_column, len(zs)) for zs in columns.values()):
-            prefixes.append(f"{chunks.names[2][x]}_")
-            continue
-        listed = {y for (y, _), zs in columns.items() if of_column < len(zs)}
-        prefixes += [f"{chunks.names[2][x]}_{chunks.names[1][y]}_" for y in listed]
-        names += chunks.all_names({column: zs for column, zs in columns.items() if column[0] not in listed})
-    return prefixes, names
+    return kind(open_files(path), key, is_nested=is_nested) if kind else None

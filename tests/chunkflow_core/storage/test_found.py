@@ -22,8 +22,9 @@ from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.spec import load_spec
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.info_file import find_info
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layer_reader import open_layer
+from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.presence import nothing_there
 from chunkflow_core.storage.signatures import LayerSignatures
 from tests.support.volume import SHAPE, write_layer, write_volume

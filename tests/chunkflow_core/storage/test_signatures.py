@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
@@ -22,7 +23,7 @@ from chunkflow_core.errors import SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.storage.clients import PATIENCE_VARIABLE, open_files
 from chunkflow_core.storage.files import put_file
-from chunkflow_core.storage.layer_info import LayerScale, read_scale
+from chunkflow_core.storage.layer_info import read_scale
 from chunkflow_core.storage.layers import NewLayer
 from chunkflow_core.storage.listing import servers as listing_servers
 from chunkflow_core.storage.signatures import LayerSignatures
@@ -198,16 +199,14 @@ def test_a_layer_that_grows(folder: Path) -> None:
     path = f"file://{folder}"
     before = digests(path, CHUNKS)
     scale = read_scale(path, 0)
-    larger = LayerScale(
-        Box(START, (20, *STOP[1:])), scale.resolution, scale.chunk, scale.dtype, scale.channels, "raw", scale.info
-    )
+    larger = replace(scale, bounds=Box(START, (20, *STOP[1:])))
     layer = LayerSignatures(path, 0, larger)
     after = [layer.digest(box) for box in CHUNKS]
     cut_off = {box for box in CHUNKS if box.stop[0] == STOP[0]}  # they have other names now
     assert {box for box, old, new in zip(CHUNKS, before, after, strict=True) if old != new} == cut_off
 
 
-@pytest.mark.parametrize("path", ["zarr://gs://lab/em", "graphene://https://example.org/em", "boss://a/b/c"])
+@pytest.mark.parametrize("path", ["graphene://https://example.org/em", "boss://a/b/c"])
 def test_places_that_cannot_tell(path: str, folder: Path) -> None:
     layer = LayerSignatures(path, 0, read_scale(f"file://{folder}", 0))
     layer.load([ALL])
@@ -216,7 +215,7 @@ def test_places_that_cannot_tell(path: str, folder: Path) -> None:
 
 def test_sharded_scales(folder: Path) -> None:
     scale = read_scale(f"file://{folder}", 0)
-    sharded = LayerScale(scale.bounds, scale.resolution, scale.chunk, scale.dtype, 1, "sharded", scale.info)
+    sharded = replace(scale, encoding="sharded")
     assert LayerSignatures(f"file://{folder}", 0, sharded).digest(ALL) == ""
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.support.oracle import exchange, numbers, output
+from tests.support.oracle import exchange, numbers
 from tests.support.oracle.geometry import Case, Index
 from tests.support.oracle.numbers import Inferred
+from tests.support.oracle.output import Output, put
 from tests.support.oracle.volume import Volume
 
 
@@ -146,8 +147,12 @@ class World(Volume):
     @property
     def is_gone(self) -> bool:
         """Whether there is no output layer."""
-        info = self.folder / "output" / "info"
-        return not info.exists() or not info.stat().st_size
+        return self.output.is_gone
+
+    @property
+    def output(self) -> Output:
+        """The output layer, as it is to be now."""
+        return Output(self.folder / "output", self.case)
 
     def contents(self) -> dict[Path, tuple[bytes, int]]:
         """All files of output and exchange, with their times of last change in ns."""
@@ -184,7 +189,7 @@ class World(Volume):
 
     def damaged(self) -> set[tuple[str, Index]]:
         """Stages of blocks whose storage chunks are not what was written."""
-        there = output.stored(self.folder / "output")
+        there = self.output.stored()
         return {
             (stage, index)
             for stage in ("infer", "blend")
@@ -312,7 +317,7 @@ class World(Volume):
 
     def lies(self) -> set[tuple[str, Index, str]]:
         """What receipts that count vouch for, by its name, that is not there."""
-        there = output.stored(self.folder / "output")
+        there = self.output.stored()
         wrong = set[tuple[str, Index, str]]()
         for stage in ("infer", "blend"):
             for index, done in self.account.of(stage).items():
@@ -347,16 +352,16 @@ class World(Volume):
 
         With no seed, it is deleted.
         """
-        folder = self.folder / "output"
-        there = [(name, voxels) for name, voxels in output.stored(folder).items() if name in self.geometry.chunks]
+        layer = self.output
+        there = [(name, voxels) for name, voxels in layer.stored().items() if name in self.geometry.chunks]
         if not there:
             return
         name, voxels = there[number % len(there)]
         if seed is None:
-            output.delete(folder, name)
+            layer.delete(name)
         else:
             noise = np.random.default_rng(seed).integers(0, 256, len(voxels), dtype=np.uint8)
-            output.write(folder, name, (np.frombuffer(voxels, np.uint8) ^ noise).tobytes() if seed else voxels)
+            layer.write(name, (np.frombuffer(voxels, np.uint8) ^ noise).tobytes() if seed else voxels)
 
     def end_late(self, number: int, seed: int, *, receipt: bool) -> None:
         """Let an attempt of earlier do the last of its work now: some storage chunks, its receipt.
@@ -370,10 +375,10 @@ class World(Volume):
         model, stage, index, done = self.attempts[-1 - number % len(self.attempts)]
         for name in exchange.some(done.chunks, seed):
             if name in self.geometry.chunks:
-                output.write(self.folder / "output", name, done.chunks[name])
+                self.output.write(name, done.chunks[name])
         if not receipt:
             for file in exchange.some(done.donations, seed) if seed % 2 else ():
-                output.put(file, done.donations[file])
+                put(file, done.donations[file])
         elif self._names(done.file, index):
             self._complete_late(model, stage, index, done)
 
@@ -384,8 +389,8 @@ class World(Volume):
                 if exchange.donor_of(file.name, self.geometry) == index:
                     file.unlink()
             for file, content in done.donations.items():
-                output.put(file, content)
-        output.put(done.file, done.receipt)
+                put(file, content)
+        put(done.file, done.receipt)
         if done.file.is_relative_to(self.exchange):  # what is left in another epoch counts for nothing
             self.accounts[model].receipts.setdefault((stage, index), {})[done.file.name] = done
 
@@ -423,10 +428,8 @@ class World(Volume):
     ) -> Done:
         """What an attempt has done that has left a receipt."""
         output_files = {f: text for f, text in written.items() if f.is_relative_to(self.folder / "output")}
-        chunks = {
-            f.name.partition(".")[0]: output.voxels(text, compressed=f.suffix == ".gz")
-            for f, text in output_files.items()
-        }
+        layer = self.output
+        chunks = {layer.name(f): layer.voxels(f, text) for f, text in output_files.items() if layer.name(f)}
         chunks = {name: voxels for name, voxels in chunks.items() if self.geometry.chunks.get(name) == (stage, index)}
         if stage == "blend":
             consumed = self._consumed(seen.inferred, seen.now, index)

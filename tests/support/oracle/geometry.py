@@ -45,6 +45,13 @@ class Case:
     masked: bool = False
     seed: int = 0
     """Of the voxels of all layers, and of the weights of the models."""
+    format: str = "precomputed"
+    """Of the output layer: ``precomputed``, ``ome-zarr``, or ``shards`` of it."""
+
+    @property
+    def pieces(self) -> Index:
+        """Size of the pieces of a shard."""
+        return tuple(n // 2 if n % 2 == 0 else n for n in self.chunk)
 
     @property
     def size(self) -> Index:
@@ -236,4 +243,5 @@ def cases(draw: st.DrawFn, *, tiny: bool = False) -> Case:
         dtype=draw(st.sampled_from(["uint8", "float32"])),
         masked=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
+        format=draw(st.sampled_from(["precomputed", "ome-zarr", "shards"])),
     )  # fmt: skip

@@ -50,11 +50,14 @@ class Volume:
     def spec(self, donations: Any = "keep") -> VolumeSpec:
         """The spec as it is now; ``donations`` as in the spec's exchange."""
         case, place = self.case, f"file://{self.folder}"
+        output = {"channels": 2, "dtype": case.dtype, "chunk_size": [*case.chunk]}
+        if case.format != "precomputed":
+            output |= {"format": "ome-zarr", "read_chunk_size": [*case.pieces] if case.format == "shards" else None}
         return parse_spec(
             {
                 "name": "case",
                 "input": {"path": f"{place}/input", "padding": case.padding},
-                "output": {"path": f"{place}/output", "channels": 2, "dtype": case.dtype, "chunk_size": [*case.chunk]},
+                "output": {"path": f"{place}/output", **output},
                 "exchange": {"path": f"{place}/exchange", "donations": donations},
                 "roi": [list(case.start), list(case.stop)],
                 "patch_size": [p + 2 * h for p, h in zip(case.patch, case.halo, strict=True)],
