@@ -1,10 +1,10 @@
 """Test-time augmentation: a patch is run in several orientations, and the outputs are averaged.
 
 Each output is turned back first. That moves its voxels, and for affinities more than that: a value
-belongs to an *edge*, which is stored at the higher one of its two voxels, in the channel of its
-axis. A transposition of y and x therefore swaps the channels of y and x, and under a flip the other
-end of the edge is the higher one. One axis of four voxels, ``a1`` the edge of voxels 0 and 1,
-``a0`` and ``a4`` those that leave the patch::
+belongs to an *edge*, which is stored at one of its two voxels, in the channel of its offset (see
+``lattice.affinities``). A transposition of y and x therefore exchanges channels, and under a flip
+edges are stored at the other one of their voxels. One axis of four voxels, and the channel with the
+offset -1; ``a1`` is the edge of voxels 0 and 1, ``a0`` and ``a4`` are those that leave the patch::
 
     the patch                    a0 (0) a1 (1) a2 (2) a3 (3) a4
       the network gives              a0     a1     a2     a3     each at the voxel to its right
@@ -12,23 +12,29 @@ end of the edge is the higher one. One axis of four voxels, ``a1`` the edge of v
     the patch, flipped           a4 (3) a3 (2) a2 (1) a1 (0) a0
       the network gives              a4     a3     a2     a1
       flipped back                   a1     a2     a3     a4     each at the voxel to its left
-      shifted by one                  ·     a1     a2     a3     unflipped, but for plane 0
+      moved by one                   ·      a1     a2     a3     unflipped, but for plane 0
 
-The mean is a sum of contributions with the same share, ``1/n`` of ``n`` orientations. In the first
-plane of an axis, in its channel, it is the mean over those that have a value there: the
-orientations that flip this axis (of the patch, before any transposition), which are exactly half of
-them, contribute 0, and the others twice their value. Doubling is exact, and so are the shares,
-powers of two.
+The mean is a sum of contributions with the same share, ``1/n`` of ``n`` orientations. At the
+*border* of a channel, voxels whose edges leave the patch, it is the mean over those that have a
+value there: the orientations whose values were moved, which are exactly half of them, contribute 0,
+and the others twice their value. Doubling is exact, and so are the shares, powers of two.
+
+The layer may have another convention than the network: its channels are sought in the same way. If
+patches are run in one orientation, and the layer stores edges at the other voxel, no value is left
+at the border. It has no weight then, and other patches have more (``normalised_weight``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from chunkflow_core.lattice.affinities import Offsets, Orientation, Source, orientations, source
+from chunkflow_core.lattice.boxes import Vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,32 +42,32 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", NDArray[np.float32], "Tensor")
 """A numpy array or a torch tensor."""
 
-AFFINITY_CHANNELS = (2, 1, 0)
-"""Channels of the affinities along z, y, x."""
 
-_TRANSPOSED_CHANNELS = (2, 0, 1)
-"""Channels of the affinities along z, y, x of a patch whose y and x were exchanged."""
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A channel of affinities of the layer, and where it comes from in one orientation."""
+
+    offset: Vector
+    """Offset of its edges, zyx."""
+    source: Source
+    """The channel of the network's output, turned back."""
+    doubled: bool
+    """Whether values at the border count twice, as half of the orientations have none there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """One of the orientations in which a patch is run: flipped, then transposed."""
+    """One of the orientations in which a patch is run."""
 
-    flips: tuple[bool, bool, bool]
-    """Which axes of the patch are flipped; order z, y, x."""
-    transpose: bool
-    """Whether y and x are exchanged after the flips."""
-    affinity: bool = False
-    """Whether the output's channels are affinities, to be turned back as such.
-
-    They are those of each voxel to the one before it along x, y, z, in this order. What is turned
-    back is a contribution to a mean over orientations, half of which flip any one axis.
-    """
+    orientation: Orientation
+    """How the patch is turned."""
+    channels: tuple[Channel, ...] = ()
+    """The layer's channels of affinities; empty if the output's channels are the layer's."""
 
     def apply(self, patch: Array) -> Array:
         """The patch ``(..., z, y, x)`` in this orientation; a view if the library can make one."""
         flipped = self._flip(patch)
-        return flipped.swapaxes(-1, -2) if self.transpose else flipped
+        return flipped.swapaxes(-1, -2) if self.orientation.transpose else flipped
 
     def undo(self, output: Array) -> Array:
         """What the network gave in this orientation, turned back: a contribution to the mean.
@@ -72,34 +78,28 @@ class Transform:
 
         Returns:
             Contiguous, in the shape and order that the patch as it is would have got; a numpy array
-            is float32. With ``affinity``, values of first planes are 0 or doubled (see the module),
-            so the range of values has to be checked before.
+            is float32. With ``channels``, values at borders are 0 or doubled (see the module), so
+            the range of values has to be checked before.
 
         Raises:
-            ValueError: There are affinities in other than three channels.
+            ValueError: There are affinities in another number of channels.
         """
-        restored = self._flip(output.swapaxes(-1, -2) if self.transpose else output)
-        if not self.affinity:
+        restored = self._flip(output.swapaxes(-1, -2) if self.orientation.transpose else output)
+        if not self.channels:
             return _contiguous(restored)
-        if restored.shape[-4] != 3:
-            raise ValueError(f"affinities have 3 channels, got {restored.shape[-4]}")
+        if restored.shape[-4] != len(self.channels):
+            raise ValueError(f"affinities have {len(self.channels)} channels, got {restored.shape[-4]}")
         result = _empty_like(restored)
-        for axis, (channel, flipped) in enumerate(zip(AFFINITY_CHANNELS, self.flips, strict=True)):
-            source = _TRANSPOSED_CHANNELS[axis] if self.transpose else channel
-            if flipped:
-                result[_planes(channel, axis, 0, 1)] = 0
-                result[_planes(channel, axis, 1, None)] = restored[_planes(source, axis, 0, -1)]
-            else:
-                result[_planes(channel, axis, 0, None)] = restored[_planes(source, axis, 0, None)]
-                result[_planes(channel, axis, 0, 1)] *= 2
+        for number, channel in enumerate(self.channels):
+            _fill(result[..., number, :, :, :], restored[..., channel.source.channel, :, :, :], channel)
         return result
 
     def _flip(self, array: Array) -> Array:
-        axes = tuple(axis - 3 for axis in range(3) if self.flips[axis])
+        axes = tuple(axis - 3 for axis in range(3) if self.orientation.flips[axis])
         return np.flip(array, axes) if isinstance(array, np.ndarray) else array.flip(axes)
 
 
-def contributions(augmentation: str, *, affinity: bool) -> tuple[Transform, ...]:
+def contributions(augmentation: str, given: Offsets = (), wanted: Offsets = ()) -> tuple[Transform, ...]:
     """The orientations whose mean is the output.
 
     It is the sum of all ``undo(network(apply(patch)))``, divided by their number.
@@ -108,29 +108,76 @@ def contributions(augmentation: str, *, affinity: bool) -> tuple[Transform, ...]
         augmentation: ``model.augmentation``: ``none`` (1 orientation), ``flips`` (8) or
             ``flips_transpose`` (16, for which the network has to take patches with y and x
             exchanged).
-        affinity: Whether the network's channels are affinities along x, y, z, rather than
+        given: Offsets of the affinities that the network gives; empty if its channels are
             independent of directions.
+        wanted: Offsets of the affinities that the layer holds.
 
     Returns:
-        The orientations, the patch as it is first. If that is the only one, its contribution is the
-        network's output as it is.
+        The orientations, the patch as it is first. If that is the only one, and the layer has the
+        network's channels, its contribution is the network's output as it is.
 
     Raises:
-        ValueError: There is no such augmentation.
+        ValueError: There is no such augmentation, or a channel can't be had in all orientations.
     """
-    if augmentation == "none":
-        return (Transform((False, False, False), False),)
-    if augmentation not in ("flips", "flips_transpose"):
-        raise ValueError(f"augmentation: expected none, flips or flips_transpose, got {augmentation!r}")
-    both = (False, True)
-    transposes = both if augmentation == "flips_transpose" else (False,)
-    return tuple(Transform((z, y, x), t, affinity) for t, z, y, x in product(transposes, both, both, both))
+    turns = orientations(augmentation)
+    if given == wanted and len(turns) == 1:
+        return (Transform(turns[0]),)
+    found = {offset: _sources(given, offset, turns) for offset in wanted}
+    moved = {offset: any(s.moved for s in sources) for offset, sources in found.items()}
+    return tuple(
+        Transform(turn, tuple(Channel(offset, found[offset][i], moved[offset]) for offset in wanted))
+        for i, turn in enumerate(turns)
+    )
 
 
-def _planes(channel: int, axis: int, start: int, stop: int | None) -> tuple[Any, ...]:
-    """Index of some planes across an axis, in one channel."""
-    planes = [slice(start, stop) if a == axis else slice(None) for a in range(3)]
-    return (..., channel, *planes)
+def moved_throughout(transforms: tuple[Transform, ...]) -> tuple[Vector, ...]:
+    """The offset of each channel that has no value at its border in any orientation.
+
+    It is zeros for a channel that has one; there are none if no channel lacks any.
+    """
+    rows = zip(*(transform.channels for transform in transforms), strict=True)
+    moved = tuple(row[0].offset if all(c.source.moved for c in row) else (0, 0, 0) for row in rows)
+    return moved if any(map(any, moved)) else ()
+
+
+def _sources(given: Offsets, offset: Vector, turns: tuple[Orientation, ...]) -> list[Source]:
+    found = [source(given, offset, turn) for turn in turns]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        raise ValueError(f"affinities: no channel for the offset {list(offset)} in some orientation")
+    return known
+
+
+def _fill(result: Any, given: Any, channel: Channel) -> None:
+    """Write a channel's contribution, given its source turned back, both ``(..., z, y, x)``."""
+    if not channel.source.moved:
+        result[...] = given
+        if channel.doubled:
+            for border in _border(result.shape[-3:], channel.offset):
+                result[border] *= 2
+        return
+    sizes = result.shape[-3:]
+    if all(abs(n) < size for n, size in zip(channel.offset, sizes, strict=True)):
+        result[(..., *map(_having, channel.offset, sizes))] = given[
+            (..., *(_having(-n, size) for n, size in zip(channel.offset, sizes, strict=True)))
+        ]
+    for border in _border(sizes, channel.offset):
+        result[border] = 0
+
+
+def _border(sizes: tuple[int, ...], offset: Vector) -> Iterator[tuple[Any, ...]]:
+    """Indices of the voxels ``v`` for which ``v + offset`` is outside, each of them in one part."""
+    rest = [slice(None)] * 3
+    for axis, (n, size) in enumerate(zip(offset, sizes, strict=True)):
+        if n:
+            outside = slice(max(0, size - n), size) if n > 0 else slice(0, min(size, -n))
+            yield (..., *rest[:axis], outside, *rest[axis + 1 :])
+            rest[axis] = _having(n, size)
+
+
+def _having(n: int, size: int) -> slice:
+    """The voxels of an axis for which the voxel ``n`` further is inside."""
+    return slice(max(0, -n), max(0, size - max(0, n)))
 
 
 def _contiguous(array: Array) -> Array:

@@ -172,7 +172,7 @@ class Inference:
         slab = Slab(self.spec.grid, window, window.shape[0], self.spec.output.channels, patches.values)
         limits = (patches.values.low, patches.values.high)
         # this also compiles what blending needs, once for all processes
-        if not slab.add(position, outputs[0], limits=limits) or patches.share < 1:
+        if not slab.add(position, outputs[0], limits=limits) or patches.alters_values:
             patches.check(position, outputs[0])
         slab.converted(window, self.spec.output.dtype)
         return seconds, given[: len(before)]

@@ -25,6 +25,7 @@ from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.inference.values import Numbers
 from chunkflow_core.lattice.blocks import Block, BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.slab import channel_parts
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight
 from chunkflow_core.timing import Timings
 
@@ -43,28 +44,29 @@ class DeviceSlab:
         self.depth = min(depth, region.shape[0])
         self.sums = torch.zeros((channels, self.depth, *region.shape[1:]), dtype=torch.float32, device=device)
         self.start = region.start[0]
-        self._weights: dict[tuple[int, int], torch.Tensor] = {}
+        self._weights: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def inside(self, position: Vector, patch: torch.Tensor) -> torch.Tensor:
         """What of a patch, ``(channels, z, y, x)``, is added: what of it lies in the region."""
         box = self.grid.patch_box(position)
         return patch[(slice(None), *(box & self.region).slices(box.start))]
 
-    def add(self, position: Vector, patch: torch.Tensor, share: float = 1.0) -> None:
+    def add(self, position: Vector, patch: torch.Tensor, share: float = 1.0, moved: Sequence[Vector] = ()) -> None:
         """Add a patch, weighted: float32 ``(channels, z, y, x)`` on the device; as ``Slab.add``."""
         box = self.grid.patch_box(position)
         inside = box & self.region
         if not inside:
             return
         within = inside.slices(box.start)
-        z, y, x = (self._weight(axis, k)[part] for axis, (k, part) in enumerate(zip(position, within, strict=True)))
-        weighted = patch[(slice(None), *within)] * (y[:, None] * x[None, :])
-        weighted.mul_((z * (share / self.values.step))[:, None, None]).round_()
-        done = 0
-        for part in self._parts(inside):
-            depth = part.shape[1]
-            part += weighted[:, done : done + depth]
-            done += depth
+        for own, offset in channel_parts(moved):
+            z, y, x = (self._weight(axis, position[axis], offset[axis])[within[axis]] for axis in range(3))
+            weighted = patch[(own, *within)] * (y[:, None] * x[None, :])
+            weighted.mul_((z * (share / self.values.step))[:, None, None]).round_()
+            done = 0
+            for part in self._parts(inside):
+                depth = part.shape[1]
+                part[own] += weighted[:, done : done + depth]
+                done += depth
 
     def sum(self, box: Box) -> torch.Tensor:
         """A copy of the sums in a box: float32 ``(channels, z, y, x)``, in units of the values."""
@@ -86,13 +88,14 @@ class DeviceSlab:
                 part.zero_()
         self.start = plane
 
-    def _weight(self, axis: int, position: int) -> torch.Tensor:
-        if (axis, position) not in self._weights:
-            weight = torch.from_numpy(normalised_weight(self.grid.axes[axis], position))
+    def _weight(self, axis: int, position: int, offset: int) -> torch.Tensor:
+        key = axis, position, offset
+        if key not in self._weights:
+            weight = torch.from_numpy(normalised_weight(self.grid.axes[axis], position, offset))
             if self.device.type == "cuda":  # from other memory the copy would wait for all that is queued
                 weight = weight.pin_memory()
-            self._weights[axis, position] = weight.to(self.device, non_blocking=True)
-        return self._weights[axis, position]
+            self._weights[key] = weight.to(self.device, non_blocking=True)
+        return self._weights[key]
 
     def _parts(self, box: Box) -> Iterator[torch.Tensor]:
         """The one or two stretches of the ring that hold the planes of a box."""
@@ -217,9 +220,9 @@ class OnDevice:
             slot.copy_(transform.apply(numbers.made_of(part.to(torch.float32, copy=True))))
         outputs = self._run_network(given)
         for (position, transform), output in zip(batch, outputs, strict=False):
-            counting = output if patches.share < 1 else self._slab.inside(position, output)  # as on CPUs
+            counting = output if patches.alters_values else self._slab.inside(position, output)  # as on CPUs
             self._extremes.append((position, torch.stack(counting.aminmax())))
-            self._slab.add(position, transform.undo(output), patches.share)
+            self._slab.add(position, transform.undo(output), patches.share, patches.moved)
             if transform == patches.transforms[-1]:
                 self._timings.count("patches")
                 self._patch_done()

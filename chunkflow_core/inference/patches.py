@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine
 from chunkflow_core.errors import DataError
-from chunkflow_core.inference.augmentation import Transform, contributions
+from chunkflow_core.inference.augmentation import Transform, contributions, moved_throughout
 from chunkflow_core.inference.mask import Mask, MaskWindow
 from chunkflow_core.inference.values import InputValues, Measured
 from chunkflow_core.lattice.boxes import Box, Vector
@@ -48,8 +48,14 @@ class Patches:
         self.given = InputValues(spec, measured)
         self.grid = spec.grid
         self.values = ExactStep(*spec.output.range)
-        self.transforms = contributions(spec.model.augmentation, affinity=spec.model.outputs == "affinity")
+        self.transforms = contributions(spec.model.augmentation, spec.network_affinities, spec.layer_affinities)
         self.share = 1 / len(self.transforms)
+        self.moved = moved_throughout(self.transforms)
+
+    @property
+    def alters_values(self) -> bool:
+        """Whether what is added has other values than the network's output, which are checked."""
+        return self.share < 1 or bool(self.moved)
 
     @cached_property
     def engine(self) -> Engine:
@@ -151,9 +157,9 @@ class Patches:
 
     def _add(self, slab: Slab, position: Vector, transform: Transform, output: NDArray[np.float32]) -> None:
         limits, share = (self.values.low, self.values.high), self.share
-        if share < 1:  # contributions may be beyond the range
+        if self.alters_values:  # contributions may be beyond the range
             self.check(position, output)
             limits = (-inf, inf)
-        if not slab.add(position, transform.undo(output), share=share, limits=limits):
+        if not slab.add(position, transform.undo(output), share=share, limits=limits, moved=self.moved):
             self.check(position, output)
             raise AssertionError("only a value beyond the range is refused")

@@ -7,7 +7,7 @@ a lock, and threads start at different planes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import Condition, Lock
 
 import numpy as np
@@ -63,6 +63,7 @@ class Slab:
         *,
         share: float = 1.0,
         limits: tuple[float, float] = (-np.inf, np.inf),
+        moved: Sequence[Vector] = (),
     ) -> bool:
         """Add a patch, weighted. There has to be room for it.
 
@@ -71,17 +72,32 @@ class Slab:
             patch: Float32 ``(channels, z, y, x)``, contiguous.
             share: A power of two by which the weights are multiplied.
             limits: Least and largest value allowed.
+            moved: For each channel the offset, zyx, by which its values were moved in the patch
+                (see ``normalised_weight``); empty if none were.
 
         Returns:
             Whether all values were within the limits. If not, the sums must not be used.
         """
+        parts = channel_parts(moved)
+        return all(self._add(position, patch[own], self.sums[own], offset, share, limits) for own, offset in parts)
+
+    def _add(
+        self,
+        position: Vector,
+        patch: NDArray[np.float32],
+        sums: NDArray[np.float32],
+        moved: Vector,
+        share: float,
+        limits: tuple[float, float],
+    ) -> bool:
+        """Add some channels of a patch to theirs of the sums; arguments as :func:`add`."""
         box = self.grid.patch_box(position)
         inside = box & self.region
         if not inside:
             return True
         z, y, x = (
-            normalised_weight(axis, k)[part]
-            for axis, k, part in zip(self.grid.axes, position, inside.slices(box.start), strict=True)
+            normalised_weight(axis, k, offset)[part]
+            for axis, k, offset, part in zip(self.grid.axes, position, moved, inside.slices(box.start), strict=True)
         )
         weight_yx, weight_z = y[:, None] * x[None, :], z * np.float32(share / self.values.step)
         first, low, high = self._place(inside), np.float32(limits[0]), np.float32(limits[1])
@@ -92,7 +108,7 @@ class Slab:
             slot = (first[0] + plane) % self.depth
             to, taken = (slot, first[1], first[2]), (source[0] + plane, source[1], source[2])
             with self._locks[slot]:
-                within &= add_plane(self.sums, to, patch, taken, weight_yx, weight_z[plane], low, high)
+                within &= add_plane(sums, to, patch, taken, weight_yx, weight_z[plane], low, high)
         return within
 
     def sum(self, box: Box) -> NDArray[np.float32]:
@@ -167,6 +183,14 @@ class Slab:
 
     def _for_each(self, function: Callable[[int], None], planes: Iterable[int]) -> None:
         deque(self._map(function, planes), maxlen=0)
+
+
+def channel_parts(moved: Sequence[Vector]) -> list[tuple[slice, Vector]]:
+    """The channels that are added with the same weights, and the offset by which they were moved.
+
+    ``moved`` has an offset for each channel, or is empty if none was moved.
+    """
+    return [(slice(c, c + 1), offset) for c, offset in enumerate(moved)] or [(slice(None), (0, 0, 0))]
 
 
 def convert(sums: NDArray[np.float32], dtype: str, values: ExactStep) -> NDArray[np.float32 | np.uint8]:

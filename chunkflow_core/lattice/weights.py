@@ -58,21 +58,30 @@ def bump(length: int) -> NDArray[np.float64]:
 
 
 @cache
-def normalised_weight(axis: AxisLattice, position: int) -> NDArray[np.float32]:
+def normalised_weight(axis: AxisLattice, position: int, offset: int = 0) -> NDArray[np.float32]:
     """Weight along one axis of the patch at a lattice position, normalised over the lattice.
 
     It is divided by the sum over all patches that exist at each voxel.
 
+    Args:
+        axis: The lattice along the axis.
+        position: Position of the patch in it.
+        offset: What was moved in the patch by so many voxels has values only at those ``i`` for
+            which ``i + offset`` lies in the patch. All other weights are 0, in each patch, and sums
+            are over those that are left.
+
     Returns:
         Float32 ``(axis.patch,)``.
     """
-    weight = bump(axis.patch)
+    weight = bump(axis.patch).copy()
+    weight[max(0, axis.patch - offset) :] = 0
+    weight[: max(0, -offset)] = 0
     total = np.zeros(axis.patch)
     for other in range(max(0, position - axis.neighbours), min(axis.count, position + axis.neighbours + 1)):
         shift = (other - position) * axis.stride
         low, high = max(0, shift), min(axis.patch, axis.patch + shift)
         total[low:high] += weight[low - shift : high - shift]
-    return (weight / total).astype(np.float32)
+    return np.divide(weight, total, out=np.zeros(axis.patch), where=total > 0).astype(np.float32)
 
 
 def strips(width: int) -> tuple[int, int]:

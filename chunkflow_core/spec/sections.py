@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.spec.affinities import Convention
 from chunkflow_core.spec.values import ValuesSpec
 from chunkflow_core.storage.addresses import (
     ZARR,
@@ -228,6 +229,11 @@ class OutputSpec(Section):
 
     It sets the exact step of the sums. Other values stop the block with exit code 65.
     """
+    affinities: Convention = None
+    """Affinities that the layer holds, told as ``model.affinities``: the network's edges in another
+    order, or stored at the other voxel. See docs/models.md. Default: those of the network, as it
+    gives them.
+    """
 
 
 class KeepDays(Section):
@@ -316,7 +322,13 @@ class ModelSpec(Section):
     outputs: Literal["independent", "affinity"] = "independent"
     """What the channels are: ``independent``, or ``affinity``: 3 channels, the affinities of a
     voxel to the one before it along x, y, z, in this order; augmentation then permutes and shifts
-    them.
+    them. Other affinities: ``model.affinities``.
+    """
+    affinities: Convention = None
+    """Affinities that the network gives: ``abiss``, ``deepem``, ``waterz``, ``pytc_deepem``,
+    ``pytc_banis``, or the offset of each channel, such as ``[[-1, 0, 0], [0, -9, 0]]`` (zyx, the
+    affinity of v and v + offset stored at v). See docs/models.md. Default: as ``model.outputs``
+    says.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs: ``auto``, ``cpu``, ``cuda``."""

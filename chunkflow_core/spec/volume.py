@@ -14,9 +14,11 @@ from typing import Any
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from chunkflow_core.errors import MissingInputError, SpecError
+from chunkflow_core.lattice.affinities import CONVENTIONS, Offsets
 from chunkflow_core.lattice.blocks import AxisBlock, BlockGrid
 from chunkflow_core.lattice.boxes import AXES, Box, Vector, vector
 from chunkflow_core.lattice.weights import MAX_PATCH, NUMERICS_VERSION
+from chunkflow_core.spec.affinities import check_conversion, check_orientations
 from chunkflow_core.spec.runner import LocalRunner, RunnerSpec
 from chunkflow_core.spec.schedule import NotifySpec, OptionalSchedule
 from chunkflow_core.spec.sections import (
@@ -41,8 +43,14 @@ from chunkflow_core.variables import Place
 MOST_BLOCKS = 10**8
 """Number of blocks that a volume may have; each of them is listed in memory."""
 
-_LATER = {"model": ("weights_key", "dimensions"), "output": ("format", "read_chunk_size")}
+_LATER = {
+    "model": ("weights_key", "dimensions", "affinities"),
+    "output": ("format", "read_chunk_size", "affinities"),
+}
 """Keys that are younger than fingerprints, by section; see ``VolumeSpec.unset_later``."""
+
+_STORED = ("compression", "format", "read_chunk_size")
+"""Keys of ``output`` that decide how voxels are stored, and not which."""
 
 STORAGE_CHUNK_TARGET: Vector = (32, 128, 128)
 """Size in voxels, zyx, to which the default storage chunk is near.
@@ -135,10 +143,39 @@ class VolumeSpec(Section):
     def _check_augmentation(self) -> None:
         if self.model.outputs == "affinity" and self.output.channels != 3:
             raise ValueError(f"model.outputs: affinity needs output.channels: 3, got {self.output.channels}")
+        self._check_affinities()
         if self.model.augmentation == "flips_transpose":
             for key, (_, y, x) in {"patch_size": self.patch_size, "output_patch_size": self.output_size}.items():
                 if y != x:
                     raise ValueError(f"model.augmentation: flips_transpose needs {key} with y = x, got {y} and {x}")
+
+    def _check_affinities(self) -> None:
+        given, wanted = self.network_affinities, self.layer_affinities
+        if self.model.outputs == "affinity" and self.model.affinities:
+            raise ValueError(
+                "model.outputs: affinity is the same as model.affinities: abiss, expected only one of them"
+            )
+        if not given:
+            if wanted:
+                raise ValueError("output.affinities: needs model.affinities, which says what the network gives")
+            return
+        if len(given) != self.output.channels:
+            raise ValueError(
+                f"model.affinities: {len(given)} offsets for output.channels: {self.output.channels}, expected one for "
+                "each channel"
+            )
+        check_orientations(given, self.model.augmentation)
+        check_conversion(given, wanted, self.model.augmentation, self.patch_overlap)
+
+    @property
+    def network_affinities(self) -> Offsets:
+        """Offsets of the affinities that the network gives; empty if it gives none."""
+        return self.model.affinities or (CONVENTIONS["abiss"] if self.model.outputs == "affinity" else ())
+
+    @property
+    def layer_affinities(self) -> Offsets:
+        """Offsets of the affinities that the layer holds; empty if it holds none."""
+        return self.output.affinities or self.network_affinities
 
     @property
     def texts(self) -> Mapping[Place, str]:
@@ -230,11 +267,8 @@ class VolumeSpec(Section):
         """
         values = self.input.values
         unset = True if values.is_default else dict.fromkeys(_defaults(values, type(values).model_fields), True)
-        return {
-            "model": dict.fromkeys(_defaults(self.model, _LATER["model"]), True),
-            "input": {"values": unset},
-            "output": dict.fromkeys(_defaults(self.output, _LATER["output"]), True),
-        }
+        later = {name: dict.fromkeys(_defaults(getattr(self, name), keys), True) for name, keys in _LATER.items()}
+        return {**later, "input": {"values": unset}}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -252,7 +286,7 @@ class VolumeSpec(Section):
                 self.input.model_dump(exclude=dict.fromkeys(("prefetch", "bounds"), True) | later["input"])
             ),
             "skip": _same_voxels(self.skip.model_dump()),
-            "output": self.output.model_dump(exclude={"compression", "format", "read_chunk_size"}),
+            "output": self.output.model_dump(exclude=dict.fromkeys(_STORED, True) | later["output"]),
             "origin": self.grid.roi.start,
             "patch": [self.patch_size, self.output_size, self.patch_overlap],
             "block": self.block_size,

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
-def test_geometry_is_what_its_script_draws(tmp_path: Path) -> None:
-    script = shutil.copy(IMAGES / "geometry.py", tmp_path)
+@pytest.mark.parametrize("name", ["geometry", "affinities"])
+def test_a_picture_is_what_its_script_draws(tmp_path: Path, name: str) -> None:
+    script = shutil.copy(IMAGES / f"{name}.py", tmp_path)
     subprocess.run([sys.executable, script], check=True, timeout=60)
 
-    drawn = (tmp_path / "geometry.svg").read_text()
-    assert drawn == (IMAGES / "geometry.svg").read_text(), "run docs/images/geometry.py"
+    drawn = (tmp_path / f"{name}.svg").read_text()
+    assert drawn == (IMAGES / f"{name}.svg").read_text(), f"run docs/images/{name}.py"
     ElementTree.fromstring(drawn)

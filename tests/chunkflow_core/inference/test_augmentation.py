@@ -14,13 +14,24 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from chunkflow_core.inference.augmentation import Transform, contributions
+from chunkflow_core.lattice.affinities import CONVENTIONS, Orientation
 from tests.support.random_examples import examples
 
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 COUNTS = {"none": 1, "flips": 8, "flips_transpose": 16}
-INDEPENDENT = contributions("flips_transpose", affinity=False)
-AFFINITY = contributions("flips_transpose", affinity=True)
+INDEPENDENT = contributions("flips_transpose")
+AFFINITY = contributions("flips_transpose", CONVENTIONS["abiss"], CONVENTIONS["abiss"])
+
+
+def of_kind(name: str, *, affinity: bool) -> tuple[Transform, ...]:
+    """The orientations of an augmentation for outputs of a kind."""
+    return contributions(name, *[CONVENTIONS["abiss"]] * 2) if affinity else contributions(name)
+
+
+def affine(flips: tuple[bool, bool, bool], transpose: bool) -> Transform:
+    """One of the orientations, for affinities."""
+    return next(t for t in AFFINITY if t.orientation == Orientation(flips, transpose))
 
 
 def segmentation(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float32]:
@@ -117,19 +128,19 @@ def inner(axis: int) -> tuple[slice, ...]:
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_orientations_are_all_different_and_begin_with_the_patch_itself(name: str, count: int, affinity: bool) -> None:
     patch = np.arange(2 * 3 * 3, dtype=np.float32).reshape(1, 2, 3, 3)
-    turned = [transform.apply(patch) for transform in contributions(name, affinity=affinity)]
+    turned = [transform.apply(patch) for transform in of_kind(name, affinity=affinity)]
     np.testing.assert_array_equal(turned[0], patch)
     assert len({array.tobytes() for array in turned}) == len(turned) == count
 
 
 def test_unknown_augmentation_is_refused() -> None:
     with pytest.raises(ValueError, match="flips_transpose, got 'rotations'"):
-        contributions("rotations", affinity=False)
+        contributions("rotations")
 
 
 def test_axes_are_flipped_before_the_transposition() -> None:
     patch = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
-    turned = Transform((False, True, False), True).apply(patch)
+    turned = Transform(Orientation((False, True, False), True)).apply(patch)
     np.testing.assert_array_equal(turned[0, 0], [[3, 0], [4, 1], [5, 2]])
 
 
@@ -155,7 +166,7 @@ def test_affinities_of_every_orientation_are_those_of_the_patch(transform: Trans
     restored = transform.undo(affinities(transform.apply(patch)))
     for channel, axis in enumerate((2, 1, 0)):
         np.testing.assert_array_equal(restored[channel][inner(axis)], expected[channel][inner(axis)])
-        first = 0 if transform.flips[axis] else 2 * np.take(expected[channel], 0, axis)
+        first = 0 if transform.orientation.flips[axis] else 2 * np.take(expected[channel], 0, axis)
         np.testing.assert_array_equal(np.take(restored[channel], 0, axis), first)
 
 
@@ -163,9 +174,7 @@ def test_affinities_of_every_orientation_are_those_of_the_patch(transform: Trans
 @pytest.mark.parametrize("shape", [(1, 4, 5, 6), (1, 1, 3, 1), (1, 2, 2, 2)], ids=str)
 def test_mean_of_perfect_affinities_is_perfect_to_the_first_plane(name: str, shape: tuple[int, ...]) -> None:
     patch = segmentation(shape)
-    np.testing.assert_array_equal(
-        mean(affinities, patch, contributions(name, affinity=True)), affinities(patch), strict=True
-    )
+    np.testing.assert_array_equal(mean(affinities, patch, of_kind(name, affinity=True)), affinities(patch), strict=True)
 
 
 @pytest.mark.parametrize("affinity", [False, True], ids=["independent", "affinity"])
@@ -179,14 +188,14 @@ def test_mean_of_an_asymmetric_network_is_that_of_its_voxels(name: str, shape: t
     network = convolution(3 if affinity else 2, seed=4)
     expected = mean_by_voxel(network, patch, name == "flips_transpose", affinity)
     assert not np.array_equal(expected, network(patch))
-    np.testing.assert_array_equal(mean(network, patch, contributions(name, affinity=affinity)), expected)
+    np.testing.assert_array_equal(mean(network, patch, of_kind(name, affinity=affinity)), expected)
 
 
 def test_transposition_exchanges_the_channels_of_y_and_x() -> None:
     output = np.stack([np.full((2, 2, 2), value, np.float32) for value in (10, 20, 30)])
-    restored = Transform((False, False, False), True, affinity=True).undo(output)
+    restored = affine((False, False, False), True).undo(output)
     assert restored[:, 1, 1, 1].tolist() == [20, 10, 30]
-    np.testing.assert_array_equal(Transform((False, False, False), True).undo(output), output)
+    np.testing.assert_array_equal(Transform(Orientation((False, False, False), True)).undo(output), output)
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -194,7 +203,7 @@ def test_a_flip_shifts_the_channel_of_its_axis_alone(axis: int) -> None:
     shape = [1, 1, 1]
     shape[axis] = 4
     output = np.broadcast_to(np.array([5, 6, 7, 8], np.float32).reshape(shape), (3, *shape))
-    restored = Transform((axis == 0, axis == 1, axis == 2), False, affinity=True).undo(output)
+    restored = affine((axis == 0, axis == 1, axis == 2), False).undo(output)
     expected = [[16, 14, 12, 10]] * 3  # the other axes are one voxel long, so all is first plane there
     expected[2 - axis] = [0, 8, 7, 6]
     assert [channel.ravel().tolist() for channel in restored] == expected
@@ -202,7 +211,7 @@ def test_a_flip_shifts_the_channel_of_its_axis_alone(axis: int) -> None:
 
 def test_a_flip_after_a_transposition_counts_for_the_axis_of_the_patch() -> None:
     output = np.arange(3 * 9, dtype=np.float32).reshape(3, 1, 3, 3)
-    restored = Transform((False, True, False), True, affinity=True).undo(output)
+    restored = affine((False, True, False), True).undo(output)
     # the network's x is the patch's y, from its high end; the network's y is the patch's x
     np.testing.assert_array_equal(restored[1, 0], [[0, 0, 0], [2, 5, 8], [1, 4, 7]])
     np.testing.assert_array_equal(restored[0, 0], [[22, 14, 17], [20, 13, 16], [18, 12, 15]])
@@ -215,7 +224,7 @@ def test_first_planes_are_doubled_only_where_half_of_the_orientations_have_a_val
         np.testing.assert_array_equal(np.take(unchanged[channel], 0, axis), 2)
         np.testing.assert_array_equal(unchanged[channel][inner(axis)], 1)
     np.testing.assert_array_equal(INDEPENDENT[0].undo(output), output)
-    (alone,) = contributions("none", affinity=True)
+    (alone,) = of_kind("none", affinity=True)
     np.testing.assert_array_equal(alone.undo(output), output)
 
 
@@ -225,7 +234,7 @@ def test_contributions_are_contiguous_and_leave_the_output_alone(name: str, affi
     contiguous = np.random.default_rng(5).random((3, 2, 4, 4), dtype=np.float32)
     for output in (contiguous, np.asfortranarray(contiguous)):
         before = output.copy()
-        for transform in contributions(name, affinity=affinity):
+        for transform in of_kind(name, affinity=affinity):
             contribution = transform.undo(output)
             assert contribution.flags.c_contiguous
             assert contribution.dtype == np.float32
