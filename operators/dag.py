@@ -227,7 +227,7 @@ def _documentation(spec: VolumeSpec, file: Path) -> str:
     grid: BlockGrid = spec.grid
     rows = {
         "input": f"{spec.written('input')} (mip {spec.input.mip})",
-        "output": f"{spec.written('output')} ({spec.output.channels} × {spec.output.dtype})",
+        "output": f"{spec.written('output')} ({spec.output.stored_channels} × {spec.output.dtype})",
         "ROI": str(grid.roi),
         "blocks": f"{' × '.join(map(str, grid.shape))} of {' × '.join(map(str, spec.block_size))} voxels",
         "patches": f"{grid.patches} of {' × '.join(map(str, spec.patch_size))}",

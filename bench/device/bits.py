@@ -38,7 +38,7 @@ def plain(workspace: Workspace, block: Block) -> tuple[Slab, list[torch.Tensor],
     spec, engine, patches = workspace.spec, workspace.engine, workspace.inference.patches
     reading = workspace.inference.reading(block)
     planes = reading.whole, np.ascontiguousarray(workspace.input.read(reading.whole))
-    slab = Slab(spec.grid, block.reach, block.reach.shape[0], spec.output.channels, patches.values)
+    slab = Slab(spec.grid, block.reach, block.reach.shape[0], spec.output.summed_channels, patches.values)
     kept: list[torch.Tensor] = []
     count = 0
     for positions in batches(reading.tiers, engine.batch_size):
@@ -63,7 +63,7 @@ def differing(workspace: Workspace, receipt: Receipt, slab: Slab) -> int:
         slab: The sums of the whole block.
     """
     spec, block = workspace.spec, workspace.spec.grid.block(receipt.block)
-    written, converted = workspace.output.read(block.core), slab.converted(block.core, spec.output.dtype)
+    written, converted = workspace.output.read(block.core), slab.converted(block.core, spec.output.conversion)
     count = int(np.count_nonzero(written != converted))
     entries = {entry.key: entry for entry in receipt.donations}
     donations = [donation for piece in spec.grid.pieces(block) for donation in piece.donations]

@@ -32,7 +32,7 @@ class IdentityOnDevice(Identity):
             device: Where patches come in and outputs are given.
         """
         super().__init__(spec)
-        self.device, self.batch_size, self._channels = device, spec.model.batch_size, spec.output.channels
+        self.device, self.batch_size, self._channels = device, spec.model.batch_size, spec.output.summed_channels
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Repeat the only channel of patches ``(batch, 1, z, y, x)`` over the output's channels."""

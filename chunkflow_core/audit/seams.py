@@ -23,7 +23,6 @@ from chunkflow_core.lattice.block_numbers import BlockSet, block_of, number_of
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector, indices, vector
 from chunkflow_core.lattice.slab import Slab, convert
-from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec import VolumeSpec
 from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.timing import Timings
@@ -97,7 +96,7 @@ def check_window(workspace: Workspace, window: Box, complete: BlockSet, audit: A
         _note_other_machine(audit, reference, allowed=spec.model.mixed_hardware)
         return
     sums = workspace.inference.window(window)
-    expected = workspace.masked(window, convert(sums, spec.output.dtype, ExactStep(*spec.output.range)))
+    expected = workspace.masked(window, convert(sums, spec.output.conversion))
     known, touching = len(audit.findings), set(filter(complete.__contains__, spec.grid.blocks_touching(window)))
     for index in sorted(touching):
         block = spec.grid.block(index)
@@ -187,7 +186,7 @@ def gives_wrong_sums(workspace: Workspace, donor: Vector, receiver: Vector, box:
         except MissingInputError:
             continue  # it has been cleaned up, and would be made anew
         shape = donation.box.shape
-        sums = decompress(payload, spec.output.channels, shape) if payload else np.zeros((1, *shape), np.float32)
+        sums = decompress(payload, spec.output.summed_channels, shape) if payload else np.zeros((1, *shape), np.float32)
         if (sums[(slice(None), *part.slices(donation.box.start))] != _given(workspace, donor, part)).any():
             return True
     return False
@@ -197,7 +196,7 @@ def _given(workspace: Workspace, donor: Vector, box: Box) -> NDArray[np.float32]
     """What a block's own patches sum to in a box."""
     grid, inference = workspace.spec.grid, workspace.inference
     block = grid.block(donor)
-    slab = Slab(grid, box, box.shape[0], workspace.spec.output.channels, inference.patches.values)
+    slab = Slab(grid, box, box.shape[0], workspace.spec.output.summed_channels, inference.patches.values)
     own = [p for p in indices(block.first_patch, block.stop_patch) if grid.patch_box(p) & box]
     for position in inference.patches.inside_mask(own):
         read = inference.patches.input_box(position)

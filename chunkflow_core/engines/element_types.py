@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import DataError, SpecError
 from chunkflow_core.spec import VolumeSpec
 
-_FLOATS = ("float16", "float32", "float64")
+BFLOAT16 = "bfloat16"
+"""Name of the type that numpy does not have: the upper half of float32."""
+_FLOATS = ("float16", BFLOAT16, "float32", "float64")
 _INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
-_HALF = np.float16
-_LARGEST_HALF = float(np.finfo(_HALF).max)
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
-def input_type(spec: VolumeSpec, declared: str) -> np.dtype[np.generic]:
-    """The type of a network's input, if the numbers of a spec can be given in it.
+def input_type(spec: VolumeSpec, declared: str) -> str:
+    """The name of the type of a network's input, if the numbers of a spec can be given in it.
 
     Args:
         spec: The volume.
@@ -33,10 +34,9 @@ def input_type(spec: VolumeSpec, declared: str) -> np.dtype[np.generic]:
             f"model.path: {path} takes {declared}, expected a network that takes {', '.join(_FLOATS + _INTEGERS)}. "
             "Convert its input"
         )
-    dtype = np.dtype(declared)
     if declared in _INTEGERS:
-        _check_whole_numbers(spec, dtype)
-    return dtype
+        _check_whole_numbers(spec, np.dtype(declared))
+    return declared
 
 
 def _check_whole_numbers(spec: VolumeSpec, dtype: np.dtype[Any]) -> None:
@@ -65,17 +65,34 @@ def _holds(dtype: np.dtype[Any], low: float, high: float) -> bool:
     return int(limits.min) <= low and high <= int(limits.max)
 
 
-def cast(patches: NDArray[np.float32], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """Patches in the type that the network takes; float16 rounds to nearest.
+def cast(patches: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Patches in the type that the network takes; float16 and bfloat16 round to nearest.
+
+    Those of bfloat16 are its bits, in uint16.
 
     Raises:
         DataError: A number is larger than the type goes.
     """
-    if dtype == np.float32:
+    if dtype == "float32":
         return patches
-    if dtype == _HALF:
+    if dtype == BFLOAT16:
+        return _to_bfloat16(patches)
+    if dtype == "float16":
         check_half(float(np.abs(patches).max()))
     return patches.astype(dtype)
+
+
+def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest numbers of bfloat16, half to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    even = (bits >> 16) & 1
+    rounded = (bits + (np.uint32(2**15 - 1) + even)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def of_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The numbers of bfloat16 with some bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def check_half(largest: float) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams
-from chunkflow_core.engines.outputs import cropped
+from chunkflow_core.engines.outputs import finished, least_channels
 from chunkflow_core.spec import VolumeSpec
 
 
@@ -22,9 +22,9 @@ class Identity(Engine):
         self.streams = cpu_streams(spec)
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Repeat the batch's channels in turn, cut to the size of an output patch."""
-        repeated = patches.take(np.arange(self._spec.output.channels) % patches.shape[1], axis=1)
-        return np.ascontiguousarray(cropped(repeated, self._spec, len(patches)))
+        """Repeat the batch's channels in turn; what becomes of outputs becomes of them."""
+        repeated = patches.take(np.arange(least_channels(self._spec)) % patches.shape[1], axis=1)
+        return finished(repeated, self._spec, len(patches))
 
 
 def load(spec: VolumeSpec) -> Identity:

@@ -89,10 +89,12 @@ def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
         _refuse(spec, ("batch_statistics", "compile"), "InstantiatedModel and load_model, not for PatchInferencer")
         _refuse(spec, ("weights_key",), "InstantiatedModel, not for PatchInferencer")
         return Model(_patch_inferencer(spec, module, weights), takes_numpy=True)
+    network, pre_process = _instantiated_model(spec, module, weights, device), getattr(module, "pre_process", None)
     return Model(
-        _instantiated_model(spec, module, weights, device),
-        pre_process=getattr(module, "pre_process", None),
+        network,
+        pre_process=pre_process,
         post_process=getattr(module, "post_process", None),
+        dtype=_taken_by(spec, network, device, pre_process),
     )
 
 
@@ -154,25 +156,39 @@ def _from_archive(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
     return Model(network, dtype=_taken_by(spec, network, device))
 
 
-def _taken_by(spec: VolumeSpec, network: Any, device: torch.device) -> torch.dtype:
-    """The type of the elements that a TorchScript network takes, which its file does not declare.
+def _taken_by(
+    spec: VolumeSpec, network: Function, device: torch.device, pre_process: Function | None = None
+) -> torch.dtype:
+    """The type of the elements that a network takes whose file does not declare it.
 
-    It is that of its weights, if they have all the same and it does not take float32 patches.
+    It is float32 if it takes such patches, else the first of the types of its weights that it
+    takes; the type of the first ones, if it takes nothing.
     """
-    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
-    (kind,) = kinds if len(kinds) == 1 else {torch.float32}
-    if kind == torch.float32:
-        return kind
-    patch = torch.zeros(network_shape(spec), device=device)
+    parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    kinds = list(dict.fromkeys(parameter.dtype for parameter in parameters if parameter.is_floating_point()))
+    if set(kinds) <= {torch.float32}:
+        return torch.float32
+    patch = torch.zeros(network_shape(spec))
+    given = patch if pre_process is None else pre_process(patch.numpy())
+    if not isinstance(given, torch.Tensor | np.ndarray):  # it takes what it likes
+        return torch.float32
+    patch = torch.as_tensor(given)
+    taken = (kind for kind in dict.fromkeys([torch.float32, *kinds]) if _takes(network, patch.to(device, kind)))
+    kind = next(taken, kinds[0])
+    input_type(spec, str(kind).removeprefix("torch."))
+    return kind
+
+
+def _takes(network: Function, patch: torch.Tensor) -> bool:
+    """Whether a network does not fail with a patch."""
     with torch.inference_mode():
         try:
             network(patch)
         except RuntimeError as error:
             if is_of_the_machine(error):
                 raise
-            input_type(spec, str(kind).removeprefix("torch."))
-            return kind
-    return torch.float32
+            return False
+    return True
 
 
 def _from_program(spec: VolumeSpec, path: Path, device: torch.device) -> Model:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams, network_input, network_shape
-from chunkflow_core.engines.element_types import cast, input_type
+from chunkflow_core.engines.element_types import BFLOAT16, cast, input_type
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
@@ -24,6 +24,9 @@ _IS_NO_CPU = "fallback to CPU EP has been explicitly disabled"
 _NOT_STARTED = (
     "could not be started: a library of NVIDIA's is missing or of another version. ONNX Runtime's log says which"
 )
+
+_BFLOAT16 = 16
+"""Number of the type in the format (``TensorProto.BFLOAT16``)."""
 
 Provider = tuple[str, dict[str, Any]]
 
@@ -49,7 +52,13 @@ class ONNX(Engine):
         self._batch_size = _fixed_batch(spec, given.shape)
         outputs = session.get_outputs()
         names = [({output.name}, _channels(output.shape, spec)) for output in outputs]
-        self._output = outputs[choose(names, spec)].name
+        output = outputs[choose(names, spec)]
+        if _numpy_name(output.type) == BFLOAT16:
+            raise SpecError(
+                f"model.path: {spec.model.path} gives {BFLOAT16}, which ONNX Runtime does not hand over: cast its "
+                f"output {output.name} to float32 in the file, or run it by openvino"
+            )
+        self._output = output.name
         if session.get_providers()[0] == _CPU:
             self.streams = cpu_streams(spec)
 
@@ -67,13 +76,19 @@ class ONNX(Engine):
         """Run a patch; a batch whose size is fixed in the file is filled up with copies of it."""
         try:
             batch = np.repeat(cast(network_input(patches, self._spec), self._dtype), self._batch_size, axis=0)
-            (output,) = self._session.run([self._output], {self._input: batch})
+            given = _of_bits(batch) if self._dtype == BFLOAT16 else batch
+            (output,) = self._session.run([self._output], {self._input: given})
             output = output[: len(output) // self._batch_size]
         except Exception as error:
             if is_of_the_machine(error):
                 raise
             raise failed(told(error, self._spec), patches.shape) from error
         return finished(output, self._spec, len(patches))
+
+
+def _of_bits(bits: NDArray[Any]) -> Any:
+    """A value of ONNX Runtime's in bfloat16, of the bits of its numbers."""
+    return required("onnxruntime", "onnx").OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
 
 
 def load(spec: VolumeSpec) -> ONNX:

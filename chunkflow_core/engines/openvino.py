@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_core.engines.base import Engine, cpu_streams, network_input, network_shape
-from chunkflow_core.engines.element_types import cast, input_type
+from chunkflow_core.engines.element_types import BFLOAT16, cast, input_type, of_bfloat16
 from chunkflow_core.engines.failures import is_of_the_machine, required, told
 from chunkflow_core.engines.outputs import choose, each_by_itself, failed, finished
 from chunkflow_core.errors import SpecError
@@ -72,21 +72,35 @@ class OpenVINO(Engine):
             given = network_input(patch, self._spec)
             given = self._around.before(given) if self._around else given
             request = self._request()
-            request.infer([cast(given, self._dtype)])
+            request.infer([self._tensor(cast(given, self._dtype))])
             if self._around:
                 output = self._around.after([np.array(tensor.data) for tensor in request.output_tensors])
             else:
-                output = request.get_output_tensor(self._output).data
+                output = _numbers(request.get_output_tensor(self._output))
         except Exception as error:
             if is_of_the_machine(error):
                 raise
             raise failed(told(error, self._spec), patch.shape) from error
         return finished(output, self._spec, 1)
 
+    def _tensor(self, given: NDArray[Any]) -> Any:
+        """What goes into the network: an array, or a tensor where numpy lacks the type."""
+        if self._dtype != BFLOAT16:
+            return given
+        openvino = required("openvino", "openvino")
+        return openvino.Tensor(given, given.shape, openvino.Type.bf16)
+
     def _request(self) -> Any:
         if not hasattr(self._thread, "request"):
             self._thread.request = self._compiled.create_infer_request()
         return self._thread.request
+
+
+def _numbers(tensor: Any) -> NDArray[Any]:
+    """The numbers of a tensor, in memory that it may share."""
+    data: NDArray[Any] = tensor.data
+    # OpenVINO gives the bits of bfloat16 as those of float16
+    return of_bfloat16(data.view(np.uint16)) if _numpy_name(tensor) == BFLOAT16 else data
 
 
 def load(spec: VolumeSpec) -> OpenVINO:
@@ -151,8 +165,10 @@ def _fix_shape(spec: VolumeSpec, model: Any) -> None:
 
 
 def _numpy_name(port: Any) -> str:
-    """Numpy's name of the element type of an input, or OpenVINO's where numpy has none."""
+    """Numpy's name of an element type, of a port or tensor, or OpenVINO's where numpy has none."""
     name = str(port.get_element_type().get_type_name())  # to_dtype would take bf16 for float16, and u4 for uint8
+    if name == "bf16":
+        return BFLOAT16
     match = re.fullmatch(r"([fiu])(8|16|32|64)", name)
     return {"f": "float", "i": "int", "u": "uint"}[match[1]] + match[2] if match else name
 
@@ -213,7 +229,7 @@ def _digest(spec: VolumeSpec) -> str:
         "versions": [version("openvino"), version("torch")],
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in spec.model_files],
         "patch": network_shape(spec),
-        "output": [spec.model.output, spec.output.channels],
+        "output": [spec.model.output, spec.output.channels, *([spec.model.channels] if spec.model.channels else [])],
         "weights_key": spec.model.weights_key,
         "batch_statistics": spec.model.batch_statistics,
     }

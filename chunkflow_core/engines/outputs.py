@@ -1,6 +1,7 @@
 """What becomes of a network's output in every engine.
 
-One of several outputs is taken, cut to the declared size, and activated.
+One of several outputs is taken, cut to the declared size, and activated; and of its channels those
+that the spec names.
 """
 
 from __future__ import annotations
@@ -63,24 +64,46 @@ def _fits(output: Any, spec: VolumeSpec) -> bool:
     """Whether an output may be the declared one, and larger by a margin."""
     shape = tuple(getattr(output, "shape", ()))
     size = spec.output_size[3 - spec.model.dimensions :]
-    if len(shape) != 2 + len(size) or shape[1] != spec.output.channels:
+    if len(shape) != 2 + len(size) or not has_channels(shape[1], spec):
         return False
     return all(n >= m and (n - m) % 2 == 0 for n, m in zip(shape[2:], size, strict=True))
 
 
+def has_channels(count: int, spec: VolumeSpec) -> bool:
+    """Whether a network that gives so many channels may be the declared one."""
+    known = _known_channels(spec)
+    return count >= least_channels(spec) if known is None else count == known
+
+
+def least_channels(spec: VolumeSpec) -> int:
+    """The number of channels that the network gives, or the least that has all that are taken."""
+    return _known_channels(spec) or 1 + max(spec.output.taken or (0,))
+
+
+def _known_channels(spec: VolumeSpec) -> int | None:
+    """The number of channels that the network has to give; None if it is not declared."""
+    return spec.model.channels or (spec.output.summed_channels if spec.output.taken is None else None)
+
+
+def _told_channels(spec: VolumeSpec) -> str:
+    return f"{least_channels(spec)}{' or more' if _known_channels(spec) is None else ''}"
+
+
 def _of_mapping(output: Mapping[Any, Any], spec: VolumeSpec) -> Any:
-    wanted, channels = spec.model.output, spec.output.channels
+    wanted = spec.model.output
     if wanted is not None:
         if wanted not in output:
             raise DataError(f"model.output: {wanted} is not among the model's outputs {list(output)}")
         return output[wanted]
     fitting = [
-        v for v in output.values() if getattr(v, "ndim", 0) == 2 + spec.model.dimensions and v.shape[1] == channels
+        v
+        for v in output.values()
+        if getattr(v, "ndim", 0) == 2 + spec.model.dimensions and has_channels(v.shape[1], spec)
     ]
     if len(fitting) != 1:
         raise DataError(
-            f"the model gives the outputs {list(output)}, of which {len(fitting)} have {channels} channels; "
-            "name the one to take in model.output"
+            f"the model gives the outputs {list(output)}, of which {len(fitting)} have {_told_channels(spec)} "
+            "channels; name the one to take in model.output"
         )
     return fitting[0]
 
@@ -96,7 +119,7 @@ def choose(outputs: Sequence[tuple[Collection[str], int | None]], spec: VolumeSp
     Raises:
         SpecError: There is no such output, or several would do.
     """
-    wanted, channels = spec.model.output, spec.output.channels
+    wanted = spec.model.output
     if isinstance(wanted, int):
         if not -len(outputs) <= wanted < len(outputs):
             raise SpecError(f"model.output: {wanted}, but the model gives {len(outputs)} outputs")
@@ -107,17 +130,17 @@ def choose(outputs: Sequence[tuple[Collection[str], int | None]], spec: VolumeSp
         if not named:
             raise SpecError(f"model.output: {wanted} is not among the model's outputs {known}")
         return named[0]
-    fitting = [index for index, (_, count) in enumerate(outputs) if count in (None, channels)]
+    fitting = [index for index, (_, count) in enumerate(outputs) if count is None or has_channels(count, spec)]
     if len(outputs) > 1 and len(fitting) != 1:
         raise SpecError(
-            f"the model gives the outputs {known}, of which {len(fitting)} have {channels} channels; "
+            f"the model gives the outputs {known}, of which {len(fitting)} have {_told_channels(spec)} channels; "
             "name the one to take in model.output"
         )
     return fitting[0] if fitting else 0
 
 
 def cropped(output: Any, spec: VolumeSpec, batch: int) -> Any:
-    """The centre of an output, of ``output_patch_size``.
+    """The centre of an output, of ``output_patch_size``, with all channels.
 
     Args:
         output: Array or tensor ``(batch, channels, z, y, x)``.
@@ -127,31 +150,56 @@ def cropped(output: Any, spec: VolumeSpec, batch: int) -> Any:
     Raises:
         DataError: The output does not have the declared shape.
     """
-    expected = (batch, spec.output.channels, *spec.output_size)
+    size = spec.output_size
     if spec.model.dimensions == 2 and output.ndim == 4:
         output = output[:, :, None]
     with suppress(ValueError, IndexError):  # told in terms of the spec below
-        output = crop_to(output, spec.output_size)
-    if tuple(output.shape) != expected:
-        several = f"; {_AROUND}" if output.ndim > len(expected) else ""
+        output = crop_to(output, size)
+    shape = tuple(output.shape)
+    if len(shape) != 5 or (shape[0], *shape[2:]) != (batch, *size) or not has_channels(shape[1], spec):
+        several = f"; {_AROUND}" if output.ndim > 5 else ""
+        expected = ", ".join(map(str, (batch, _told_channels(spec), *size)))
+        key = "model.channels" if spec.model.channels else "output.channels"
         raise UnfitPatchError(
-            f"the model gave an output of shape {tuple(output.shape)}, the spec says {expected} "
-            f"(batch, output.channels, z, y, x of output_patch_size){several}"
+            f"the model gave an output of shape {shape}, the spec says ({expected}) "
+            f"(batch, {key}, z, y, x of output_patch_size){several}"
         )
     return output
 
 
-def finished(output: NDArray[Any], spec: VolumeSpec, batch: int) -> NDArray[np.float32]:
-    """A numpy output cut to size and activated: float32, contiguous, in memory of its own.
+def taken(output: Any, spec: VolumeSpec, stack: Any) -> Any:
+    """Those channels of an output that the spec names, by a library's ``stack``; or all of them."""
+    names = spec.output.taken
+    return output if names is None else stack([output[:, channel] for channel in names], 1)
 
-    Arguments and errors as :func:`cropped`.
+
+def finished(output: NDArray[Any], spec: VolumeSpec, batch: int) -> NDArray[np.float32]:
+    """A numpy output cut to size and activated, with the channels that are taken.
+
+    It is float32, contiguous, in memory of its own. Arguments and errors as :func:`cropped`.
     """
-    result = np.array(cropped(output, spec, batch), np.float32, order="C")
+    output = cropped(output, spec, batch)
+    if spec.model.activation == "softmax":
+        return np.ascontiguousarray(taken(_softmax(output), spec, np.stack))
+    result = np.array(taken(output, spec, np.stack), np.float32, order="C")
     if spec.model.activation == "sigmoid":
         with np.errstate(over="ignore"):  # the exponential of a large logit is infinite, and its reciprocal is 0
             np.exp(np.negative(result, out=result), out=result)
         result += 1
         np.reciprocal(result, out=result)
+    return result
+
+
+def _softmax(output: NDArray[Any]) -> NDArray[np.float32]:
+    """The softmax over the channels of an output ``(batch, channels, z, y, x)``: float32.
+
+    Infinite logits give NaN, but for -inf, which becomes 0 beside others.
+    """
+    result = np.array(output, np.float32, order="C")
+    with np.errstate(invalid="ignore"):  # NaN is told of when the range is checked
+        result -= result.max(axis=1, keepdims=True)
+    np.exp(result, out=result)
+    result /= result.sum(axis=1, keepdims=True)
     return result
 
 

@@ -14,7 +14,7 @@ from chunkflow_core.engines.failures import is_of_the_machine, told
 from chunkflow_core.engines.gpu import claim
 from chunkflow_core.engines.networks import Model, load_model
 from chunkflow_core.engines.opened_files import first_patch_run
-from chunkflow_core.engines.outputs import cropped, failed, select
+from chunkflow_core.engines.outputs import cropped, failed, select, taken
 from chunkflow_core.engines.settings import held
 from chunkflow_core.errors import SpecError
 from chunkflow_core.machine import keep_large_arrays
@@ -93,10 +93,16 @@ class PyTorch(Engine):
             tensor = torch.as_tensor(select(output, self._spec), device=self.device)
             if self._model.fixed_batch:  # filled up with copies
                 tensor = tensor[: len(patches)]
-            tensor = cropped(tensor, self._spec, len(patches)).float()
-            if self._spec.model.activation == "sigmoid":
-                tensor = torch.sigmoid(tensor)
-            return tensor.contiguous()
+            return self._finished(cropped(tensor, self._spec, len(patches)))
+
+    def _finished(self, output: torch.Tensor) -> torch.Tensor:
+        """An output activated, with the channels that are taken: float32, contiguous."""
+        activation = self._spec.model.activation
+        if activation == "softmax":
+            output = torch.softmax(output.float(), dim=1)
+        # no index tensor: a device would wait for it to come from the host
+        tensor: torch.Tensor = taken(output, self._spec, torch.stack).float()
+        return (torch.sigmoid(tensor) if activation == "sigmoid" else tensor).contiguous()
 
     def _run(self, patches: torch.Tensor) -> Any:
         if self._device.type == "cuda":  # this too is a matter of each thread, and model files may say just "cuda"

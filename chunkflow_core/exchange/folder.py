@@ -129,7 +129,7 @@ class Exchange:
         """
         if payload is None:
             return DonationEntry(donation.key, donation.receiver, None, 0)
-        data, checksum = donations.pack(donation, payload, self.spec.output.channels, self.fingerprint)
+        data, checksum = donations.pack(donation, payload, self.spec.output.summed_channels, self.fingerprint)
         put_file(self.path, self._donation(donation.key), data)
         return DonationEntry(donation.key, donation.receiver, checksum, len(data))
 
@@ -158,7 +158,9 @@ class Exchange:
             if content is None:
                 raise MissingInputError(f"donation {key} is missing in {self.path}. {self.remedy(donation.donor)}")
             try:
-                found[key] = donations.unpack(content, donation, self.spec.output.channels, self.fingerprint, checksum)
+                found[key] = donations.unpack(
+                    content, donation, self.spec.output.summed_channels, self.fingerprint, checksum
+                )
             except DataError as error:
                 wrong[key] = f"{error}. {self.remedy(donation.donor)}"
         if wrong:

@@ -49,7 +49,7 @@ class Sums(Protocol):
         """Sums of a box: float32 ``(channels, z, y, x)``, in the units of the values."""
 
     def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """Complete sums of a box: ``(channels, z, y, x)`` in the output's dtype."""
+        """What becomes of complete sums of a box: ``(stored channels, z, y, x)``."""
 
 
 class Runner(Protocol):
@@ -132,7 +132,7 @@ class Inference:
             Float32 ``(channels, z, y, x)``, in the units of the values.
         """
         grid = self.spec.grid
-        slab = Slab(grid, window, window.shape[0], self.spec.output.channels, self.patches.values)
+        slab = Slab(grid, window, window.shape[0], self.spec.output.summed_channels, self.patches.values)
         origin = grid.roi.start
         touching = [
             axis.touching(window.start[a] - origin[a], window.stop[a] - origin[a]) for a, axis in enumerate(grid.axes)
@@ -169,12 +169,12 @@ class Inference:
             start = perf_counter()
             outputs = list(pool.map(patches.forward, [patch] * engine.streams))
             seconds = (perf_counter() - start) * len(patches.transforms) / (engine.streams * engine.batch_size)
-        slab = Slab(self.spec.grid, window, window.shape[0], self.spec.output.channels, patches.values)
+        slab = Slab(self.spec.grid, window, window.shape[0], self.spec.output.summed_channels, patches.values)
         limits = (patches.values.low, patches.values.high)
         # this also compiles what blending needs, once for all processes
         if not slab.add(position, outputs[0], limits=limits) or patches.alters_values:
             patches.check(position, outputs[0])
-        slab.converted(window, self.spec.output.dtype)
+        slab.converted(window, self.spec.output.conversion)
         return seconds, given[: len(before)]
 
     def _read_patch(self, position: Vector) -> Planes:

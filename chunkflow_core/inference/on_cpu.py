@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.lattice.blocks import Block
 from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.conversion import Conversion
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.timing import Timings
 
@@ -47,11 +48,11 @@ class OnCpu:
             grid,
             block.reach,
             grid.slab_depth(block),
-            patches.spec.output.channels,
+            patches.spec.output.summed_channels,
             patches.values,
             self._copying.map,
         )
-        self.sums = SlabSums(self._slab, patches.spec.output.dtype, timings)
+        self.sums = SlabSums(self._slab, patches.spec.output.conversion, timings)
         """What the finished patches add up to."""
         self._pool = ThreadPoolExecutor(streams, thread_name_prefix="stream")
         self._tiers: deque[list[Future[None]]] = deque()
@@ -84,9 +85,9 @@ class OnCpu:
 class SlabSums:
     """Sums of final pieces, copied out of a slab when they are asked for."""
 
-    def __init__(self, slab: Slab, dtype: str, timings: Timings) -> None:
-        """Name the slab, and the output's dtype; nothing is copied yet."""
-        self._slab, self._dtype, self._timings = slab, dtype, timings
+    def __init__(self, slab: Slab, conversion: Conversion, timings: Timings) -> None:
+        """Name the slab, and what becomes of complete sums; nothing is copied yet."""
+        self._slab, self._conversion, self._timings = slab, conversion, timings
 
     def sum(self, box: Box) -> Callable[[], NDArray[np.float32]]:
         """Sums of a box: float32 ``(channels, z, y, x)``; see ``block.Sums``."""
@@ -94,6 +95,6 @@ class SlabSums:
         return lambda: data
 
     def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """Complete sums of a box, in the output's dtype; see ``block.Sums``."""
-        data = self._timings.measure("convert", self._slab.converted, box, self._dtype)
+        """What becomes of complete sums of a box; see ``block.Sums``."""
+        data = self._timings.measure("convert", self._slab.converted, box, self._conversion)
         return lambda: data

@@ -25,6 +25,7 @@ from chunkflow_core.inference.patches import Patches, Planes
 from chunkflow_core.inference.values import Numbers
 from chunkflow_core.lattice.blocks import Block, BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.conversion import LARGEST_UINT16, Conversion
 from chunkflow_core.lattice.slab import channel_parts
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight
 from chunkflow_core.timing import Timings
@@ -72,13 +73,20 @@ class DeviceSlab:
         """A copy of the sums in a box: float32 ``(channels, z, y, x)``, in units of the values."""
         return torch.cat([part * self.values.step for part in self._parts(box)], dim=1)
 
-    def converted(self, box: Box, dtype: str) -> torch.Tensor:
-        """The complete sums in a box, ``(channels, z, y, x)`` in the output's dtype."""
+    def converted(self, box: Box, conversion: Conversion) -> torch.Tensor:
+        """What becomes of the complete sums in a box, by the rules of ``Conversion``."""
         sums = self.sum(box)
-        if dtype == "float32":
-            return sums
-        low, scale = (float(number) for number in self.values.uint8)
-        return sums.sub_(low).mul_(scale).round_().clamp_(0, 255).to(torch.uint8)
+        if conversion.argmax:  # of several that are the largest, torch gives the first
+            return sums.argmax(dim=0, keepdim=True).to(torch.uint8)
+        if conversion.threshold is not None:
+            return (sums >= float(np.float32(conversion.threshold))).to(torch.uint8)
+        if conversion.dtype == "uint16":
+            low, scale = self.values.uint16
+            return sums.double().sub_(low).mul_(scale).round_().clamp_(0, LARGEST_UINT16).to(torch.uint16)
+        if conversion.dtype == "uint8":
+            low, scale = (float(number) for number in self.values.uint8)
+            return sums.sub_(low).mul_(scale).round_().clamp_(0, 255).to(torch.uint8)
+        return sums.to(getattr(torch, conversion.dtype))
 
     def advance(self, plane: int) -> None:
         """Drop the planes below ``plane`` and make room above."""
@@ -128,13 +136,13 @@ class OnDevice:
         device = patches.engine.device
         assert device is not None
         self._patches, self._timings, self._patch_done, self._device = patches, timings, patch_done, device
-        grid, channels = patches.grid, patches.spec.output.channels
+        grid, channels = patches.grid, patches.spec.output.summed_channels
         self._slab = DeviceSlab(grid, block.reach, grid.slab_depth(block), channels, patches.values, device)
         self._incoming, self._outgoing = _stream(device), _stream(device)
         self._numbers: tuple[Numbers, Numbers] | None = None
         self._extremes: list[tuple[Vector, torch.Tensor]] = []
         self._checks: list[Callable[[], None]] = []
-        self.sums = DeviceSums(self._slab, patches.spec.output.dtype, self._to_host, self._checks)
+        self.sums = DeviceSums(self._slab, patches.spec.output.conversion, self._to_host, self._checks)
         """What the finished patches add up to."""
         self._forward: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -264,24 +272,26 @@ class OnDevice:
 class DeviceSums:
     """Sums of final pieces, on their way to the host from when they are asked for."""
 
-    def __init__(self, slab: DeviceSlab, dtype: str, to_host: ToHost, checks: Sequence[Callable[[], None]]) -> None:
+    def __init__(
+        self, slab: DeviceSlab, conversion: Conversion, to_host: ToHost, checks: Sequence[Callable[[], None]]
+    ) -> None:
         """Name the slab; nothing is copied yet.
 
         Args:
             slab: The sums.
-            dtype: The output's dtype.
+            conversion: What becomes of complete sums.
             to_host: Starts a copy to the host, and returns a function that waits for it.
             checks: Grows by those of each tier that has been finished.
         """
-        self._slab, self._dtype, self._to_host, self._checks = slab, dtype, to_host, checks
+        self._slab, self._conversion, self._to_host, self._checks = slab, conversion, to_host, checks
 
     def sum(self, box: Box) -> Callable[[], NDArray[Any]]:
         """Sums of a box: float32 ``(channels, z, y, x)``; see ``block.Sums``."""
         return self._checked(self._slab.sum(box))
 
     def converted(self, box: Box) -> Callable[[], NDArray[Any]]:
-        """Complete sums of a box, in the output's dtype; see ``block.Sums``."""
-        return self._checked(self._slab.converted(box, self._dtype))
+        """What becomes of complete sums of a box; see ``block.Sums``."""
+        return self._checked(self._slab.converted(box, self._conversion))
 
     def _checked(self, result: torch.Tensor) -> Callable[[], NDArray[Any]]:
         """Start the copy to the host.

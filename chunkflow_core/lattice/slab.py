@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from threading import Condition, Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import ChunkflowError
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box, Vector
+from chunkflow_core.lattice.conversion import Conversion
 from chunkflow_core.lattice.kernels import add_plane, to_float32, to_uint8
 from chunkflow_core.lattice.weights import ExactStep, normalised_weight, strips
 
@@ -121,15 +123,12 @@ class Slab:
         self._for_each(copy, range(box.shape[0]))
         return result
 
-    def converted(self, box: Box, dtype: str) -> NDArray[np.float32 | np.uint8]:
-        """The complete sums in ``box`` in the output's dtype, converted as :func:`convert` does."""
-        if dtype == "float32":
-            return self.sum(box)
-        result = np.empty((len(self.sums), *box.shape), np.uint8)
+    def converted(self, box: Box, conversion: Conversion) -> NDArray[Any]:
+        """What becomes of the complete sums in a box: ``(stored channels, z, y, x)``."""
+        result = np.empty((conversion.channels(len(self.sums)), *box.shape), conversion.dtype)
 
         def convert_plane(plane: int) -> None:
-            start, step = self._start(box, plane), np.float32(self.values.step)
-            to_uint8(self.sums, start, step, *self.values.uint8, result, plane)
+            _fill(conversion, self.sums, self._start(box, plane), np.float32(self.values.step), result, plane)
 
         self._for_each(convert_plane, range(box.shape[0]))
         return result
@@ -193,20 +192,38 @@ def channel_parts(moved: Sequence[Vector]) -> list[tuple[slice, Vector]]:
     return [(slice(c, c + 1), offset) for c, offset in enumerate(moved)] or [(slice(None), (0, 0, 0))]
 
 
-def convert(sums: NDArray[np.float32], dtype: str, values: ExactStep) -> NDArray[np.float32 | np.uint8]:
-    """Convert complete sums to the output's dtype, once, after the last addition.
-
-    ``float32`` is kept as it is. ``uint8`` maps ``[low, high]`` to 0–255, rounded half to even and
-    clipped.
+def convert(sums: NDArray[np.float32], conversion: Conversion) -> NDArray[Any]:
+    """What becomes of complete sums, once, after the last addition.
 
     Args:
-        sums: Float32 ``(channels, z, y, x)``, in the units of the values.
-        dtype: The output's dtype, ``float32`` or ``uint8``.
-        values: Range of the values.
+        sums: Float32 ``(channels, z, y, x)``, in the units of the values, contiguous.
+        conversion: What is made of them.
+
+    Returns:
+        ``(stored channels, z, y, x)`` in the output's dtype; for float32 the sums themselves.
     """
-    if dtype == "float32":
+    if conversion.dtype == "float32":
         return sums
-    result = np.empty(sums.shape, np.uint8)
+    result = np.empty((conversion.channels(len(sums)), *sums.shape[1:]), conversion.dtype)
     for plane in range(sums.shape[1]):
-        to_uint8(sums[:, :, None], (plane, 0, 0), np.float32(1), *values.uint8, result, plane)
+        _fill(conversion, sums[:, :, None], (plane, 0, 0), np.float32(1), result, plane)
     return result
+
+
+def _fill(
+    conversion: Conversion,
+    sums: NDArray[np.float32],
+    start: Vector,
+    unit: np.float32,
+    result: NDArray[Any],
+    plane: int,
+) -> None:
+    """Convert a part of a plane of complete sums; arguments as :func:`to_uint8` has them."""
+    if conversion.dtype == "float32":
+        to_float32(sums, start, unit, result, plane)
+    elif conversion.dtype == "uint8" and conversion.is_plain:
+        to_uint8(sums, start, unit, *conversion.values.uint8, result, plane)
+    else:
+        values = np.empty((len(sums), 1, *result.shape[2:]), np.float32)
+        to_float32(sums, start, unit, values, 0)
+        result[:, plane] = conversion.of_plane(values[:, 0])

@@ -111,3 +111,11 @@ class ExactStep:
     def uint8(self) -> tuple[np.float32, np.float32]:
         """What is subtracted from values, and then what they are multiplied by, to become uint8."""
         return np.float32(self.low), np.float32(255 / (self.high - self.low))
+
+    @property
+    def uint16(self) -> tuple[float, float]:
+        """What is subtracted from values, and then what they are multiplied by, to become uint16.
+
+        These are float64: float32 has too few bits to tell the halves between 65,536 numbers.
+        """
+        return self.low, 65535 / (self.high - self.low)

@@ -86,7 +86,7 @@ def _kinds(blocks: Sequence[AxisBlock]) -> list[int]:
 
 def _donated(spec: VolumeSpec, block: Block) -> int:
     voxels = sum(donation.box.voxels for piece in spec.grid.pieces(block) for donation in piece.donations)
-    return voxels * spec.output.channels * _FLOAT
+    return voxels * spec.output.summed_channels * _FLOAT
 
 
 def data_bytes(spec: VolumeSpec, block: Block) -> int:
@@ -99,7 +99,7 @@ def data_bytes(spec: VolumeSpec, block: Block) -> int:
 
 def _sums(spec: VolumeSpec, block: Block) -> int:
     _, height, width = block.reach.shape
-    return spec.output.channels * spec.grid.slab_depth(block) * height * prod(strips(width)) * _FLOAT
+    return spec.output.summed_channels * spec.grid.slab_depth(block) * height * prod(strips(width)) * _FLOAT
 
 
 def _planes(spec: VolumeSpec, block: Block) -> int:
@@ -115,8 +115,9 @@ def _planes(spec: VolumeSpec, block: Block) -> int:
 
 def _leaving(spec: VolumeSpec, block: Block) -> int:
     """Bytes of what of a piece is written and what is donated, with their encoded forms."""
-    written, donated = 2 * np.dtype(spec.output.dtype).itemsize, 5 * _FLOAT // 2
-    return spec.output.channels * max(
+    written = 2 * np.dtype(spec.output.dtype).itemsize * spec.output.stored_channels
+    donated = 5 * _FLOAT // 2 * spec.output.summed_channels
+    return max(
         written * piece.core.voxels + donated * sum(donation.box.voxels for donation in piece.donations)
         for piece in spec.grid.pieces(block)
     )

@@ -14,6 +14,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from chunkflow_core.lattice.boxes import Vector
+from chunkflow_core.lattice.conversion import Conversion
+from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec.affinities import Convention
 from chunkflow_core.spec.values import ValuesSpec
 from chunkflow_core.storage.addresses import (
@@ -39,6 +41,13 @@ other end, R is at least half of the width, 2⁻¹⁰¹. So the step's reciproca
 2¹²⁸; a weighted value that counts, of half a step or more, is above 2⁻¹²⁶, below which float32 has
 fewer bits; and 255 over the width, by which ``uint8`` is scaled, is finite.
 """
+
+
+_LEAST_HALF, _LARGEST_HALF = 2.0**-14, 65504.0
+"""Least and largest number that float16 has with all of its bits."""
+
+_MOST_CLASSES = 2**8
+"""Largest number of channels whose indices uint8 holds."""
 
 
 def _three_integers(value: Any) -> Any:
@@ -93,6 +102,19 @@ def _true_false_or_all(value: Any) -> Any:
     if not isinstance(value, bool) and value != "all":
         raise ValueError("expected true, false or all")
     return value
+
+
+def _channels(value: Any) -> Any:
+    listed = isinstance(value, list | tuple)
+    numbers = value if listed else [value]
+    if not all(type(number) is int and 0 <= number <= _MOST for number in numbers) or value == 0 or not numbers:
+        raise ValueError(
+            f"expected the number of channels that the model gives, from 1 to {_MOST}, or a list of those of them to "
+            "take, counted from 0, such as [1, 3]"
+        )
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("expected each channel once")
+    return tuple(numbers) if listed else value
 
 
 def _key_or_index(value: Any) -> Any:
@@ -206,10 +228,22 @@ class OutputSpec(Section):
 
     path: WritablePath
     """Address of the layer to write, which ``prepare`` makes."""
-    channels: int = Field(1, ge=1, le=_MOST)
-    """Number of channels that the model gives."""
-    dtype: Literal["uint8", "float32"] = "uint8"
-    """``uint8`` maps ``output.range`` to 0–255; ``float32`` stores the values as they are."""
+    channels: Annotated[int | tuple[int, ...], BeforeValidator(_channels)] = 1
+    """Number of channels that the model gives; or which of them to take, in this order, counted
+    from 0: ``[1, 3]`` takes two. The others are neither blended nor stored.
+    """
+    dtype: Literal["uint8", "uint16", "float16", "float32"] = "uint8"
+    """``uint8`` and ``uint16`` map ``output.range`` to 0–255 and 0–65535, ``float32`` stores the
+    values as they are, ``float16`` rounds them. See docs/models.md.
+    """
+    threshold: float | None = None
+    """Stores 1 where a blended value is at least this number, and 0 elsewhere, as ``uint8``.
+    Default: values are stored.
+    """
+    argmax: bool = False
+    """Whether one channel is stored, as ``uint8``, with the index of the channel whose blended
+    value is the largest; of several that are, of the first. See docs/models.md.
+    """
     chunk_size: Size | None = None
     """Size of a storage chunk in voxels, zyx.
 
@@ -234,6 +268,60 @@ class OutputSpec(Section):
     order, or stored at the other voxel. See docs/models.md. Default: those of the network, as it
     gives them.
     """
+
+    @property
+    def taken(self) -> tuple[int, ...] | None:
+        """Which channels of the model's output are taken; None for all."""
+        return None if isinstance(self.channels, int) else self.channels
+
+    @property
+    def told_channels(self) -> str:
+        """``channels`` as YAML has it, for a message."""
+        return str(self.channels if isinstance(self.channels, int) else list(self.channels))
+
+    @property
+    def summed_channels(self) -> int:
+        """Number of channels that are blended."""
+        return self.channels if isinstance(self.channels, int) else len(self.channels)
+
+    @property
+    def stored_channels(self) -> int:
+        """Number of channels of the layer."""
+        return self.conversion.channels(self.summed_channels)
+
+    @property
+    def kind(self) -> Literal["image", "segmentation"]:
+        """What the layer is: one of labels has a single channel, by its format."""
+        return "segmentation" if not self.conversion.is_plain and self.stored_channels == 1 else "image"
+
+    @property
+    def conversion(self) -> Conversion:
+        """What becomes of complete sums."""
+        return Conversion(self.dtype, ExactStep(*self.range), self.threshold, self.argmax)
+
+    @model_validator(mode="after")
+    def _storable(self) -> OutputSpec:
+        low, high = self.range
+        largest = max(abs(low), abs(high))
+        problems = {
+            "argmax: with threshold, expected one of the two": self.argmax and self.threshold is not None,
+            f"dtype: {self.dtype}, expected uint8 with {'argmax' if self.argmax else 'threshold'}": (
+                self.dtype != "uint8" and not self.conversion.is_plain
+            ),
+            f"argmax: of {self.summed_channels} channels (output.channels), expected from 2 to {_MOST_CLASSES}": (
+                self.argmax and not 2 <= self.summed_channels <= _MOST_CLASSES
+            ),
+            f"threshold: {self.threshold or 0:g}, expected a number above {low:g} and up to {high:g} "
+            "(output.range), as values lie there": self.threshold is not None and not low < self.threshold <= high,
+            f"range: [{low:g}, {high:g}]: float16 goes to {_LARGEST_HALF:g}, and has fewer bits below "
+            f"{_LEAST_HALF:.2g}; expected numbers whose larger one is between, or output.dtype: float32": (
+                self.dtype == "float16" and not _LEAST_HALF <= largest <= _LARGEST_HALF
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(problem)
+        return self
 
 
 class KeepDays(Section):
@@ -337,9 +425,13 @@ class ModelSpec(Section):
     ``prepare`` ran; their receipts say so. Otherwise such a machine stops with exit code 78. See
     docs/models.md.
     """
-    activation: Literal["none", "sigmoid"] = "none"
-    """Function applied to the network's output: ``none``, or ``sigmoid`` for networks that give
-    logits.
+    channels: int | None = Field(None, ge=1, le=_MOST)
+    """Number of channels that the network gives, where ``output.channels`` lists some of them; any
+    other number is then refused. Default: any that has those.
+    """
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    """Function applied to the network's output, before anything is blended: ``none``, or for
+    networks that give logits ``sigmoid``, or ``softmax`` over all of the network's channels.
     """
     output: Annotated[str | int | None, BeforeValidator(_key_or_index)] = None
     """Key or index of the output to take, of a network with several.

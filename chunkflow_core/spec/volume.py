@@ -44,8 +44,8 @@ MOST_BLOCKS = 10**8
 """Number of blocks that a volume may have; each of them is listed in memory."""
 
 _LATER = {
-    "model": ("weights_key", "dimensions", "affinities"),
-    "output": ("format", "read_chunk_size", "affinities"),
+    "model": ("weights_key", "dimensions", "affinities", "channels"),
+    "output": ("format", "read_chunk_size", "affinities", "threshold", "argmax"),
 }
 """Keys that are younger than fingerprints, by section; see ``VolumeSpec.unset_later``."""
 
@@ -132,6 +132,7 @@ class VolumeSpec(Section):
                 "two dimensions (model.dimensions: 2) gives a section for each section"
             )
         self._check_augmentation()
+        self._check_channels()
         paths = {"input": self.input.path, "output": self.output.path, "exchange": self.exchange.path}
         for (first, one), (second, other) in [
             ((a, p), (b, q)) for a, p in paths.items() for b, q in paths.items() if a < b
@@ -141,8 +142,10 @@ class VolumeSpec(Section):
         return self
 
     def _check_augmentation(self) -> None:
-        if self.model.outputs == "affinity" and self.output.channels != 3:
-            raise ValueError(f"model.outputs: affinity needs output.channels: 3, got {self.output.channels}")
+        if self.model.outputs == "affinity" and self.output.summed_channels != 3:
+            raise ValueError(
+                f"model.outputs: affinity needs output.channels: 3, or a list of three, got {self.output.told_channels}"
+            )
         self._check_affinities()
         if self.model.augmentation == "flips_transpose":
             for key, (_, y, x) in {"patch_size": self.patch_size, "output_patch_size": self.output_size}.items():
@@ -159,23 +162,46 @@ class VolumeSpec(Section):
             if wanted:
                 raise ValueError("output.affinities: needs model.affinities, which says what the network gives")
             return
-        if len(given) != self.output.channels:
+        if len(given) != self.output.summed_channels:
             raise ValueError(
-                f"model.affinities: {len(given)} offsets for output.channels: {self.output.channels}, expected one for "
-                "each channel"
+                f"model.affinities: {len(given)} offsets for output.channels: {self.output.told_channels}, expected "
+                "one for each channel that is taken"
             )
         check_orientations(given, self.model.augmentation)
         check_conversion(given, wanted, self.model.augmentation, self.patch_overlap)
 
     @property
     def network_affinities(self) -> Offsets:
-        """Offsets of the affinities that the network gives; empty if it gives none."""
+        """Offsets of the affinities that are taken of the network's; empty if it gives none."""
         return self.model.affinities or (CONVENTIONS["abiss"] if self.model.outputs == "affinity" else ())
 
     @property
     def layer_affinities(self) -> Offsets:
         """Offsets of the affinities that the layer holds; empty if it holds none."""
         return self.output.affinities or self.network_affinities
+
+    def _check_channels(self) -> None:
+        model, output = self.model, self.output
+        problems = {
+            f"model.channels: {model.channels}, but output.channels: {output.channels}, which is all that the model "
+            "gives; list there which of them to take, such as [0, 1]": (
+                output.taken is None and model.channels not in (None, output.channels)
+            ),
+            f"output.channels: {output.told_channels}: the model gives {model.channels} channels (model.channels), "
+            "which are counted from 0": model.channels is not None and max(output.taken or (0,)) >= model.channels,
+            "model.activation: softmax is for channels of which one holds, expected none or sigmoid with "
+            "model.outputs: affinity or model.affinities": model.activation == "softmax" and bool(self.network_affinities),
+            "output.argmax: the largest of several affinities is no class, expected model.outputs: independent": (
+                output.argmax and bool(self.network_affinities)
+            ),
+            f"output.threshold: {output.threshold or 0:g}: voxels of patches that are not run as their input is all "
+            "zeros have the value 0, which is as large; set skip.zeros: false, or a threshold above 0": (
+                output.threshold is not None and output.threshold <= 0 and self.skip.zeros
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(problem)
 
     @property
     def texts(self) -> Mapping[Place, str]:

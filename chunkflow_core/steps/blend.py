@@ -18,7 +18,6 @@ from chunkflow_core.inference.mask import MaskWindow, mask_digest
 from chunkflow_core.lattice.blocks import Block, Donation
 from chunkflow_core.lattice.boxes import Box, Vector
 from chunkflow_core.lattice.slab import convert
-from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.planning.reasons import Reason
 from chunkflow_core.steps.stage import StageResult, StageWork
 from chunkflow_core.steps.workspace import Workspace
@@ -102,15 +101,15 @@ def _blend(
         Names of the storage chunks written, with what is known of each.
     """
     spec, block = work.workspace.spec, work.block
-    values, written = ExactStep(*spec.output.range), dict[str, WrittenChunk]()
+    channels, written = spec.output.summed_channels, dict[str, WrittenChunk]()
     masks: Sequence[MaskWindow | None] = windows or [None] * len(block.frame)
     for piece in spec.grid.pieces(block):
         boxes = [(frame & piece.box, mask) for frame, mask in zip(block.frame, masks, strict=True) if frame & piece.box]
         touching = [donation for donation in donations if boxes and donation.box & piece.box]
-        given = work.timings.measure("stitch", _decompressed, spec.output.channels, touching, payloads)
+        given = work.timings.measure("stitch", _decompressed, channels, touching, payloads)
         for box, mask in boxes:
-            sums = work.timings.measure("stitch", _sum, spec.output.channels, box, given)
-            written |= work.write(box, partial(convert, sums, spec.output.dtype, values), mask)
+            sums = work.timings.measure("stitch", _sum, channels, box, given)
+            written |= work.write(box, partial(convert, sums, spec.output.conversion), mask)
         work.tell_progress(piece.box)
     return written
 

@@ -47,7 +47,8 @@ def create_output(spec: VolumeSpec) -> None:
         resolution=spec.input_scale.resolution,
         chunk=spec.storage_chunk,
         offset=spec.grid.roi.start,
-        channels=spec.output.channels,
+        channels=spec.output.stored_channels,
+        kind=spec.output.kind,
         provenance=provenance,
     )
 
@@ -59,7 +60,7 @@ def _new_zarr(spec: VolumeSpec) -> NewZarr:
         name=spec.name,
         bounds=spec.grid.roi,
         dtype=spec.output.dtype,
-        channels=spec.output.channels,
+        channels=spec.output.stored_channels,
         resolution=spec.input_scale.resolution,
         chunk=spec.storage_chunk,
         read_chunk=spec.output.read_chunk_size,
@@ -87,7 +88,7 @@ def check_output(spec: VolumeSpec, *, may_grow: bool = False) -> LayerScale:
         )
     wanted: dict[str, tuple[object, object]] = {
         "dtype": (scale.dtype, spec.output.dtype),
-        "channels": (scale.channels, spec.output.channels),
+        "channels": (scale.channels, spec.output.stored_channels),
         "chunk_size": (scale.chunk, spec.storage_chunk),
     }
     problems = [f"{what} {a}, the spec says {b}" for what, (a, b) in wanted.items() if a != b]

@@ -11,6 +11,7 @@ import numpy as np
 from chunkflow_core.exchange.codec import compress, decompress
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box
+from chunkflow_core.lattice.conversion import Conversion
 from chunkflow_core.lattice.kernels import take_scaled
 from chunkflow_core.lattice.slab import Slab
 from chunkflow_core.lattice.weights import ExactStep
@@ -33,5 +34,5 @@ def warm_up() -> None:
     for dtype in _INPUTS:
         take_scaled(np.zeros((1, *size), dtype), (0, 0, 0), np.float32(1), patch)
     slab.add((0, 0, 0), patch, limits=(0.0, 1.0))
-    slab.converted(box, "uint8")
+    slab.converted(box, Conversion("uint8", slab.values))
     decompress(compress(slab.sum(box)), 1, size)

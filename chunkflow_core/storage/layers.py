@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from time import time
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -381,6 +381,7 @@ class NewLayer:
         chunk: Vector,
         offset: Vector = (0, 0, 0),
         channels: int = 1,
+        kind: Literal["image", "segmentation"] = "image",
         provenance: dict[str, Any] | None = None,
         at_once: bool = True,
     ) -> None:
@@ -394,6 +395,8 @@ class NewLayer:
             chunk: Storage chunk size in voxels, zyx.
             offset: Position of the first voxel, zyx.
             channels: Number of channels.
+            kind: What viewers and whatever makes coarser scales take the voxels for: values, or
+                labels, of which there is no mean.
             provenance: Fields of CloudVolume's provenance to set; the others are empty.
             at_once: Whether the layer is there before its voxels are.
 
@@ -406,7 +409,7 @@ class NewLayer:
 
         info = CloudVolume.create_new_info(
             num_channels=channels,
-            layer_type="image",
+            layer_type=kind,
             data_type=dtype,
             encoding="raw",
             resolution=list(reversed(resolution)),

@@ -25,7 +25,8 @@ from chunkflow_core.inference.on_gpu import DeviceSlab
 from chunkflow_core.inference.reading import read_ahead
 from chunkflow_core.lattice.blocks import BlockGrid
 from chunkflow_core.lattice.boxes import Box
-from chunkflow_core.lattice.slab import Slab
+from chunkflow_core.lattice.conversion import Conversion
+from chunkflow_core.lattice.slab import Slab, convert
 from chunkflow_core.lattice.weights import ExactStep
 from chunkflow_core.spec import VolumeSpec, load_spec
 from chunkflow_core.steps.infer import inference_and_donate
@@ -238,6 +239,8 @@ def test_a_device_sums_to_the_same_bits_as_the_host() -> None:
     grid = BlockGrid(region, (8, 12, 12), (2, 3, 4), (6, 9, 8), (6, 9, 8))
     host = Slab(grid, region, 11, 2, values)
     device = DeviceSlab(grid, region, 11, 2, values, torch.device("cpu"))
+    conversions = [Conversion(dtype, values) for dtype in ("uint8", "uint16", "float16", "float32")]
+    conversions += [Conversion("uint8", values, threshold=0.3), Conversion("uint8", values, argmax=True)]
     rng = np.random.default_rng(0)
     for layer in range(3):
         for y in range(3):
@@ -247,9 +250,61 @@ def test_a_device_sums_to_the_same_bits_as_the_host() -> None:
                 device.add((layer, y, x), torch.from_numpy(patch), share=0.125)
         planes = region.with_z(layer * 6, layer * 6 + 6 if layer < 2 else layer * 6 + 8)
         np.testing.assert_array_equal(device.sum(planes).numpy(), host.sum(planes))
-        np.testing.assert_array_equal(device.converted(planes, "uint8").numpy(), host.converted(planes, "uint8"))
+        for conversion in conversions:
+            there, here = device.converted(planes, conversion).numpy(), host.converted(planes, conversion)
+            assert there.dtype == here.dtype
+            np.testing.assert_array_equal(there, here)
+            np.testing.assert_array_equal(convert(host.sum(planes), conversion), here)
         host.advance(planes.stop[0])
         device.advance(planes.stop[0])
+
+
+STEP = 2.0**-23
+"""The step of sums in a range up to 1."""
+BELOW = 0.5 - STEP
+STEPS = int(0.7 / STEP)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decided", "limits", "values", "wanted"),
+    [
+        # one row a channel; halves go to the even number
+        ("uint8", {}, (0, 255), [[0.5, 1.5, 2.5, 253.5, 254.5, 255]], [[0, 2, 2, 254, 254, 255]]),
+        ("uint16", {}, (0, 65535), [[0.5, 1.5, 2.5, 65533.5, 65534.5, 65535]], [[0, 2, 2, 65534, 65534, 65535]]),
+        ("uint16", {}, (-32768, 32767), [[-32768, -0.5, 0.5, 32766.5]], [[0, 32768, 32768, 65534]]),
+        ("float16", {}, (0, 4096), [[2047, 2049, 2051, 2050, 0.25]], [[2047, 2048, 2052, 2050, 0.25]]),
+        ("float16", {}, (-65504, 65504), [[65504, -65504, 65488, 32]], [[65504, -65504, 65472, 32]]),
+        ("uint8", {"threshold": 0.5}, (0, 1), [[0.5, BELOW, 0, 1]], [[1, 0, 0, 1]]),
+        ("uint8", {"threshold": 0.7}, (0, 1), [[STEPS * STEP, (STEPS + 1) * STEP, 0.75, 0]], [[0, 1, 1, 0]]),
+        ("uint8", {"threshold": -0.25}, (-1, 1), [[-0.25, -0.5, 0, -1]], [[1, 0, 1, 0]]),
+        ("uint8", {"argmax": True}, (-1, 1), [[0, 0.5, -1, 1], [0, 0.5, -0.5, 1], [0, 0.25, -0.5, 1]], [[0, 0, 1, 0]]),
+        ("uint8", {"argmax": True}, (0, 1), [[0, 1, 0.5, BELOW], [0.5, 0, 0.5, 0.5]], [[1, 0, 0, 1]]),
+    ],
+)
+def test_halves_and_ties(
+    dtype: str,
+    decided: dict[str, Any],
+    limits: tuple[float, float],
+    values: list[list[float]],
+    wanted: list[list[float]],
+) -> None:
+    """On the host, of donated sums, and on a device."""
+    patch = np.array(values, np.float32)[:, None, None]
+    region, step = Box((0, 0, 0), (1, 1, len(values[0]))), ExactStep(*limits)
+    conversion = Conversion(dtype, step, **decided)
+    grid = BlockGrid(region, region.shape, (0, 0, 0), region.shape, region.shape)
+    host = Slab(grid, region, 1, len(patch), step)
+    device = DeviceSlab(grid, region, 1, len(patch), step, torch.device("cpu"))
+    host.add((0, 0, 0), patch)
+    device.add((0, 0, 0), torch.from_numpy(patch))
+    np.testing.assert_array_equal(host.sum(region), patch)
+    for given in (
+        host.converted(region, conversion),
+        convert(patch, conversion),
+        device.converted(region, conversion).numpy(),
+    ):
+        assert given.dtype == dtype
+        np.testing.assert_array_equal(given[:, 0, 0], np.array(wanted, dtype))
 
 
 def test_kernels_run_where_nothing_can_be_cached() -> None:

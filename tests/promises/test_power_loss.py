@@ -181,7 +181,7 @@ def is_donation(content: bytes, spec: VolumeSpec, donor: tuple[int, int, int], e
         given: list[Donation] = spec.grid.donations(donor, entry.receiver)
         donation = next(donation for donation in given if donation.key == entry.key)
         try:
-            donations.unpack(content, donation, spec.output.channels, spec.fingerprint, str(entry.checksum))
+            donations.unpack(content, donation, spec.output.summed_channels, spec.fingerprint, str(entry.checksum))
         except DataError:
             _DONATIONS[known] = False
         else:

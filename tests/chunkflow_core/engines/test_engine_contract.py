@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from chunkflow_core.errors import DataError, SpecError
 from tests.support.models.cases import CASES, STREAMS, Case
@@ -93,6 +94,40 @@ def test_output_that_is_not_of_the_declared_shape(case: Case) -> None:
         engine(patches(1))
     assert "(1, 2, 8, 16, 16)" in str(caught.value)
     assert "(1, 3, 8, 16, 16)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [pytest.param("none", marks=pytest.mark.long), pytest.param("sigmoid", marks=pytest.mark.long), "softmax"],
+)
+def test_some_channels_are_those_of_all(case: Case, activation: str) -> None:
+    """Bit for bit, in the order that the spec has: a softmax is over all that the network gives."""
+    keys = (f"model.activation={activation}", "output.range=[-64,64]")
+    whole = load(case.path, *keys)(patches())
+    logits = torch.from_numpy(case.expected)
+    expected = {"none": logits, "sigmoid": logits.sigmoid(), "softmax": logits.softmax(1)}[activation]
+    np.testing.assert_allclose(whole, expected.numpy(), atol=case.tolerance)
+    identity = case.path.stem == "identity"  # which gives as many as it has to
+    for taken, declared in (([1, 0], "2"), ([0], "2" if identity else "null")):
+        given = load(case.path, *keys, f"output.channels={taken}", f"model.channels={declared}")(patches())
+        assert given.dtype == np.float32
+        assert given.flags.c_contiguous
+        np.testing.assert_array_equal(given, whole[:, taken])
+
+
+@pytest.mark.long
+def test_channels_that_the_network_does_not_give(case: Case) -> None:
+    if case.path.read_text().count("engine: identity"):
+        return  # it has as many channels as are declared
+    for changes, told in [
+        (("output.channels=[1,4]",), r"\(1, 5 or more, 8, 16, 16\) \(batch, output\.channels,"),
+        (("output.channels=[0]", "model.channels=3"), r"\(1, 3, 8, 16, 16\) \(batch, model\.channels,"),
+        (("output.channels=[0]", "model.channels=1"), r"\(1, 1, 8, 16, 16\) \(batch, model\.channels,"),
+    ]:
+        with pytest.raises(DataError, match=told) as caught:
+            load(case.path, *changes)(patches(1))
+        assert "(1, 2, 8, 16, 16)" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_patch_of_another_size(case: Case) -> None:

@@ -57,6 +57,13 @@ def test_output_is_taken_by_index_by_name_and_by_channels(
         assert piece in str(caught.value)
     with pytest.raises(SpecError, match="of which 0 have 3 channels; name the one to take"):
         load(path, "output.channels=3")
+    np.testing.assert_allclose(load(path, "output.channels=[1]")(patches()), wanted[:, 1:], atol=1e-5)
+    first = load(path, "output.channels=[0]", "model.channels=1")(patches())
+    np.testing.assert_allclose(first, wanted[:, :1], atol=1e-5)
+    with pytest.raises(SpecError, match="of which 0 have 4 or more channels; name the one to take"):
+        load(path, "output.channels=[3]")
+    with pytest.raises(SpecError, match="of which 2 have 1 or more channels; name the one to take"):
+        load(path, "output.channels=[0]")
 
 
 @pytest.mark.parametrize("engine", ["pytorch", "openvino", "onnx"])
@@ -68,6 +75,78 @@ def test_crop_and_sigmoid(make_spec: MakeSpec, tmp_path: Path, output: Section, 
     for batch in (patches(), far, -far):
         expected = torch.sigmoid(net()(torch.from_numpy(batch)))[:, :, 1:-1, 1:-1, 1:-1].detach().numpy()
         np.testing.assert_allclose(load(path)(batch), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("body", "changes", "channel"),
+    [
+        ("[torch.cat([x, 2 * x], 1), 3 * x]", ("output.channels=[1]",), 2),
+        ("{'a': x, 'b': torch.cat([x, 2 * x, 3 * x], 1)}", ("output.channels=[2]",), 3),
+        ("{'a': torch.cat([x, 2 * x], 1), 'b': torch.cat([x, 3 * x, 4 * x], 1)}", ("model.channels=2",), 2),
+        ("{'a': torch.cat([x, 2 * x], 1), 'b': torch.cat([x, 3 * x, 4 * x], 1)}", ("model.channels=3",), 3),
+        ("{'a': torch.cat([x, 2 * x], 1), 'b': torch.cat([x, 3 * x, 4 * x], 1)}", ("model.output=b",), 3),
+    ],
+)
+def test_channels_are_of_the_output_that_is_taken(
+    make_spec: MakeSpec, tmp_path: Path, output: Section, body: str, changes: tuple[str, ...], channel: int
+) -> None:
+    write(tmp_path, model_of(body))
+    path = make_spec(model=pytorch(weights=...), output=output | {"channels": [1]})
+    np.testing.assert_array_equal(load(path, *changes)(patches()), channel * patches())
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "onnx"])
+def test_channels_that_are_not_there(make_spec: MakeSpec, tmp_path: Path, output: Section, engine: str) -> None:
+    """The long tests ask every engine."""
+    model = onnx_file(tmp_path) if engine == "onnx" else python_file(tmp_path)
+    path = make_spec(model={**model, "engine": engine}, output=output)
+    for changes, told in [
+        (("output.channels=[1,2]",), r"\(1, 3 or more, 8, 16, 16\) \(batch, output\.channels,"),
+        (("output.channels=[0]", "model.channels=1"), r"\(1, 1, 8, 16, 16\) \(batch, model\.channels,"),
+    ]:
+        with pytest.raises(DataError, match=told):
+            load(path, *changes)(patches(1))
+
+
+LOGITS = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([x, 2 * x, -80 * x, torch.full_like(x, {})], 1)
+
+InstantiatedModel = Net()
+"""
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "openvino"])
+@pytest.mark.parametrize("number", [90.0, -1e30, -np.inf, np.inf])
+def test_softmax_of_large_and_infinite_logits(
+    make_spec: MakeSpec, tmp_path: Path, output: Section, engine: str, number: float
+) -> None:
+    """One of -inf is of a class that never is; others that are not finite give none."""
+    write(tmp_path, LOGITS.format(f"float('{number}')"))
+    model = {"engine": engine, "path": "model.py", "activation": "softmax"}
+    given = load(make_spec(model=model, output=output | {"channels": 4}))(patches())
+    if number == np.inf:
+        assert np.isnan(given).all()
+        return
+    x = torch.from_numpy(patches()).double()
+    expected = torch.cat([x, 2 * x, -80 * x, torch.full_like(x, number)], 1).softmax(1)
+    np.testing.assert_allclose(given, expected.numpy(), rtol=2e-5, atol=1e-30)
+    assert given.min() >= 0
+    assert given.max() <= 1
+
+
+def test_softmax_of_sections_and_of_one_channel(make_spec: MakeSpec, tmp_path: Path, output: Section) -> None:
+    write(tmp_path, model_of("torch.cat([x, 2 * x, 3 * x], 1)"))
+    model = pytorch(weights=..., activation="softmax")
+    flat = load(make_spec(model=model | {"dimensions": 2}, output=output | {"channels": [2, 0]}))(patches())
+    whole = load(make_spec(model=model, output=output | {"channels": 3}))(patches())
+    np.testing.assert_array_equal(flat, whole[:, [2, 0]])
+    write(tmp_path, model_of("5 * x"))
+    alone = load(make_spec(model=model, output=output | {"channels": 1}))(patches())
+    np.testing.assert_array_equal(alone, np.ones_like(alone))
 
 
 # -------------------------------------------------------------------- outputs that are not declared

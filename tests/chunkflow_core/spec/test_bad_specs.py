@@ -64,7 +64,7 @@ BAD: dict[str, tuple[dict[Any, Any], list[str]]] = {
         {"output_patch_size": [7, 16, 16]},
         ["output_patch_size", "7 along z", "even number"],
     ),
-    "unknown dtype": ({"output": {"path": "file:///o", "dtype": "uint16"}}, ["output.dtype", "uint16", "float32"]),
+    "unknown dtype": ({"output": {"path": "file:///o", "dtype": "int8"}}, ["output.dtype", "int8", "float32"]),
     "range reversed": ({"output": {"path": "file:///o", "range": [1, 0]}}, ["output.range", "[1, 0]", "low < high"]),
     "range empty": ({"output": {"path": "file:///o", "range": [1, 1]}}, ["output.range", "low < high"]),
     "range not a number": ({"output": {"path": "file:///o", "range": [float("nan"), 1]}}, ["output.range", "finite"]),

@@ -29,6 +29,11 @@ def fingerprint(path: Path, *overrides: str) -> str:
         "output.range=[0, 2]",
         "output.dtype=float32",
         "output.channels=2",
+        "output.channels=[0]",
+        "output.channels=[1]",
+        "output.dtype=uint16",
+        "output.dtype=float16",
+        "output.threshold=0.5",
         "output.chunk_size=[6, 12, 2]",
         "output.path=file:///elsewhere",
         "input.padding=edge",
@@ -44,6 +49,7 @@ def fingerprint(path: Path, *overrides: str) -> str:
         "model.precision=bfloat16",
         "model.threads=2",
         "model.activation=sigmoid",
+        "model.activation=softmax",
         "model.batch_statistics=true",
         "model.output=1",
         "model.options.x=1",
@@ -53,6 +59,13 @@ def test_what_decides_numbers_changes_the_fingerprint(make_spec: MakeSpec, model
     path = make_spec(model=PYTORCH)
     large = ["block_size=[12, 24, 840]", "output.chunk_size=[6, 12, 1]"]  # fits all of these patches and overlaps
     assert fingerprint(path, *large) != fingerprint(path, *large, override)
+
+
+def test_what_is_stored_of_the_same_channels_changes_the_fingerprint(make_spec: MakeSpec, model_folder: Path) -> None:
+    path, three = make_spec(model=PYTORCH), "output.channels=3"
+    stored = ["output.argmax=true", "output.threshold=0.5", "output.threshold=0.25", "output.argmax=false"]
+    others = ["output.channels=[0, 1, 2]", "output.channels=[2, 1, 0]", "output.channels=[0, 1, 3]"]
+    assert len({fingerprint(path, three, change) for change in stored + others}) == len(stored + others)
 
 
 @pytest.mark.parametrize("name", ["model.py", "layers.py", "helper.py", "blocks/residual.py", "weights.pt"])
@@ -88,6 +101,9 @@ def test_input_mip_changes_the_fingerprint(make_spec: MakeSpec, tmp_path: Path, 
         "roi=[[0, 0, 0], [12, 48, 40]]",  # the end: a growing volume keeps its finished blocks
         "input.bounds=[[0, 0, 0], [20, 48, 39]]",  # likewise
         "output.range=[0, 1]",  # the default in other digits
+        "output.argmax=false",  # likewise
+        "output.threshold=null",  # likewise
+        "model.channels=null",  # likewise
         "input.values={scale: unit, clip: false}",  # likewise
     ],
 )

@@ -39,7 +39,7 @@ def write_a_voxel(spec: VolumeSpec) -> None:
     """Write a storage chunk, so that there is something to be replaced."""
     output = open_output(spec)
     chunk = next(output.expected_chunks(spec.grid.roi))
-    output.write(chunk, np.zeros((spec.output.channels, *chunk.shape), spec.output.dtype))
+    output.write(chunk, np.zeros((spec.output.stored_channels, *chunk.shape), spec.output.dtype))
 
 
 def test_an_empty_output_is_anybody_s(make_spec: MakeSpec, tmp_path: Path) -> None:
