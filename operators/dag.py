@@ -231,7 +231,7 @@ def _documentation(spec: VolumeSpec, file: Path) -> str:
         "ROI": str(grid.roi),
         "blocks": f"{' × '.join(map(str, grid.shape))} of {' × '.join(map(str, spec.block_size))} voxels",
         "patches": f"{grid.patches} of {' × '.join(map(str, spec.patch_size))}",
-        "model": f"{spec.model.engine} {spec.written('model') if spec.model.path else ''}",
+        "model": f"{spec.model.engine} {spec.written('model') if spec.model.path else spec.model.network or ''}",
         "spec": str(file),
     }
     return "\n".join([f"### {spec.name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])

@@ -1,6 +1,6 @@
 """Subcommands of ``chunkflow-core`` that help to make a spec.
 
-They find an engine for the model, and make input from image stacks.
+They read published models, find an engine for the model, and make input from image stacks.
 """
 
 from __future__ import annotations
@@ -9,18 +9,74 @@ import argparse
 import json
 import math
 from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from chunkflow_core.commands.arguments import Add, add_spec_arguments, not_negative, positive, spec_of, tolerance
+from chunkflow_core.errors import DataError, UsageError
 from chunkflow_core.storage.addresses import check_address
 from chunkflow_core.variables import conceal
+
+if TYPE_CHECKING:
+    from chunkflow_core.steps.packages.package import Package
 
 
 def add_commands(add: Add) -> None:
     """Add the subcommands of this module to the command line."""
+    _add_model(add)
     _add_compile(add)
     _add_ingest(add)
+
+
+def _add_model(add: Add) -> None:
+    parser = add("model", model, "Print the lines of a spec that run a published model as it is.")
+    parser.add_argument(
+        "package",
+        metavar="PACKAGE",
+        help="folder of a bioimage.io package, of a MONAI bundle, or of results of nnU-Net; a .ts file with MONAI's "
+        "metadata; configuration of PyTorch Connectomics. Paths in the lines begin as PACKAGE does",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="which of its weights to take: format (bioimage.io), file in models (MONAI), file in each fold (nnU-Net), "
+        "checkpoint (PyTorch Connectomics). Default: those that need no library, else the ones of the last epoch",
+    )
+    parser.add_argument(
+        "--test",
+        action="store_true",
+        help="run the package's test tensors (bioimage.io), and compare with what it says has to come out",
+    )
+
+
+def model(options: argparse.Namespace) -> None:
+    """Print the lines of a spec for a package, or try it on its test tensors."""
+    from chunkflow_core.steps.packages import read_package
+
+    package = read_package(options.package, options.weights)
+    print(package.lines)
+    if options.test:
+        _test(package)
+
+
+def _test(package: Package) -> None:
+    if package.tests is None:
+        raise UsageError("--test: there are no test tensors that the lines above would give; run it without")
+    from chunkflow_core.steps.packages.trial import try_package
+
+    tests = package.tests
+    with TemporaryDirectory() as folder:
+        outcome = try_package(package, tests, Path(folder))
+    told = (
+        f"test tensors: largest difference {outcome.difference:.2g}; {outcome.mismatches:g} in a million differ by "
+        f"more than {tests.absolute:g} + {tests.relative:g} of the number, the package allows {tests.mismatches:g}"
+    )
+    if not outcome.is_within:
+        raise DataError(told)
+    print(f"# {told}")
 
 
 def _add_compile(add: Add) -> None:

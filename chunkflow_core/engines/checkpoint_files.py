@@ -41,15 +41,14 @@ def read_checkpoint(spec: VolumeSpec, file: Path) -> Any:
     try:
         if file.suffix.lower() == ".safetensors":
             return _safetensors(file)
-        if _is_torchscript(file):
+        if is_torchscript(file):
             raise SpecError(
                 f"model.weights: {file} is a TorchScript network with its weights inside: give it as model.path, "
                 "without model.weights"
             )
         if spec.model.trust:
             return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Tolerant("tolerant"))
-        with torch.serialization.safe_globals(_NUMBERS):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _plain(file)
     except SpecError:
         raise
     except pickle.UnpicklingError as error:
@@ -60,6 +59,25 @@ def read_checkpoint(spec: VolumeSpec, file: Path) -> Any:
         ) from error
     except Exception as error:
         raise SpecError(f"model.weights: {file} can't be loaded: {told(error, spec)}") from error
+
+
+def plain_content(file: Path) -> Any:
+    """What a checkpoint holds; None if it carries objects that could run code.
+
+    Raises:
+        MissingInputError: It is truncated, or can't be read.
+    """
+    try:
+        return _plain(file)
+    except pickle.UnpicklingError:
+        return None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise MissingInputError(f"{file} can't be read, it may be truncated: {' '.join(str(error).split())}") from error
+
+
+def _plain(file: Path) -> Any:
+    with torch.serialization.safe_globals(_NUMBERS):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _safetensors(file: Path) -> dict[str, torch.Tensor]:
@@ -83,7 +101,8 @@ def _not_plain(spec: VolumeSpec, file: Path, error: Exception) -> SpecError:
     )
 
 
-def _is_torchscript(file: Path) -> bool:
+def is_torchscript(file: Path) -> bool:
+    """Whether a file is a network in TorchScript, not a checkpoint."""
     try:
         with ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())

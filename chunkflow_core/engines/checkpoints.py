@@ -81,7 +81,7 @@ def load_weights(spec: VolumeSpec, network: Any, file: Path) -> None:
     """
     if not isinstance(network, torch.nn.Module):
         raise SpecError(
-            f"model.weights: {spec.model.path} gives a {type(network).__name__}, into which no weights can be loaded; "
+            f"model.weights: {spec.model.title} gives a {type(network).__name__}, into which no weights can be loaded; "
             "a function load_model(weights) in it can load them in its own way"
         )
     leaves = _leaves(read_checkpoint(spec, file), file)
@@ -315,7 +315,7 @@ class _Checkpoint:
     def _unfit(self, why: str, way: str = "") -> SpecError:
         return SpecError(
             f"model.weights: {self._file} does not fit the model: {why}. A function load_model(weights) in "
-            f"{self._spec.model.path} can load it in its own way{way}"
+            f"{self._spec.model.title} can load it in its own way{way}"
         )
 
 

@@ -64,7 +64,7 @@ def import_file(path: Path) -> ModuleType:
     The siblings of the model before are forgotten first, as another model's may have the same
     names.
     """
-    _forget_model()
+    forget_model()
     _Imports.folder = path.parent.resolve()
     _Imports.modules, _Imports.path = frozenset(sys.modules), frozenset(sys.path)
     sys.path.insert(0, str(_Imports.folder))
@@ -78,7 +78,7 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def _forget_model() -> None:
+def forget_model() -> None:
     """Forget what the model before has brought along from its folder."""
     folder = _Imports.folder
     if folder is None:

@@ -2,6 +2,8 @@
 
 - a ``.py`` file with ``InstantiatedModel`` (optionally ``load_model``, ``pre_process``,
   ``post_process``) and a checkpoint, as chunkflow takes them;
+- a class or function of a ``.py`` file or of an installed package, which ``model.network`` names,
+  and a checkpoint;
 - a ``.py`` file with ``class PatchInferencer``, made with ``(weights, output_patch_mask)`` or
   ``(weights)``, called with a numpy batch; it gets a mask of ones, as the blending is done here;
 - TorchScript, and ``torch.export`` programs (``.pt2``), which need ``model.trust``.
@@ -9,8 +11,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 
 from chunkflow_core.engines.base import network_shape
+from chunkflow_core.engines.building import Mean, maker
 from chunkflow_core.engines.checkpoints import load_weights
 from chunkflow_core.engines.element_types import input_type
 from chunkflow_core.engines.failures import is_of_the_machine, told
@@ -56,16 +60,16 @@ def load_model(spec: VolumeSpec, device: torch.device) -> Model:
         SpecError: The model can't be used as the spec says.
         MissingInputError: A file isn't there.
     """
-    assert spec.model.path is not None
-    path = spec.model_path(spec.model.path)
+    path = spec.model_path(spec.model.path) if spec.model.path else None
     torch.manual_seed(0)  # a network without weights of its own is the same in every process
     with undone(spec):  # model files may say otherwise, for their training
         return _loaded(spec, path, device)
 
 
-def _loaded(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
+def _loaded(spec: VolumeSpec, path: Path | None, device: torch.device) -> Model:
+    what = f"model.path: {path}" if path else f"model.network: {spec.model.network}"
     try:
-        if path.suffix != ".py":
+        if path is not None and path.suffix != ".py":
             return _from_archive(spec, path, device)
         with watched(spec.model_files, Path(spec.folder)):
             return _from_source(spec, path, device)
@@ -73,23 +77,32 @@ def _loaded(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
         raise
     except FileNotFoundError as error:
         raise SpecError(
-            f"model.path: {path} can't be loaded: {told(error, spec)}. What a network opens besides model.path, "
+            f"{what} can't be loaded: {told(error, spec)}. What a network opens besides model.path, "
             "model.weights and the modules that it imports has to stand in model.files"
         ) from error
     except (Exception, SystemExit) as error:  # whatever a model file does when it is run, sys.exit included
         if is_of_the_machine(error):
             raise
-        raise SpecError(f"model.path: {path} can't be loaded: {told(error, spec)}") from error
+        raise SpecError(f"{what} can't be loaded: {told(error, spec)}") from error
 
 
-def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
-    module = import_file(path)
-    weights = spec.model_path(spec.model.weights) if spec.model.weights else None
-    if hasattr(module, "PatchInferencer"):
+def _from_source(spec: VolumeSpec, path: Path | None, device: torch.device) -> Model:
+    module = import_file(path) if path else None
+    weights = [spec.model_path(name) for name in spec.model.checkpoints]
+    if spec.model.network is None and hasattr(module, "PatchInferencer"):
+        assert module is not None
         _refuse(spec, ("batch_statistics", "compile"), "InstantiatedModel and load_model, not for PatchInferencer")
         _refuse(spec, ("weights_key",), "InstantiatedModel, not for PatchInferencer")
-        return Model(_patch_inferencer(spec, module, weights), takes_numpy=True)
-    network, pre_process = _instantiated_model(spec, module, weights, device), getattr(module, "pre_process", None)
+        if len(weights) > 1:
+            raise SpecError("model.weights: a list is not for PatchInferencer, which takes one")
+        return Model(_patch_inferencer(spec, module, *weights), takes_numpy=True)
+    networks = _networks(spec, module, weights)
+    network = networks[0] if len(networks) == 1 else Mean(networks)
+    if isinstance(network, torch.nn.Module):
+        network = network.to(device).eval()
+    if spec.model.batch_statistics:
+        _use_batch_statistics(network)
+    pre_process = getattr(module, "pre_process", None)
     return Model(
         network,
         pre_process=pre_process,
@@ -98,28 +111,37 @@ def _from_source(spec: VolumeSpec, path: Path, device: torch.device) -> Model:
     )
 
 
-def _instantiated_model(spec: VolumeSpec, module: ModuleType, weights: Path | None, device: torch.device) -> Function:
-    if hasattr(module, "load_model"):
+def _networks(spec: VolumeSpec, module: ModuleType | None, weights: Sequence[Path]) -> list[Any]:
+    """The networks, one for each checkpoint; one if there is none."""
+    count = max(1, len(weights))
+    what = f"model.path: {module.__file__}" if module else f"model.network: {spec.model.network}"
+    if module is None or spec.model.network is not None:
+        make = maker(spec, module)
+        networks = [_checked(spec, make(), what) for _ in range(count)]
+    elif hasattr(module, "load_model"):
         _refuse(spec, ("weights_key",), "InstantiatedModel, not for load_model, which chooses by itself")
-        network = module.load_model(str(weights) if weights else None)
+        files: list[str | None] = [str(file) for file in weights]
+        return [_checked(spec, module.load_model(file), what) for file in files or [None]]
     elif hasattr(module, "InstantiatedModel"):
-        network = module.InstantiatedModel
-        if weights:
-            load_weights(spec, network, weights)
+        first = _checked(spec, module.InstantiatedModel, what)
+        networks = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
     else:
         raise SpecError(
-            f"model.path: {module.__file__} defines none of InstantiatedModel, load_model and PatchInferencer"
+            f"{what} defines none of InstantiatedModel, load_model and PatchInferencer; "
+            "model.network can name another class or function of it that makes the network"
         )
+    for network, file in zip(networks, weights, strict=False):
+        load_weights(spec, network, file)
+    return networks
+
+
+def _checked(spec: VolumeSpec, network: Any, what: str) -> Any:
+    """A network, if it is one; ``what`` gives it, for messages."""
     if isinstance(network, type) or not callable(network):
-        raise SpecError(
-            f"model.path: {module.__file__} gives {network!r:.80} as its model, expected an instance of a network"
-        )
-    if isinstance(network, torch.nn.Module):
-        network = network.to(device).eval()
-    if spec.model.batch_statistics:
-        _use_batch_statistics(network)
-    result: Function = network
-    return result
+        raise SpecError(f"{what} gives {network!r:.80} as its model, expected an instance of a network")
+    if len(spec.model.checkpoints) > 1 and not isinstance(network, torch.nn.Module):
+        raise SpecError(f"model.weights: a list is only for a torch.nn.Module, and {what} gives another object")
+    return network
 
 
 def _refuse(spec: VolumeSpec, keys: tuple[str, ...], place: str) -> None:
@@ -129,7 +151,7 @@ def _refuse(spec: VolumeSpec, keys: tuple[str, ...], place: str) -> None:
             raise SpecError(f"model.{key}: only for {place}")
 
 
-def _patch_inferencer(spec: VolumeSpec, module: ModuleType, weights: Path | None) -> Function:
+def _patch_inferencer(spec: VolumeSpec, module: ModuleType, weights: Path | None = None) -> Function:
     """An object of the file's own class, called with numpy and giving numpy."""
     parameters = inspect.signature(module.PatchInferencer).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -106,14 +106,13 @@ def _numbers(tensor: Any) -> NDArray[Any]:
 def load(spec: VolumeSpec) -> OpenVINO:
     """The engine for a spec; errors as ``load_engine``."""
     openvino = required("openvino", "openvino")
-    assert spec.model.path is not None
-    path = spec.model_path(spec.model.path)
+    path = spec.model_path(spec.model.path) if spec.model.path else None
     core = openvino.Core()
     # What makes arrays of tensors is set up at its first use, and threads that begin with it at the
     # same time wait for each other for ever.
     _ = openvino.Tensor(np.zeros(1, np.float32)).data
     hint = _precision(spec, core)
-    converted = None if path.suffix.lower() in _FORMATS else _converted(spec)
+    converted = None if path is not None and path.suffix.lower() in _FORMATS else _converted(spec)
     file = path if converted is None else converted.network
     try:
         model = core.read_model(file)
@@ -230,6 +229,7 @@ def _digest(spec: VolumeSpec) -> str:
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in spec.model_files],
         "patch": network_shape(spec),
         "output": [spec.model.output, spec.output.channels, *([spec.model.channels] if spec.model.channels else [])],
+        "network": [spec.model.network, spec.model.arguments],
         "weights_key": spec.model.weights_key,
         "batch_statistics": spec.model.batch_statistics,
     }

@@ -123,7 +123,7 @@ def convert(spec: VolumeSpec, folder: Path) -> None:
         if is_of_the_machine(error):
             raise
         raise SpecError(
-            f"model.engine: openvino can't convert {spec.model.path}: {told(error, spec)}. The engine pytorch may "
+            f"model.engine: openvino can't convert {spec.model.title}: {told(error, spec)}. The engine pytorch may "
             "run it"
         ) from error
     openvino.save_model(network, folder / "network.xml", compress_to_fp16=False)
@@ -156,6 +156,7 @@ def _check(spec: VolumeSpec, network: Any, flat: _Flat, patches: Sequence[NDArra
             difference = float(np.abs(given[index][differs] - wanted[differs]).max(initial=0))
             if not difference <= _TOLERANCE * float(np.abs(wanted[np.isfinite(wanted)]).max(initial=1)):
                 raise SpecError(
-                    f"model.engine: openvino, but {spec.model.path} gives other numbers when it is converted (by up to "
-                    f"{difference:.3g}): it may decide by the content of a patch. The engine pytorch runs it as it is"
+                    f"model.engine: openvino, but {spec.model.title} gives other numbers when it is converted (by up "
+                    f"to {difference:.3g}): it may decide by the content of a patch. The engine pytorch runs it as it "
+                    "is"
                 )

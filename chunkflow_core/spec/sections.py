@@ -368,8 +368,22 @@ class ModelSpec(Section):
     """Model file, or the folder of a net of pznet: relative to the spec's folder, or an address
     (``gs://``, ``s3://``). See docs/models.md and docs/storage.md.
     """
-    weights: str | None = None
-    """Checkpoint, relative to the spec's folder, or an address (``gs://``, ``s3://``)."""
+    network: str | None = None
+    """What makes the network: a class or function of the ``.py`` file in ``path``, or, without
+    ``path``, one of an installed package by its dotted name, such as
+    ``monai.networks.nets.BasicUNet``. Default: the file's own ``InstantiatedModel``,
+    ``load_model`` or ``PatchInferencer``.
+    """
+    arguments: Annotated[dict[str, Any], BeforeValidator(_of_json)] = {}
+    """What ``network`` is called with, by name.
+
+    ``{import: torch.nn.Conv3d}`` stands for what has that dotted name.
+    """
+    weights: str | list[str] | None = None
+    """Checkpoint, relative to the spec's folder, or an address (``gs://``, ``s3://``).
+
+    A list, such as of folds, is for the mean of the outputs of as many networks.
+    """
     weights_key: str | None = None
     """Which weights of the checkpoint to take, if several fit the network: the keys that lead to
     them, with dots between, such as ``ema`` or ``state_dict.model``. Default: the only ones that
@@ -451,18 +465,49 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:
-        if self.engine != "identity" and self.path is None:
+        if self.engine != "identity" and self.path is None and self.network is None:
             raise ValueError(f"path: missing; the engine {self.engine} needs a model file")
-        if self.engine == "identity" and (self.path or self.weights or self.files):
-            raise ValueError("path, weights, files: the identity engine takes none")
+        if self.engine == "identity" and (self.path or self.network or self.weights or self.files):
+            raise ValueError("path, network, weights, files: the identity engine takes none")
         if self.batch_statistics and self.batch_size != 1:
             raise ValueError(
                 "batch_size: with batch_statistics it must be 1, or a patch's output would depend on its neighbours"
             )
         self._check_engine()
+        self._check_network()
         for name in self.files:
             self._check_file(name)
         return self
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoints that ``weights`` names."""
+        return [self.weights] if isinstance(self.weights, str) else self.weights or []
+
+    @property
+    def title(self) -> str:
+        """What messages call the model: its file, or else the dotted name of its network."""
+        return self.path or self.network or self.engine
+
+    def _check_network(self) -> None:
+        """Refuse keys that say in another way, or not at all, what makes the network."""
+        if self.weights == []:
+            raise ValueError("weights: expected a checkpoint, or a list of one or more")
+        if self.network is None:
+            if self.arguments:
+                raise ValueError("arguments: only with model.network, which is called with them")
+            return
+        if not all(part.isidentifier() for part in self.network.split(".")):
+            raise ValueError(f"network: {self.network}: expected a name of Python, such as UNet")
+        if self.engine not in ("pytorch", "openvino"):
+            raise ValueError(f"network: only for the engines pytorch and openvino, not for {self.engine}")
+        if self.path is None and "." not in self.network:
+            raise ValueError(
+                f"network: {self.network}: expected the file that has it in model.path, or the dotted name of what an "
+                "installed package has, such as monai.networks.nets.UNet"
+            )
+        if self.path is not None and PurePath(self.path).suffix != ".py":
+            raise ValueError(f"network: only with a .py file, or none; {self.path} has its network inside")
 
     def _check_file(self, name: str) -> None:
         """Refuse a file that can't be brought to where the model is."""
@@ -488,7 +533,7 @@ class ModelSpec(Section):
 
     def _check_engine(self) -> None:
         """Refuse addresses that models can't be fetched from, and what the engine would ignore."""
-        for key, value in {"path": self.path, "weights": self.weights}.items():
+        for key, value in [("path", self.path), *(("weights", name) for name in self.checkpoints)]:
             if value and "://" in value and not is_fetchable(value):
                 raise ValueError(
                     f'{key}: {value}: expected a path, or an address such as "gs://bucket/net.py" or "s3://bucket/net.py"'

@@ -108,8 +108,11 @@ def _in_pods(spec: VolumeSpec) -> dict[Place, str]:
 
 def _problems(spec: VolumeSpec) -> Iterator[str]:
     yield from _missing_variables(spec)
-    names = {"path": spec.model.path, "weights": spec.model.weights}
-    model: dict[Place, str] = {("model", key): path for key, path in names.items() if path is not None}
+    model: dict[Place, str] = {("model", "path"): spec.model.path} if spec.model.path is not None else {}
+    if isinstance(spec.model.weights, str):
+        model["model", "weights"] = spec.model.weights
+    else:
+        model |= {("model", "weights", number): path for number, path in enumerate(spec.model.checkpoints)}
     model |= {("model", "files", number): path for number, path in enumerate(spec.model.files)}
     for place, path in model.items():
         if not _FOR_EVERY_MACHINE.match(path):
@@ -126,6 +129,7 @@ def _problems(spec: VolumeSpec) -> Iterator[str]:
             told = spec.texts.get(place, path)
             yield f"{_key(place)}: {told}: a pod has another home; expected an absolute path, or a storage address"
     yield from _no_json("model.options", spec.model.options)
+    yield from _no_json("model.arguments", spec.model.arguments)
 
 
 def _key(place: Place) -> str:

@@ -44,7 +44,7 @@ MOST_BLOCKS = 10**8
 """Number of blocks that a volume may have; each of them is listed in memory."""
 
 _LATER = {
-    "model": ("weights_key", "dimensions", "affinities", "channels"),
+    "model": ("weights_key", "dimensions", "affinities", "channels", "network", "arguments"),
     "output": ("format", "read_chunk_size", "affinities", "threshold", "argmax"),
 }
 """Keys that are younger than fingerprints, by section; see ``VolumeSpec.unset_later``."""
@@ -181,7 +181,7 @@ class VolumeSpec(Section):
         return self.output.affinities or self.network_affinities
 
     def _check_channels(self) -> None:
-        model, output = self.model, self.output
+        model, output, are_affinities = self.model, self.output, bool(self.network_affinities)
         problems = {
             f"model.channels: {model.channels}, but output.channels: {output.channels}, which is all that the model "
             "gives; list there which of them to take, such as [0, 1]": (
@@ -190,9 +190,12 @@ class VolumeSpec(Section):
             f"output.channels: {output.told_channels}: the model gives {model.channels} channels (model.channels), "
             "which are counted from 0": model.channels is not None and max(output.taken or (0,)) >= model.channels,
             "model.activation: softmax is for channels of which one holds, expected none or sigmoid with "
-            "model.outputs: affinity or model.affinities": model.activation == "softmax" and bool(self.network_affinities),
+            "model.outputs: affinity or model.affinities": model.activation == "softmax"
+            and bool(self.network_affinities),
+            "model.activation: softmax of a single channel is 1 everywhere; expected sigmoid, or output.channels: "
+            "2 or more": model.activation == "softmax" and 1 in (output.channels, model.channels),
             "output.argmax: the largest of several affinities is no class, expected model.outputs: independent": (
-                output.argmax and bool(self.network_affinities)
+                output.argmax and are_affinities
             ),
             f"output.threshold: {output.threshold or 0:g}: voxels of patches that are not run as their input is all "
             "zeros have the value 0, which is as large; set skip.zeros: false, or a threshold above 0": (
@@ -388,6 +391,11 @@ class VolumeSpec(Section):
         if self.model.engine == "pznet":
             if not path.is_dir():
                 raise MissingInputError(f"the folder {path} does not exist (model.path of the spec, a net of pznet)")
+        elif path.is_dir():
+            raise SpecError(
+                f"{path} is a folder, expected a file (model.path and model.weights of the spec). Of a published "
+                f"model, `chunkflow-core model {path}` prints the lines to write"
+            )
         elif not path.is_file():
             raise MissingInputError(f"model file {path} does not exist (model.path and model.weights of the spec)")
         return path
@@ -399,12 +407,11 @@ class VolumeSpec(Section):
         That is: the siblings that a Python file imports, the weights beside an OpenVINO file, the
         files that an ONNX file names, a net's whole folder; and what ``model.files`` lists.
         """
-        if self.model.path is None:
-            return []
-        path = self.model_path(self.model.path)
-        files = [self.model_path(self.model.weights)] if self.model.weights else []
-        files += with_companions(path)
-        folder = path.parent if is_remote(self.model.path) else Path(self.folder)
+        files, folder = [self.model_path(name) for name in self.model.checkpoints], Path(self.folder)
+        if self.model.path is not None:
+            path = self.model_path(self.model.path)
+            files += with_companions(path)
+            folder = path.parent if is_remote(self.model.path) else folder
         return files + [file for file in listed_files(folder, self.model.files_beside) if file not in files]
 
 

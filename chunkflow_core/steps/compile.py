@@ -82,7 +82,7 @@ def settings(spec: VolumeSpec, engines: Sequence[str]) -> list[Setting]:
     able = _able(spec)
     chosen = [engine for engine in able if engine in engines or able == (spec.model.engine,)]
     if not chosen:
-        raise UsageError(f"--engines {','.join(engines)}: {spec.model.path} can be run by {', '.join(able)}")
+        raise UsageError(f"--engines {','.join(engines)}: {spec.model.title} can be run by {', '.join(able)}")
     on_gpu = spec.model.device != "cpu" and _has_gpu()
     splits = [(spec.model.threads, 1)] if on_gpu or able == ("pznet",) else _splits()
     reference = Setting("pytorch" if "pytorch" in able else spec.model.engine, "float32", *splits[0])
@@ -90,7 +90,7 @@ def settings(spec: VolumeSpec, engines: Sequence[str]) -> list[Setting]:
     for engine in chosen:
         for precision in _precisions(engine, on_gpu=on_gpu):
             found += [Setting(engine, precision, *split) for split in splits]
-            if engine == "pytorch" and spec.model.path and spec.model.path.endswith(".py"):
+            if engine == "pytorch" and (spec.model.network or str(spec.model.path).endswith(".py")):
                 found.append(Setting(engine, precision, *splits[0], compile=True))
     own = Setting(spec.model.engine, spec.model.precision, *_own_split(spec, on_gpu=on_gpu), compile=spec.model.compile)
     return list(dict.fromkeys([*found, own]))
@@ -189,9 +189,9 @@ def spec_lines(setting: Setting) -> str:
 
 def _able(spec: VolumeSpec) -> tuple[str, ...]:
     """The engines that take a model file of this kind."""
-    if spec.model.engine not in ENGINES or spec.model.path is None:
+    if spec.model.engine not in ENGINES:
         return (spec.model.engine,)
-    suffix = PurePath(spec.model.path).suffix.lower()
+    suffix = PurePath(spec.model.path or "").suffix.lower()
     return {".onnx": ("onnx", "openvino"), ".xml": ("openvino",)}.get(suffix, ("pytorch", "openvino"))
 
 

@@ -21,6 +21,7 @@ OPTIONS = {
     "plan": [*REQUEST, "--json", "--run"],
     "repair": ["SPEC", "--set", "--bbox", "--seams", "--seed", "--json", "--run"],
     "prepare": ["SPEC", "--set", "--overwrite", "--accept-mixture", "--once", "--run", "--json"],
+    "model": ["PACKAGE", "--weights", "--test"],
     "compile": ["SPEC", "--set", "--tolerance", "--patches", "--engines"],
     "verify": ["SPEC", "--set", "--bbox", "--seams", "--seed", "--deep", "--begun", "--run", "--json"],
     "cleanup": ["SPEC", "--set"],

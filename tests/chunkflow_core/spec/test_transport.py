@@ -216,6 +216,15 @@ def test_model_files_beside_the_spec_can_not_travel(make_spec: MakeSpec, key: st
         transported(good, f"model.{key}={path}")
 
 
+def test_networks_by_name_and_folds_travel(make_spec: MakeSpec) -> None:
+    arguments = {"conv_op": {"import": "torch.nn.Conv3d"}, "eps": 1e-5, "widths": [2, 3]}
+    model = {"engine": "pytorch", "network": "lab.nets.UNet", "arguments": arguments, "weights": ["/a.pt", "/b.pt"]}
+    spec = load_spec(make_spec(model=model))
+    assert transported(spec).model == spec.model
+    with pytest.raises(SpecError, match=r"^spec: model\.weights\.1: b\.pt: a pod has "):
+        check_transportable(load_spec(make_spec(model=model | {"weights": ["/a.pt", "b.pt"]})))
+
+
 @pytest.mark.parametrize("name", ["gain.json", "parts/*", "file://~/gain.json"])
 def test_listed_files_beside_the_spec_can_not_travel(make_spec: MakeSpec, name: str) -> None:
     files = ["/nets/good.json", name]
