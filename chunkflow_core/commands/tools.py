@@ -22,6 +22,7 @@ from chunkflow_core.variables import conceal
 
 if TYPE_CHECKING:
     from chunkflow_core.steps.packages.package import Package
+    from chunkflow_core.storage.ingest.stack import Stack
 
 
 def add_commands(add: Add) -> None:
@@ -117,13 +118,26 @@ def compile(options: argparse.Namespace) -> None:
 
 
 def _add_ingest(add: Add) -> None:
-    parser = add("ingest", ingest, "Store a TIFF stack, folder of images, HDF5 dataset or npy as a precomputed layer.")
+    parser = add(
+        "ingest",
+        ingest,
+        "Store a TIFF stack, folder of images, HDF5 dataset, npy, NRRD, MRC or NIfTI file as a precomputed layer. "
+        "Repeated after it was killed, it goes on.",
+    )
     parser.add_argument(
-        "source", metavar="SOURCE", help="stack.tif, folder of images, file.h5:dataset, or stack.npy; zyx"
+        "source",
+        metavar="SOURCE",
+        help="stack.tif, folder of images, file.h5:dataset, stack.npy, stack.nrrd, stack.nhdr, stack.mrc, stack.nii or "
+        "stack.nii.gz; zyx, or x fastest",
     )
     parser.add_argument("layer", type=_layer, metavar="LAYER", help='layer to make, such as "file:///data/em"')
+    parser.set_defaults(refuse=parser.error)
     parser.add_argument(
-        "--voxel-size", type=_voxel_size, nargs=3, required=True, metavar=("Z", "Y", "X"), help="in nm, such as 40 4 4"
+        "--voxel-size",
+        type=_voxel_size,
+        nargs=3,
+        metavar=("Z", "Y", "X"),
+        help="in nm, such as 40 4 4; may be left out where the header of NRRD, MRC or NIfTI says it",
     )
     parser.add_argument(
         "--chunk-size",
@@ -135,6 +149,12 @@ def _add_ingest(add: Add) -> None:
     )
     parser.add_argument(
         "--offset", type=int, nargs=3, default=[0, 0, 0], metavar=("Z", "Y", "X"), help="of the first voxel"
+    )
+    parser.add_argument(
+        "--compression",
+        choices=("gzip", "br", "zstd", "none"),
+        default="gzip",
+        help="compression of storage chunks (default: gzip)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a layer that is there")
     _add_choice(parser)
@@ -183,24 +203,43 @@ def ingest(options: argparse.Namespace) -> None:
     """Store an image stack as a precomputed layer."""
     from chunkflow_core.lattice.boxes import vector
     from chunkflow_core.storage.ingest.axes import Choice
-    from chunkflow_core.storage.ingest.sources import open_stack
+    from chunkflow_core.storage.ingest.sources import open_stack, says_voxel_size
     from chunkflow_core.storage.ingest.store import ingest
 
+    if options.voxel_size is None and not says_voxel_size(options.source):
+        options.refuse(f"the following arguments are required for {options.source}: --voxel-size")
     names = ("series", "level", "channel", "time", "axes", "gaps", "step")
-    stack = open_stack(options.source, Choice(**{name: getattr(options, name) for name in names}))
+    choice = {name: getattr(options, name) for name in names}
+    stack = open_stack(options.source, Choice(**choice))
     with closing(stack), tqdm(total=stack.shape[0], unit="section", desc="ingest", disable=None) as bar:
-        ingest(
+        done = ingest(
             stack,
             options.layer,
-            resolution=tuple(options.voxel_size),
+            resolution=_resolution(stack, options.voxel_size),
             chunk=vector(options.chunk_size),
             offset=vector(options.offset),
+            compression=options.compression,
             overwrite=options.overwrite,
+            options=choice,
             planes_done=bar.update,
         )
+    if done:
+        print(f"went on from section {done}, where an earlier ingest of the same source had ended")
     print(f"{options.layer}: {' × '.join(map(str, stack.shape))} voxels (zyx), {stack.dtype}")
     for note, text in stack.notes.items():
         print(f"{note.replace('_', ' ')}: {text if isinstance(text, str) else json.dumps(text)}")
+
+
+def _resolution(stack: Stack, given: list[float] | None) -> tuple[float, ...]:
+    """Voxel size in nm, zyx: what the user says, else what the source says, which is noted."""
+    if given is not None:
+        return tuple(given)
+    if stack.voxel_size is None:
+        raise UsageError(
+            f"{stack.name}: its header does not say how large voxels are in a known unit; give --voxel-size"
+        )
+    stack.notes["voxel_size"] = f"{' × '.join(map(str, stack.voxel_size))} nm (zyx), from the header"
+    return stack.voxel_size
 
 
 def _engines(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from chunkflow_core.storage.compression import CorruptFileError, compress, decom
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.disk import PARTIAL, DiskFiles
 from chunkflow_core.storage.files import Files, is_on_disk, open_files, put_file, storage_errors
-from chunkflow_core.storage.layer_info import read_scale
+from chunkflow_core.storage.layer_info import read_scale, scale_of
 from chunkflow_core.storage.layer_reader import LayerReader, cloudvolume_slices, open_layer
 from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.listing.grid import Chunks
@@ -424,6 +424,11 @@ class NewLayer:
         self._described = {"provenance": NO_PROVENANCE | (provenance or {}), "info": info}
         if at_once:
             self.publish()
+
+    @property
+    def scale(self) -> LayerScale:
+        """The layer's only scale, also before it is there; ``ValueError`` if no reader takes it."""
+        return scale_of(self.path, self._described["info"], 0)
 
     def publish(self) -> None:
         """Write ``provenance`` and ``info`` of the layer, each in one step.

@@ -23,6 +23,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "--peers pytorch-float32",
         ["| U-Net, float32, batch 2 | ", "| identity, batch 2 | ", "| this, PyTorch, float32 | "],
     ),
+    "ingest": (
+        "--sections 4 --size 64 64 --rounds 1",
+        [f"| {kind}{delay} |" for kind in ("png", "jpg", "tif", "zlib.tif") for delay in ("", ", 20 ms later")],
+    ),
     "io": (
         "--volume 4 32 32 --chunk 4 32 32 --parallel 1",
         [f"| {codec} |" for codec in ("none", "gzip", "gzip 1", "zstd 3", "br 5") for _ in ("probabilities", "EM")],

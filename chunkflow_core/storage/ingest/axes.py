@@ -52,6 +52,8 @@ class Selection:
     """For each axis of the array, the position that is taken; None for z, y, x."""
     order: tuple[int, ...]
     """Transposition of what is left of the array to (z,) y, x."""
+    places: tuple[int | None, int, int]
+    """The array's axes of z, y, x; that of z is None if no axis has its name."""
 
     def index(self, sections: slice) -> tuple[int | slice, ...]:
         """Index of some sections in the array."""
@@ -97,14 +99,18 @@ def select(name: str, shape: Sequence[int], axes: str | None, choice: Choice) ->
         else:
             raise DataError(_too_many(name, axis, shape, axes))
     _check_used(name, kept, choice)
-    return _selection(shape, [kept[axis] for axis in (z, "Y", "X") if axis], tuple(fixed), kept.get(z))
+    named = axes.index("Z") if "Z" in axes else None
+    return _selection(shape, (kept.get(z, named), kept["Y"], kept["X"]), tuple(fixed), kept.get(z))
 
 
-def _selection(shape: Sequence[int], spatial: list[int], fixed: tuple[int | None, ...], z: int | None) -> Selection:
+def _selection(
+    shape: Sequence[int], places: tuple[int | None, int, int], fixed: tuple[int | None, ...], z: int | None
+) -> Selection:
+    spatial = [a for a in (z, *places[1:]) if a is not None]
     left = sorted(spatial)
     size = [shape[a] for a in spatial]
     full = (1, *size) if z is None else tuple(size)
-    return Selection((full[0], full[1], full[2]), z, fixed, tuple(left.index(a) for a in spatial))
+    return Selection((full[0], full[1], full[2]), z, fixed, tuple(left.index(a) for a in spatial), places)
 
 
 def _given(name: str, shape: Sequence[int], axes: str) -> str:

@@ -36,7 +36,7 @@ def open_hdf5(file: Path, dataset: str, choice: Choice) -> Stack:
         name = f"{file}:{found.name.lstrip('/')}" if not dataset else f"{file}:{dataset}"
         _check_filters(h5py, found, name)
         incomplete = readable(lambda: check_parts(found, name, blank=choice.gaps == "blank"), name)
-        stack = _Dataset(found, name, choice)
+        stack = _Dataset(found, file, name, choice)
     except BaseException:
         container.close()
         raise
@@ -48,9 +48,12 @@ def open_hdf5(file: Path, dataset: str, choice: Choice) -> Stack:
 class _Dataset(ArrayStack):
     """A dataset; its file is closed with it."""
 
-    def __init__(self, dataset: Any, name: str, choice: Choice) -> None:
+    def __init__(self, dataset: Any, file: Path, name: str, choice: Choice) -> None:
         super().__init__(dataset, name, _axes(dataset), choice)
         self._file = dataset.file
+        # of others, it is not looked for which files they are made of
+        whole = not dataset.is_virtual and not dataset.external and dataset.file.filename == str(file)
+        self.files = [file] if whole else None
 
     def close(self) -> None:
         self._file.close()

@@ -13,6 +13,7 @@ from chunkflow_core.errors import DataError
 from chunkflow_core.storage.ingest.axes import Choice, native, select
 from chunkflow_core.storage.ingest.stack import Stack, readable, reader
 from chunkflow_core.storage.ingest.tiff import open_tiff
+from chunkflow_core.storage.ingest.turned import ORIENTATION, turned
 
 TIFF = (".tif", ".tiff")
 IMAGES = (".png", *TIFF, ".jpg", ".jpeg", ".bmp")
@@ -29,13 +30,23 @@ def open_image(file: Path, choice: Choice) -> Stack:
     Raises:
         DataError: It is not one grey image, or can't be read.
         MissingInputError: It is a part of an image, whose other parts are missing.
-        UsageError: What reads it is not installed, or what the user says does not fit.
+        UsageError: What the user says does not fit.
+        SpecError: What reads it is not installed.
     """
-    stack = open_tiff(file, choice) if file.suffix.lower() in TIFF else _Image(file, choice)
+    stack = open_tiff(file, choice) if file.suffix.lower() in TIFF else _open_other(file, choice)
     if stack.shape[0] > 1:
         stack.close()
         raise DataError(f"{file}: holds {stack.shape[0]} images, expected one; give the file instead of its folder")
     return stack
+
+
+def _open_other(file: Path, choice: Choice) -> Stack:
+    image = _Image(file, choice)
+    try:
+        return turned(image, image.orientation, choice)
+    except BaseException:
+        image.close()
+        raise
 
 
 class _Image(Stack):
@@ -53,6 +64,9 @@ class _Image(Stack):
             width, height = self._image.size
             self._selection = select(str(file), (height, width, *samples), "YXS"[: 2 + len(samples)], choice)
             super().__init__(str(file), self._selection.shape, np.dtype(dtype))
+            self.files = [file]
+            self.orientation = readable(self._orientation, str(file))
+            """Value of the tag of EXIF, as far as it stands before the pixels."""
         except BaseException:
             self._image.close()
             raise
@@ -62,8 +76,19 @@ class _Image(Stack):
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         values = readable(self._values, self.name)
+        if readable(self._orientation, self.name) != self.orientation:
+            raise DataError(f"{self.name}: has an orientation (EXIF) after its pixels; store it upright, without EXIF")
         index = self._selection.index(slice(start, stop))
         return self._selection.arrange(values[index])
+
+    def _orientation(self) -> int:
+        """The orientation, as far as the file has been read.
+
+        Pillow's own call for PNG would decode all pixels, to see what stands behind them.
+        """
+        known = reader("PIL.Image").Image()
+        known.info = self._image.info
+        return int(known.getexif().get(ORIENTATION, 1))
 
     def _check(self, name: str) -> str:
         """Check that the numbers are as the file has them; the dtype that holds them."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import get_ident
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import DataError, MissingInputError, UsageError
 from chunkflow_core.storage.ingest.axes import Choice, Selection, native, select
 from chunkflow_core.storage.ingest.stack import ArrayStack, Stack, readable, reader
-from chunkflow_core.storage.ingest.tiff_values import check_whole, is_turned, meaning
+from chunkflow_core.storage.ingest.tiff_values import check_whole, is_turned_over, meaning, orientation
+from chunkflow_core.storage.ingest.turned import turned
 
 _HARMLESS = ("GDAL_NODATA", "GeoKey", "get_resolution", "nuvu_tags", "andor_tags", "epics_tags")
 """Words in what tifffile logs of private tags, which are not used here."""
@@ -30,28 +33,35 @@ _PLAIN = ("generic", "uniform", "shaped")
 class Complaints(logging.Filter):
     """Catches what tifffile logs of a file that it gives in part, or with zeros for the rest."""
 
+    _owners: ClassVar[set[int]] = set()
+    """The threads that are within a ``with``: what one of them logs is of its own file."""
+
     def __init__(self) -> None:
         """Make a filter that has caught nothing yet; it works within a ``with``."""
         super().__init__()
         self.texts: list[str] = []
-        self._logger = logging.getLogger("tifffile")
+        self._logger, self._thread = logging.getLogger("tifffile"), get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep a warning; whether it is to be logged as usual."""
         text = " ".join(record.getMessage().split())
         if record.levelno < logging.WARNING or _is_harmless(text):
             return True
+        if record.thread != self._thread and record.thread in self._owners:
+            return True  # it is of a file that another thread reads
         self.texts.append(text)
         return False
 
     def __enter__(self) -> Complaints:
         """Begin to catch."""
+        self._owners.add(self._thread)
         self._logger.addFilter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave tifffile's log as it was."""
         self._logger.removeFilter(self)
+        self._owners.discard(self._thread)
 
     def check(self, name: str) -> None:
         """Raise what was caught.
@@ -99,7 +109,8 @@ def open_tiff(file: Path, choice: Choice) -> Stack:
 def _stack(tiff: Any, count: int, series: list[Any], choice: Choice, name: str) -> Stack:
     if choice.series is None and (pages := readable(lambda: _plain_pages(tiff, count, series), name)):
         keyframe = pages[0]
-        return _PageStack(tiff, pages, (len(pages), *keyframe.shape), f"I{keyframe.axes}", choice, name)
+        paged = _PageStack(tiff, pages, (len(pages), *keyframe.shape), f"I{keyframe.axes}", choice, name)
+        return turned(paged, paged.orientation, choice)
     levels = _levels(_pyramids(series), count, choice, name)
     if choice.level >= len(levels):
         raise UsageError(f"{name}: has no level {choice.level}; it holds {_told([levels])}")
@@ -109,14 +120,19 @@ def _stack(tiff: Any, count: int, series: list[Any], choice: Choice, name: str) 
     lead = _leading(shape, len(pages))
     in_pages = lead is not None and not {"Y", "X"} & set(axes[:lead]) and chosen.transform is None
     if in_pages and not (lead == 0 and len(shape) > 2 and chosen.keyframe.is_final):
-        return _PageStack(tiff, pages, shape, axes, choice, name)
+        paged = _PageStack(tiff, pages, shape, axes, choice, name)
+        return turned(paged, paged.orientation, choice)
     values = meaning(chosen.keyframe, name)
     for page in pages:
         if choice.gaps != "blank":
             check_whole(page, name)
     stack = ArrayStack(_whole(tiff, chosen, name), name, axes, choice, meaning=values)
     _note(stack, chosen.keyframe)
-    return stack
+    stack.files = _files(pages)
+    orientations = {_orientation(page) for page in pages}
+    if len(orientations) > 1:
+        raise DataError(_unlike(name, orientations))
+    return turned(stack, orientations.pop(), choice)
 
 
 def _pages(series: Any) -> list[Any]:
@@ -150,6 +166,10 @@ class _PageStack(Stack):
         self._tiff, self._pages, self._sparse = tiff, pages, choice.gaps == "blank"
         self._lead, self._rest = tuple(shape[:lead]), tuple(shape[lead:])
         self._samples = keyframe.samplesperpixel
+        self.orientation = _orientation(pages[0])
+        self.files = _files(pages)
+        # files of a folder are read by threads, so that what tifffile logs is of the thread's file
+        self._workers = 1 if self.shape[0] == 1 else None
         _note(self, keyframe)
 
     def close(self) -> None:
@@ -179,24 +199,47 @@ class _PageStack(Stack):
 
     def _numbers(self, page: Any, name: str) -> NDArray[Any]:
         """Grey values of a page, by its own tags where it has some."""
-        file = page.parent.filehandle
-        closed = file.closed
-        if closed:  # another file of the same image
-            file.open()
-        try:
-            whole = page if getattr(page, "is_virtual", False) else page.aspage()
+        with _whole_page(page) as whole:
             if not self._sparse:
                 check_whole(whole, name)
             if (shape := whole.keyframe.shape) != page.keyframe.shape:
                 raise DataError(f"{name} is {whole.keyframe.dtype} {shape}, the first {self.dtype} {self._rest}")
-            return native(meaning(whole.keyframe, name)(whole.asarray()))
-        finally:
-            if closed:
-                file.close()
+            if _orientation(whole) != self.orientation:
+                raise DataError(_unlike(name, {_orientation(whole), self.orientation}))
+            return native(meaning(whole.keyframe, name)(whole.asarray(maxworkers=self._workers)))
+
+
+@contextmanager
+def _whole_page(page: Any) -> Iterator[Any]:
+    """A page with its own tags, if it has some, in an open file."""
+    file = page.parent.filehandle
+    closed = file.closed
+    if closed:  # another file of the same image
+        file.open()
+    try:
+        yield page if getattr(page, "is_virtual", False) else page.aspage()
+    finally:
+        if closed:
+            file.close()
+
+
+def _orientation(page: Any) -> int:
+    with _whole_page(page) as whole:
+        return orientation(whole.keyframe)
+
+
+def _unlike(name: str, orientations: set[int]) -> str:
+    told = " and ".join(map(str, sorted(orientations)))
+    return f"{name}: its pages have the orientations {told} (tag 274); store all sections upright, without the tag"
+
+
+def _files(pages: Sequence[Any]) -> list[Path]:
+    """The files that pages lie in."""
+    return sorted({Path(page.parent.filehandle.path) for page in pages})
 
 
 def _note(stack: Stack, keyframe: Any) -> None:
-    if is_turned(keyframe):
+    if is_turned_over(keyframe):
         stack.notes["grey_values"] = "turned over: 0 is white in the file (min-is-white)"
 
 

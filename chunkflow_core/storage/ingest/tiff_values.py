@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import DataError
 from chunkflow_core.storage.ingest.axes import native
+from chunkflow_core.storage.ingest.turned import ORIENTATION
 
 Meaning = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -45,7 +46,12 @@ def meaning(page: Any, name: str) -> Meaning:
     return native
 
 
-def is_turned(page: Any) -> bool:
+def orientation(page: Any) -> int:
+    """Value of a page's tag Orientation; 1 if it has none."""
+    return int(page.tags.valueof(ORIENTATION, 1))
+
+
+def is_turned_over(page: Any) -> bool:
     """Whether 0 is white in a page, so that its grey values are turned over."""
     return int(page.photometric) == _WHITE_IS_ZERO
 

@@ -28,7 +28,7 @@ OPTIONS = {
     "report": ["SPEC", "--set", "--run", "--json", "--picture", "--publish"],
     "picture": ["SPEC", "--set", "FILE.png", "--z"],
     "ingest": [
-        *["SOURCE", "LAYER", "--voxel-size", "--chunk-size", "--offset", "--overwrite"],
+        *["SOURCE", "LAYER", "--voxel-size", "--chunk-size", "--offset", "--compression", "--overwrite"],
         *["--series", "--level", "--channel", "--time", "--axes", "--gaps", "--step"],
     ],
 }

@@ -259,7 +259,7 @@ def test_empty_folder(tmp_path: Path, ingest: Ingest) -> None:
     check_failed(ingest(tmp_path / "sections"), 66, "sections", "no images", ".png")
 
 
-@pytest.mark.parametrize("name", ["stack.nii", "stack", "stack.h5.gz"])
+@pytest.mark.parametrize("name", ["stack.zip", "stack", "stack.h5.gz"])
 def test_unknown_format(tmp_path: Path, ingest: Ingest, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     check_failed(ingest(tmp_path / name), 64, name, "unknown format", ".tif")
@@ -401,7 +401,7 @@ def test_missing_package(
     for name in ("stack.tif", "stack.h5", "sections/1.png"):
         (tmp_path / name).write_bytes(b"")
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say: can't be imported
-    check_failed(ingest(tmp_path / source), 64, package, "pip install 'chunkflow-airflow[ingest]'")
+    check_failed(ingest(tmp_path / source), 78, package, "pip install 'chunkflow-airflow[ingest]'")
 
 
 @pytest.mark.parametrize(
@@ -415,6 +415,7 @@ def test_missing_package(
         (["--chunk-size", 0, 64, 64], "expected at least 1"),
         (["--chunk-size", 1.5, 64, 64], "invalid"),
         (["--offset", 1.5, 0, 0], "invalid"),
+        (["--compression", "xz"], "invalid choice"),
     ],
 )
 def test_wrong_numbers(tmp_path: Path, ingest: Ingest, arguments: list[object], piece: str) -> None:
@@ -423,6 +424,13 @@ def test_wrong_numbers(tmp_path: Path, ingest: Ingest, arguments: list[object], 
     assert outcome.returncode == 64
     assert f"argument {arguments[0]}: " in outcome.stderr
     assert piece in outcome.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--voxel-size", "1e10", 4, 4], ["--offset", 2**60, 0, 0]])
+def test_numbers_that_no_reader_takes(tmp_path: Path, ingest: Ingest, layer: str, arguments: list[object]) -> None:
+    np.save(tmp_path / "stack.npy", voxels())
+    check_failed(ingest(tmp_path / "stack.npy", *arguments), 64, layer, "there is no such layer")
+    assert not Path(layer.removeprefix("file://")).exists()
 
 
 @pytest.mark.parametrize("place", ["/data/em", "file://data/em", "em", "zarr:///data/em"])
