@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from chunkflow_core.commands.arguments import Add, add_spec_arguments, not_negative, positive, spec_of, tolerance
 from chunkflow_core.errors import DataError, UsageError
-from chunkflow_core.storage.addresses import check_address
+from chunkflow_core.storage.addresses import check_address, layer_format
 from chunkflow_core.variables import conceal
 
 if TYPE_CHECKING:
@@ -271,4 +271,6 @@ def _layer(text: str) -> str:
         check_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    if layer_format(text) != "precomputed":
+        raise argparse.ArgumentTypeError(f"{text}: a precomputed layer is written, expected its address alone")
     return text

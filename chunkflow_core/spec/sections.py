@@ -208,6 +208,8 @@ class OutputSpec(Section):
         prefix = layer_format(path)
         if prefix in ("zarr", "zarr3"):
             values = {"format": "ome-zarr"} | values
+            if values["format"] != "ome-zarr":
+                raise ValueError(f"format: {values['format']}, and the path says {prefix}, expected the same format")
         if prefix in ("zarr2", "n5"):
             raise ValueError(f"path: {prefix} is not written, expected format: precomputed or ome-zarr")
         if values.get("format") != "ome-zarr":

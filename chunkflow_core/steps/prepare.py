@@ -22,7 +22,7 @@ from chunkflow_core.steps.workspace import Workspace
 from chunkflow_core.storage.addresses import is_same_place
 from chunkflow_core.storage.files import is_on_disk
 from chunkflow_core.storage.layer_scale import LayerScale
-from chunkflow_core.storage.layers import layer_exists
+from chunkflow_core.storage.layers import format_beside, layer_exists
 from chunkflow_core.storage.presence import Absence
 
 log = logging.getLogger(__name__)
@@ -216,6 +216,11 @@ def _look_at_output(spec: VolumeSpec, other: Other) -> tuple[LayerScale | None, 
         SpecError: The layer does not fit, or is another spec's, and that is not asked for.
     """
     layer = check_output(spec, may_grow=True) if layer_exists(spec.output.path) else None
+    if layer is None and (other_format := format_beside(spec.output.path)):
+        raise SpecError(
+            f"output.path: there is a layer of another format at {spec.output.path} ({other_format}). Give another "
+            "path, or delete that layer"
+        )
     history = History(spec)
     if layer is not None:
         _check_history(spec, history, other)

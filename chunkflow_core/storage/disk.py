@@ -59,6 +59,20 @@ class DiskFiles:
             return content
         return [self._read(name, raw=raw) for name in names]
 
+    def parts(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Parts of a file that is not compressed, each from a byte up to before another.
+
+        Where it ends before, or isn't there, parts are shorter.
+        """
+        try:
+            file = os.open(self._folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return [b""] * len(ranges)
+        try:
+            return [os.pread(file, stop - start, start) for start, stop in ranges]
+        finally:
+            os.close(file)
+
     def files_of(self, name: str) -> list[str]:
         """The files, by their own names, that are stored under a name in several compressions."""
         files = [self._folder / f"{name}{extension}" for extension in EXTENSIONS]

@@ -55,6 +55,27 @@ def open_files(path: str) -> Files:
     return files
 
 
+def get_parts(path: str, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """Some parts of a file below an address, each from a byte up to before another.
+
+    Raises:
+        CorruptFileError: The file is not there any more, or too short.
+    """
+    if not ranges:
+        return []
+    if is_on_disk(path):
+        parts = DiskFiles(path).parts(name, ranges)
+    else:
+        from chunkflow_core.storage.clients import open_files as open_remote
+
+        asked = [{"path": name, "start": start, "end": stop} for start, stop in ranges]
+        answers = {answer["byte_range"]: answer["content"] for answer in open_remote(path).get(asked, raw=True)}
+        parts = [answers[each] for each in ranges]
+    if any(part is None or len(part) != stop - start for part, (start, stop) in zip(parts, ranges, strict=True)):
+        raise CorruptFileError(f"storage chunk {name} has changed while it was read", name)
+    return parts
+
+
 def is_on_disk(path: str) -> bool:
     """Whether an address is that of a folder on a disk of this machine."""
     return path.startswith("file://")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chunkflow_core.errors import DataError, MissingInputError, StorageError
 from chunkflow_core.lattice.boxes import Box, Vector, vector
-from chunkflow_core.storage.addresses import layer_format, plain
+from chunkflow_core.storage.addresses import FORMATS, layer_format, plain
 from chunkflow_core.storage.compression import CorruptFileError, compress, decompress
 from chunkflow_core.storage.digests import short_digest
 from chunkflow_core.storage.disk import PARTIAL, DiskFiles
@@ -366,6 +366,16 @@ def layer_exists(path: str) -> bool:
     name = "info" if layer_format(path) == "precomputed" else "zarr.json"
     with storage_errors(f"looking for {path}"):
         return bool(layer_files(path).get(name))
+
+
+def format_beside(path: str) -> str:
+    """The file of a layer of another format at an address, by which it is known; empty if none."""
+    known = {"info", "zarr.json", ".zgroup", ".zarray", "attributes.json"}
+    own = "info" if layer_format(path) == FORMATS[0] else "zarr.json"
+    names = sorted(known - {own})
+    with storage_errors(f"looking for {path}"):
+        answers = layer_files(path).get(names)
+    return next((answer["path"] for answer in answers if answer["content"]), "")
 
 
 class NewLayer:

@@ -66,12 +66,13 @@ def nothing_there(path: str, scale: LayerScale, mip: int, box: Box) -> Absence:
     """
     inside = box & scale.bounds
     with storage_errors(f"looking for storage chunks of {path}"):
-        store = open_store(plain(path), scale) if inside and scale.naming.parts == 1 else None
+        store = open_store(plain(path), scale) if inside else None
         if store is None:
             return Absence()
         search = _Search(path, scale, mip, inside, store)
         is_sure = search.is_sure_of_none()
-        return Absence() if is_sure is None else Absence(search.told(is_sure=is_sure), is_sure)
+        is_whole = scale.naming.parts == 1  # else the first file of each storage chunk was looked for
+        return Absence() if is_sure is None else Absence(search.told(is_sure=is_sure), is_sure and is_whole)
 
 
 class _Search:

@@ -49,7 +49,8 @@ class LayerSignatures:
         self.path = plain(path)
         self._versions: dict[tuple[Column, int], str] | None = {} if versions else None
         self._chunks = Chunks(scale)
-        self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}"
+        axes = f" {scale.array.axes}" if scale.array else ""
+        self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}{axes}"
         self._columns: dict[Column, array[int]] = {}
         with storage_errors(f"opening {self.path}"):
             self._store = open_store(self.path, scale) if scale.has_own_files else None

@@ -16,11 +16,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from chunkflow_core.errors import ChunkflowError, MissingInputError
+from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.storage.addresses import layer_format, plain
+from chunkflow_core.storage.files import Files, open_files, storage_errors
 from chunkflow_core.storage.layer_scale import FARTHEST, MOST_CHANNELS, LayerScale, ZarrArray, is_size
 from chunkflow_core.storage.naming import Naming
+from chunkflow_core.storage.zarr_space import Space, UnclearError, has_space, ome_space, own_space
 
 METADATA: Final = {"zarr3": "zarr.json", "zarr": ".zarray", "n5": "attributes.json"}
 """Name of an array's metadata file, by TensorStore's name of the format."""
@@ -36,46 +38,25 @@ _FILES: Final = {
 LARGEST: Final = "0"
 """Name of the array of a new layer's only scale."""
 
-_NANOMETRES: Final = {
-    "angstrom": 0.1,
-    "picometer": 1e-3,
-    "nanometer": 1.0,
-    "micrometer": 1e3,
-    "micron": 1e3,
-    "microns": 1e3,
-    "um": 1e3,
-    "µm": 1e3,
-    "μm": 1e3,
-    "nm": 1.0,
-    "mm": 1e6,
-    "millimeter": 1e6,
-    "centimeter": 1e7,
-    "meter": 1e9,
-    "m": 1e9,
-}
-"""Nanometres in a unit of length."""
-
 _N5_SUFFIX: Final = "s"
 """Before the number of a scale in the names of N5's folders."""
 
-_LETTERS: Final = {3: "zyx", 4: "czyx", 5: "tczyx", 2: "yx"}
-"""What dimensions are, by their number, where nothing says so."""
-
 _ROUNDING: Final = 1e-3
-"""Part of a voxel up to which a position counts as that of the next voxel."""
+"""Part of a voxel up to which a position counts as that of the next voxel.
 
+Others are rounded down: smaller scales begin up to half a voxel after the largest, since their
+positions are those of the centres of voxels.
+"""
 
-class _Unclear(ValueError):
-    """Metadata can't be understood."""
-
-
-@dataclass(frozen=True)
-class _Space:
-    """Where an array is, by its dimensions: letters of ``tczyx``, nm in a step, nm of its start."""
-
-    letters: str
-    step: tuple[float, ...]
-    start: tuple[float, ...]
+_COMPRESSION: Final = {
+    "raw": (),
+    "gzip": ("level", "useZlib"),
+    "bzip2": ("blockSize",),
+    "xz": ("preset",),
+    "blosc": ("cname", "clevel", "shuffle", "blocksize"),
+    "zstd": ("level",),
+}
+"""What TensorStore takes of N5's compressions; other keys are about the writer alone."""
 
 
 def read_array(path: str, mip: int) -> LayerScale:
@@ -88,6 +69,8 @@ def read_array(path: str, mip: int) -> LayerScale:
         StorageError: The storage did not answer.
     """
     found = _read(path, "", layer_format(path))
+    if not found and layer_format(path) == "n5" and _read(path, f"{_N5_SUFFIX}{mip}", "n5"):
+        found = {"attributes.json": {}}  # a group need not have any
     if not found:
         names, other = " or ".join(_FILES[layer_format(path)]), format_there(path)
         advice = f"There is one of another format: write {other}" if other else "Check the path"
@@ -96,7 +79,7 @@ def read_array(path: str, mip: int) -> LayerScale:
         return _Layer(path, found).scale(mip)
     except MissingInputError:
         raise
-    except (_Unclear, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+    except (UnclearError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         told = f"{error.args[0]} is missing" if isinstance(error, KeyError) else f"{error!s:.300}"
         raise MissingInputError(f"{path}: its metadata can't be understood as that of a volume ({told})") from error
 
@@ -125,23 +108,42 @@ def layer_scale(path: str, key: str, array: dict[str, Any], group: dict[str, Any
     image = _ome_image(_attributes({"zarr.json": group}))
     assert image is not None
     found = _zarr3(array)
-    return found.scale(path, key, _ome_space(image, image["datasets"][0], found.rank))
+    return found.scale(path, key, ome_space(image, image["datasets"][0], found.rank, is_n5=False))
 
 
 def _read(path: str, key: str, kind: str) -> dict[str, Any]:
     """The JSON objects of the metadata files in a folder of a layer, by name."""
-    from chunkflow_core.storage.files import open_files, storage_errors
-
-    folder = f"{key}/" if key else ""
+    folder, files = f"{key}/" if key else "", open_files(plain(path))
     names = [f"{folder}{name}" for name in _FILES[kind]]
-    with storage_errors(f"{path}: cannot read the layer's metadata"):
-        answers = open_files(plain(path)).get(names)
+    try:
+        with storage_errors(f"{path}: cannot read the layer's metadata"):
+            answers = files.get(names)
+    except SpecError:  # who may not list a bucket of S3 is refused what isn't there
+        answers = _each(path, files, names)
+    except StorageError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            raise MissingInputError(f"{path}: it is below a file, expected the folder of a layer") from error
+        raise
     found = {}
     for answer in answers:
         if answer["content"] is not None:
             name = answer["path"].rpartition("/")[2]
             found[name] = _parsed(path, answer["path"], answer["content"])
     return found
+
+
+def _each(path: str, files: Files, names: list[str]) -> list[dict[str, Any]]:
+    """Answers to questions for each file; the refusal if all are refused."""
+    answers, refusal = list[dict[str, Any]](), None
+    for name in names:
+        try:
+            with storage_errors(f"{path}: cannot read the layer's metadata"):
+                answers += files.get([name])
+        except SpecError as error:
+            refusal = error
+    if refusal and not any(answer["content"] is not None for answer in answers):
+        raise refusal
+    return answers
 
 
 def _parsed(path: str, name: str, content: bytes) -> dict[str, Any]:
@@ -199,15 +201,31 @@ class _Layer:
         read = {"zarr.json": _zarr3, ".zarray": _zarr2, "attributes.json": _n5}[file]
         array = read(found[file])
         attributes = _attributes(found)
+        is_n5, group = array.driver == "n5", {"key": key, **_attributes(self._found)} if key else {}
+        names = array.names or _named(attributes)
+        if not key and not has_space(attributes, names):
+            image, group = self._above()
         if image:
-            space = _ome_space(image[0], image[1], array.rank)
+            space = ome_space(image[0], image[1], array.rank, is_n5=is_n5)
         else:
-            space = _own_space(attributes, array, self._group_of(key))
+            space = own_space(attributes, group, array.rank, names, is_n5=is_n5)
         return array.scale(self._path, key, space)
 
-    def _group_of(self, key: str) -> dict[str, Any]:
-        """Attributes of the group above an array, and its place there, where those tell of it."""
-        return {"key": key, **_attributes(self._found)} if key else {}
+    def _above(self) -> tuple[Any, dict[str, Any]]:
+        """What a group above says of the array at the address: an image of it, or attributes."""
+        prefix, _, place = self._path.rstrip("/").rpartition("://")
+        parts, beside = place.split("/"), dict[str, Any]()
+        for depth in (1, 2):
+            above, key = "/".join(parts[:-depth]), "/".join(parts[-depth:])
+            if len(parts) - depth < 2 or not parts[-depth - 1]:  # a layer is below its bucket, or the root
+                break
+            attributes = _attributes(_read(f"{prefix}://{above}", "", self._kind))
+            image = _ome_image(attributes)
+            for dataset in image["datasets"] if image else ():
+                if dataset["path"].strip("/") == key:
+                    return (image, dataset), {}
+            beside = beside or ({"key": key, **attributes} if attributes and depth == 1 else {})
+        return None, beside
 
 
 @dataclass(frozen=True)
@@ -229,30 +247,32 @@ class _Array:
     def rank(self) -> int:
         return len(self.shape)
 
-    def scale(self, path: str, key: str, space: _Space) -> LayerScale:
+    def scale(self, path: str, key: str, space: Space) -> LayerScale:
         at = {letter: i for i, letter in enumerate(space.letters)}
         if len(at) != self.rank or "y" not in at or "x" not in at or not set(at) <= set("tczyx"):
-            raise _Unclear(f"its {self.rank} dimensions are {', '.join(space.letters)}, expected z, y, x, with c and t")
+            raise UnclearError(
+                f"its {self.rank} dimensions are {', '.join(space.letters)}, expected z, y, x, with c and t"
+            )
         if self.rank != len(self.chunk) or min(*self.shape, *self.chunk) < 1:
-            raise _Unclear(f"shape {self.shape}, storage chunks of {self.chunk}")
+            raise UnclearError(f"shape {self.shape}, storage chunks of {self.chunk}")
         if "t" in at and self.shape[at["t"]] != 1:
             raise MissingInputError(
                 f"{path}: it has {self.shape[at['t']]} time points; a layer has one. Copy the one that is meant into "
                 "an array of its own"
             )
-        if np.dtype(self.dtype).kind not in "uif":
-            raise _Unclear(f"data type {self.dtype}, expected integers or floating point numbers")
+        if np.dtype(self.dtype).kind not in "uifb":
+            raise UnclearError(f"data type {self.dtype}, expected integers or floating point numbers")
 
         def along(values: Sequence[Any], default: Any) -> list[Any]:
             return [values[at[a]] if a in at else default for a in "zyx"]
 
         step = along(space.step, 0.0)
-        start = [_voxels(s, n) for s, n in zip(along(space.start, 0.0), step, strict=True)]
+        start = [math.floor(position + _ROUNDING) for position in along(space.start, 0.0)]
         if not all(map(is_size, step)) or max(*self.shape, *map(abs, start)) > FARTHEST:
-            raise _Unclear(f"voxel size {step} nm, shape {self.shape}, position {start}")
+            raise UnclearError(f"voxel size {step} nm, shape {self.shape}, position {start}")
         channels = self.shape[at["c"]] if "c" in at else 1
         if channels > MOST_CHANNELS:
-            raise _Unclear(f"{channels} channels, expected at most {MOST_CHANNELS}")
+            raise UnclearError(f"{channels} channels, expected at most {MOST_CHANNELS}")
         per_file = self.chunk[at["c"]] if "c" in at else 1
         parts = -(-channels // per_file)
         places = {"t": "0", "c": "{c}" if parts > 1 else "0"}
@@ -266,7 +286,7 @@ class _Array:
             bounds=Box(vector(start), vector(a + n for a, n in zip(start, along(self.shape, 1), strict=True))),
             resolution=tuple(map(_tidy, step)),
             chunk=vector(along(self.chunk, 1)),
-            dtype=self.dtype,
+            dtype="uint8" if self.dtype == "bool" else self.dtype,
             channels=channels,
             encoding=f"{self.driver} {_form(self.metadata)}",
             info={},
@@ -290,19 +310,11 @@ def _form(metadata: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def _voxels(nanometres: float, step: float) -> int:
-    """A position in whole voxels, rounded down.
-
-    Smaller scales begin up to half a voxel after the largest: their positions are those of the
-    centres of voxels.
-    """
-    return math.floor(nanometres / step + _ROUNDING) if step else 0
-
-
 def _array_file(found: dict[str, Any]) -> str:
     """The file that describes an array, if one does."""
-    if found.get("zarr.json", {}).get("node_type") == "array":
-        return "zarr.json"
+    version_3 = found.get("zarr.json", {})
+    if version_3.get("node_type") == "array" or {"shape", "chunk_grid", "codecs"} <= version_3.keys():
+        return "zarr.json"  # CloudVolume 12.15 calls its arrays groups
     if ".zarray" in found:
         return ".zarray"
     return "attributes.json" if "dimensions" in found.get("attributes.json", {}) else ""
@@ -317,11 +329,17 @@ def _attributes(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _zarr3(metadata: dict[str, Any]) -> _Array:
-    encoding = metadata["chunk_key_encoding"]
+    encoding = _codec(metadata["chunk_key_encoding"])
     is_default = encoding["name"] == "default"
     separator = (encoding.get("configuration") or {}).get("separator", "/" if is_default else ".")
-    kept = {key: value for key, value in metadata.items() if key not in ("attributes", "dimension_names")}
+    beside = ("attributes", "dimension_names", "consolidated_metadata")
+    kept = {key: value for key, value in metadata.items() if key not in beside} | {
+        "node_type": "array",
+        "chunk_key_encoding": encoding,
+        "codecs": list(map(_codec, metadata["codecs"])),
+    }
     names = metadata.get("dimension_names")
+    has_names = names is not None and any(name is not None for name in names)
     return _Array(
         driver="zarr3",
         shape=metadata["shape"],
@@ -330,20 +348,28 @@ def _zarr3(metadata: dict[str, Any]) -> _Array:
         metadata=kept,
         separator=separator,
         beginning="c" if is_default else "",
-        names=names if names and None not in names else None,
+        names=names if has_names else None,
     )
 
 
+def _codec(value: Any) -> dict[str, Any]:
+    """A codec, or an encoding of keys, which may be written as its name alone."""
+    found: dict[str, Any] = {"name": value} if isinstance(value, str) else value
+    return found
+
+
 def _zarr2(metadata: dict[str, Any]) -> _Array:
-    dtype = metadata["dtype"]
+    dtype, compressor = metadata["dtype"], metadata.get("compressor")
+    if compressor and compressor["id"] == "zstd":
+        compressor = {key: value for key, value in compressor.items() if key != "checksum"}
     if not isinstance(dtype, str):
-        raise _Unclear("data type with several fields")
+        raise UnclearError("data type with several fields")
     return _Array(
         driver="zarr",
         shape=metadata["shape"],
         chunk=metadata["chunks"],
         dtype="bfloat16" if dtype == "bfloat16" else np.dtype(dtype).name,
-        metadata=metadata,
+        metadata={"filters": None, "order": "C", "fill_value": None} | metadata | {"compressor": compressor},
         separator=metadata.get("dimension_separator", "."),
         beginning="",
     )
@@ -352,6 +378,9 @@ def _zarr2(metadata: dict[str, Any]) -> _Array:
 def _n5(metadata: dict[str, Any]) -> _Array:
     kept = ("dimensions", "blockSize", "dataType", "compression", "compressionType")
     compression = metadata.get("compression") or {"type": metadata.get("compressionType", "raw")}
+    kind = "zstd" if compression["type"] == "zstandard" else compression["type"]
+    taken = ("type", *_COMPRESSION.get(kind, compression))
+    compression = {key: value for key, value in (compression | {"type": kind}).items() if key in taken}
     return _Array(
         driver="n5",
         shape=metadata["dimensions"],
@@ -370,93 +399,15 @@ def _ome_image(attributes: dict[str, Any]) -> dict[str, Any] | None:
     if not images:
         return None
     if len(images) > 1:
-        raise _Unclear(f"it has {len(images)} images; name the array of the one that is meant")
+        raise UnclearError(f"it has {len(images)} images; name the array of the one that is meant")
     image: dict[str, Any] = images[0]
     return image
 
 
-def _ome_space(image: dict[str, Any], dataset: dict[str, Any], rank: int) -> _Space:
-    axes = image.get("axes") or (list("tczyx") if rank == 5 else [])
-    names = [axis if isinstance(axis, str) else axis["name"] for axis in axes]
-    units = [None if isinstance(axis, str) else axis.get("unit") for axis in axes]
-    if transform := dataset.get("transform"):  # of COSEM's N5
-        return _cosem_space(transform)
-    if len(names) != rank:
-        raise _Unclear(f"axes {names} of an array of {rank} dimensions")
-    step, start = np.ones(rank), np.zeros(rank)
-    image_changes = image.get("coordinateTransformations", [])
-    for change in [*dataset.get("coordinateTransformations", []), *image_changes]:
-        if change["type"] == "scale":
-            factors = np.array(change["scale"], float)
-            if not np.isfinite(factors).all():
-                raise _Unclear(f"scale {change['scale']}")
-            step, start = step * factors, start * factors
-        elif change["type"] == "translation":
-            start = start + change["translation"]
-        elif change["type"] != "identity":
-            raise _Unclear(f"coordinate transformation of type {change['type']}, expected scale and translation")
-    is_said = any("coordinateTransformations" in part for part in (dataset, image))
-    nm = np.array([_nanometres(unit) for unit in units]) * is_said
-    return _Space(_letters(names), tuple(step * nm), tuple(start * nm))
-
-
-def _cosem_space(transform: dict[str, Any]) -> _Space:
-    """Where an array is by COSEM's attribute, whose order is that of C: the last axis is first."""
-    nm = [_nanometres(unit) for unit in transform.get("units") or [None] * len(transform["axes"])]
-    rows = zip(transform["axes"], transform["scale"], transform["translate"], nm, strict=True)
-    named, step, start, factors = zip(*reversed(list(rows)), strict=True)
-    return _Space(
-        _letters(list(named)),
-        tuple(a * n for a, n in zip(step, factors, strict=True)),
-        tuple(a * n for a, n in zip(start, factors, strict=True)),
-    )
-
-
-def _own_space(attributes: dict[str, Any], array: _Array, group: dict[str, Any]) -> _Space:
-    """Where an array is, by what stands beside it."""
-    if "transform" in attributes:
-        return _cosem_space(attributes["transform"])
-    rank, is_n5 = array.rank, array.driver == "n5"
-    names = array.names or attributes.get("_ARRAY_DIMENSIONS") or attributes.get("axis_names")
-    letters = _letters(names) if names else _LETTERS.get(rank, "?" * rank)
-    if is_n5:
-        letters = letters[::-1]
-    size, unit = _size_beside(attributes, group)
-    nm = _nanometres(unit) if unit else 1.0
-    space_axes = [i for i, letter in enumerate(letters) if letter in "zyx"]
-    step, start = [0.0] * rank, [0.0] * rank
-    offset = attributes.get("offset") or [0.0] * len(space_axes)
-    if size is not None and len(size) in (len(space_axes), rank):
-        size, offset = ([*values][-len(space_axes) :] if not is_n5 else [*values] for values in (size, offset))
-        for i, s, o in zip(space_axes, size, offset, strict=False):
-            step[i], start[i] = float(s) * nm, float(o) * nm
-    return _Space(letters, tuple(step), tuple(start))
-
-
-def _size_beside(attributes: dict[str, Any], group: dict[str, Any]) -> tuple[list[float] | None, str]:
-    """Voxel size in the array's order, and its unit, by one of the attributes in use."""
-    units = attributes.get("units") or group.get("units") or ""
-    unit = units[0] if isinstance(units, list) else units
-    if isinstance(pixel := attributes.get("pixelResolution") or group.get("pixelResolution"), dict):
-        found, unit = pixel["dimensions"], pixel.get("unit", unit)
-    else:
-        found = pixel or attributes.get("resolution") or attributes.get("voxel_size") or group.get("resolution")
-    factors = attributes.get("downsamplingFactors")
-    if factors is None and group.get("key") and isinstance(group.get("scales"), list):
-        factors = group["scales"][int(group["key"].removeprefix(_N5_SUFFIX))]
-    if found and factors and not attributes.get("pixelResolution") and not attributes.get("resolution"):
-        found = [a * b for a, b in zip(found, factors, strict=True)]
-    return found, str(unit)
-
-
-def _letters(names: list[str]) -> str:
-    """What dimensions are, a letter each, by their names."""
-    return "".join(name.strip().lower()[:1] if name.strip().lower()[:1] in "tczyx" else "?" for name in names)
-
-
-def _nanometres(unit: str | None) -> float:
-    """Nanometres in a unit; 0 for one that is not known or not said."""
-    return _NANOMETRES.get(str(unit).lower(), 0.0)
+def _named(attributes: dict[str, Any]) -> list[Any] | None:
+    """Names of the dimensions, as xarray, funlib and TensorStore write them beside an array."""
+    found = (attributes.get(key) for key in ("_ARRAY_DIMENSIONS", "axis_names", "axes"))
+    return next((names for names in found if isinstance(names, list) and names), None)
 
 
 def _what_else(attributes: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ class NewZarr:
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         codecs: list[dict[str, Any]] = [little if np.dtype(self.dtype).itemsize > 1 else {"name": "bytes"}]
         if self.compression != "none":
-            more = {"checksum": False} if self.compression == "zstd" else {}
+            more = {"checksum": True} if self.compression == "zstd" else {}
             codecs.append({"name": self.compression, "configuration": {"level": _LEVEL, **more}})
         if self.read_chunk is not None:
             inner = {
@@ -111,9 +111,12 @@ class NewZarr:
 
     @property
     def _group(self) -> dict[str, Any]:
-        space = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
-        position = [a * n for a, n in zip(self.bounds.start, self.resolution, strict=True)]
-        changes: list[dict[str, Any]] = [{"type": "scale", "scale": self._with_channels(self.resolution, 1.0)}]
+        # a scale of 0 is none: voxels whose size is not known measure 1, of no unit
+        is_known = all(self.resolution)
+        size = self.resolution if is_known else (1.0, 1.0, 1.0)
+        space = [{"name": axis, "type": "space"} | ({"unit": "nanometer"} if is_known else {}) for axis in "zyx"]
+        position = [a * n for a, n in zip(self.bounds.start, size, strict=True)]
+        changes: list[dict[str, Any]] = [{"type": "scale", "scale": self._with_channels(size, 1.0)}]
         if any(position):
             changes.append({"type": "translation", "translation": self._with_channels(position, 0.0)})
         image = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,13 @@ from chunkflow_core.storage.addresses import plain
 from chunkflow_core.storage.files import MissingChunkError, open_files
 from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.zarr_chunks import ChunkCodec
+from chunkflow_core.storage.zarr_shards import ShardReader, sharding_of
+
+_MANY_TIMES: Final = 2
+"""How many times the voxels of a box its shards have to have for pieces of them to be read.
+
+A piece costs a request.
+"""
 
 
 class ZarrReader:
@@ -33,6 +40,8 @@ class ZarrReader:
         """
         self._files, self._scale, self._fill_missing = open_files(plain(path)), scale, fill_missing
         self._codec = ChunkCodec(path, scale)
+        sharding = sharding_of(scale)
+        self._shards = ShardReader(path, scale, sharding) if sharding else None
 
     def read(self, box: Box) -> NDArray[Any]:
         """Voxels of a box inside the layer, ``(channels, z, y, x)``, in the layer's dtype.
@@ -43,10 +52,26 @@ class ZarrReader:
         """
         if not box:
             return np.zeros((self._scale.channels, *box.shape), self._scale.dtype)
+        shards = list(self._scale.storage_chunks(box))
+        if self._shards is None or sum(shard.voxels for shard in shards) < _MANY_TIMES * box.voxels:
+            return self._read_whole(box)
+        voxels = np.empty((self._scale.channels, *box.shape), self._scale.dtype)
+        for shard in shards:
+            part = shard & box
+            found = self._shards.read(part, shard, fill_missing=self._fill_missing)
+            voxels[(slice(None), *part.slices(box.start))] = found
+        return voxels
+
+    def _read_whole(self, box: Box) -> NDArray[Any]:
+        """Voxels of a box, of whole files."""
         parts = range(self._scale.naming.parts)
         names = [self._scale.file(chunk, part) for chunk in self._scale.storage_chunks(box) for part in parts]
         found = {answer["path"]: answer["content"] for answer in self._files.get(names)}
-        there = {name: content for name, content in found.items() if content is not None}
+        there = {
+            name: content
+            for name, content in found.items()
+            if content or (content is not None and not self._fill_missing)
+        }
         if len(there) < len(names) and not self._fill_missing:
             raise MissingChunkError(next(name for name in names if name not in there))
         return self._codec.decode(box, there, whole=len(there) == len(names))

@@ -23,6 +23,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "--peers pytorch-float32",
         ["| U-Net, float32, batch 2 | ", "| identity, batch 2 | ", "| this, PyTorch, float32 | "],
     ),
+    "formats": (
+        "--volume 16 64 64 --rounds 1",
+        ["| zarr 2, blosc |", "| zarr 3, zstd |", "| zarr 3, gzip |", "| zarr 3, shards |", "| N5, gzip |"],
+    ),
     "ingest": (
         "--sections 4 --size 64 64 --rounds 1",
         [f"| {kind}{delay} |" for kind in ("png", "jpg", "tif", "zlib.tif") for delay in ("", ", 20 ms later")],

@@ -437,3 +437,41 @@ def test_whatever_metadata_says(data: st.DataObject, tmp_path_factory: pytest.Te
         layer.read(corner & layer.bounds)
     except ChunkflowError as error:
         assert error.exit_code in (65, 66, 78), error
+
+
+@pytest.mark.parametrize("location", ["start", "end"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_small_box_needs_only_its_pieces_of_a_shard(tmp_path: Path, location: str, channels: int) -> None:
+    shape = (channels, 8, 24, 24) if channels > 1 else (8, 24, 24)
+    axes, chunks, shards = ("czyx", (1, 4, 4, 4), (2, 8, 12, 12)) if channels > 1 else ("zyx", (4, 4, 4), (8, 12, 12))
+    voxels = random_voxels(shape)
+    sharding = codecs.ShardingCodec(chunk_shape=chunks, codecs=[codecs.BytesCodec()], index_location=location)
+    write_zarr(tmp_path, voxels, chunks=shards, axes=axes, serializer=sharding, compressors=None)
+    layer, expected = opened(f"zarr://file://{tmp_path}"), as_planes(voxels, axes)
+    (file,) = tmp_path.glob("0/c/**/1/1")
+    content = bytearray(file.read_bytes())
+    index = 2 * 3 * 3 * channels * 16 + 4
+    body = slice(index, None) if location == "start" else slice(0, len(content) - index)
+    size = 4 * 4 * 4
+    pieces = len(content[body]) // size
+    assert pieces == 18 * channels
+    box, one = Box((4, 16, 13), (5, 20, 16)), Box((0, 12, 12), (8, 24, 24))
+    np.testing.assert_array_equal(layer.read(box), expected[:, 4:5, 16:20, 13:16])
+    content[body] = bytes(size) + content[body][size:]  # the first piece, of none of the box
+    file.write_bytes(content)
+    np.testing.assert_array_equal(layer.read(box), expected[:, 4:5, 16:20, 13:16])
+    assert (layer.read(one) != expected[:, :, 12:, 12:]).any()
+    content[-3 if location == "end" else index - 3] ^= 1
+    file.write_bytes(content)
+    make_old(tmp_path)
+    with pytest.raises(DataError, match=r"1/1: its index is damaged"):
+        layer.read(box)
+    file.write_bytes(content[:40])
+    make_old(tmp_path)
+    with pytest.raises(DataError, match="1/1 has 40 bytes, fewer than its index"):
+        layer.read(box)
+    file.unlink()
+    with pytest.raises(MissingInputError, match="1/1"):
+        layer.read(box)
+    filled = opened(f"zarr://file://{tmp_path}", fill_missing=True)
+    assert not filled.read(box).any()

@@ -142,20 +142,20 @@ class Files:
 class _Listing(servers._Bucket):
     """The project's questions to buckets, which come in pages of several objects."""
 
-    def __init__(self, store: Store, path: str, key: str) -> None:
-        self._store, self._folder, self._key = store, f"{path}/", key
+    def __init__(self, store: Store, path: str, key: str, *, is_nested: bool) -> None:
+        self._store, self._place, self._folder, self._is_nested = store, f"{path}/", f"{key}/", is_nested
 
     def _connect(self) -> Any:
         return nullcontext(self)
 
     def get_path_to_file(self, name: str) -> str:
-        return self._folder + name
+        return self._place + name
 
     def _page(self, connection: Any, prefix: str, token: str | None) -> tuple[Found, str | None]:
         return [(name, found.signature + found.version) for name, found in self._store.list(prefix)], None
 
     def _head(self, connection: Any, name: str) -> str | None:
-        found = self._store.get(self._folder + name)
+        found = self._store.get(self._place + name)
         return found and found.signature + found.version
 
 
