@@ -158,6 +158,8 @@ class History:
     def held_up(self, event: Run, run: str, fault: Fault) -> Outcome | None:
         """Run; None if something has happened meanwhile, with which a run may end as it likes."""
         world = self.world
+        if not self.at_work:
+            world.late.clear()
         model = Model(world.case, world.model, world.machine, fault)
         outcome, wrong = None, world.spoiled()
         try:

@@ -119,6 +119,9 @@ class World(Volume):
         """All claims, in order."""
         self.epochs = {""}
         """All epochs that ever were."""
+        self.late: set[str] = set()
+        """Names of receipts that have come late since the last run began: a run that has looked for
+        receipts before does not know them, and they may be left alone when it takes back others."""
         self.attempts: list[tuple[int, str, Index, Done]] = []
         """All that was ever done: model, stage, block."""
         self.fingerprints = [self.spec().fingerprint, self._of_the_other()]
@@ -393,13 +396,16 @@ class World(Volume):
         put(done.file, done.receipt)
         if done.file.is_relative_to(self.exchange):  # what is left in another epoch counts for nothing
             self.accounts[model].receipts.setdefault((stage, index), {})[done.file.name] = done
+            self.late.add(done.file.name)
+            self.forget()  # it counts for nothing where receipts are being taken back
 
     def forget(self) -> None:
         """Forget the receipts that are gone, and those that are void."""
         void = exchange.void(self.exchange, self.geometry)
         for at, several in self.account.receipts.items():
             there = {name: done for name, done in several.items() if at not in void and done.is_there}
-            alone = there and len(there) < len(several) and not _agree(several.values())
+            known = {name for name in there if name not in self.late}
+            alone = known and len(there) < len(several) and not _agree(several.values())
             assert not alone, f"{at}: one of several receipts that disagree is left"
             self.account.receipts[at] = there
 
