@@ -219,7 +219,10 @@ class _Layer:
             above, key = "/".join(parts[:-depth]), "/".join(parts[-depth:])
             if len(parts) - depth < 2 or not parts[-depth - 1]:  # a layer is below its bucket, or the root
                 break
-            attributes = _attributes(_read(f"{prefix}://{above}", "", self._kind))
+            try:
+                attributes = _attributes(_read(f"{prefix}://{above}", "", self._kind))
+            except SpecError:  # of all that isn't there, in a bucket that may not be listed
+                continue
             image = _ome_image(attributes)
             for dataset in image["datasets"] if image else ():
                 if dataset["path"].strip("/") == key:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorstore
+import zarr
 from numpy.typing import NDArray
 
+from chunkflow_core.errors import SpecError
 from chunkflow_core.lattice.boxes import Box
 from chunkflow_core.storage.clients import open_files
 from chunkflow_core.storage.layer_info import read_scale
@@ -19,6 +24,7 @@ from chunkflow_core.storage.layers import InputLayer
 from chunkflow_core.storage.signatures import LayerSignatures
 from tests.support.stores import Store, spec_for
 from tests.support.volume import SHAPE, output_of
+from tests.support.web import serving
 from tests.support.zarrs import random_voxels, write_zarr
 
 
@@ -92,3 +98,41 @@ def independent(files: dict[str, bytes]) -> NDArray[Any]:
         memory[name.removeprefix("0/")] = content if name.startswith("0/") else b""
     opened = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "memory"}}, context=context, open=True)
     return np.asarray(opened.result().read().result())
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_bucket_that_may_not_be_listed(use: Callable[[str], Store], tmp_path: Path, version: int) -> None:
+    """S3 refuses whoever may not list it what isn't there: 403 instead of 404."""
+    use("s3")  # credentials
+    voxels = random_voxels((4, 6, 8))
+    write_zarr(tmp_path / "lab/em", voxels, chunks=(4, 4, 4), version=version)
+    array = zarr.create_array(store=tmp_path / "lab/plain", data=voxels, chunks=(4, 4, 4), zarr_format=version)  # type: ignore[arg-type]
+    assert array.shape == voxels.shape
+    with serving(partial(Unlisted, directory=str(tmp_path))) as url:
+        for name in ("zarr://{}/em", f"zarr{version}://{{}}/em", "zarr://{}/em/0", "zarr://{}/plain"):
+            layer = opened(name.format(f"s3://{url}/lab"))
+            np.testing.assert_array_equal(layer.read(layer.bounds)[0], voxels)
+        with pytest.raises(SpecError, match="refuses"):
+            opened(f"zarr://s3://{url}/lab/nothing")
+
+
+class Unlisted(SimpleHTTPRequestHandler):
+    """A bucket's objects, as S3 answers for them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        file = Path(self.translate_path(self.path))
+        content = file.read_bytes() if file.is_file() else b"<Error><Code>AccessDenied</Code></Error>"
+        self.send_response(200 if file.is_file() else 403)
+        self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        self.send_header("Last-Modified", "Sun, 29 Nov 2020 11:28:30 GMT")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
