@@ -48,6 +48,12 @@ Others are rounded down: smaller scales begin up to half a voxel after the large
 positions are those of the centres of voxels.
 """
 
+_LARGEST: Final = 2**31
+"""Largest number of bytes that are decoded at a time; blosc has no more.
+
+TensorStore ends the process if there is no memory for them.
+"""
+
 _COMPRESSION: Final = {
     "raw": (),
     "gzip": ("level", "useZlib"),
@@ -250,6 +256,16 @@ class _Array:
     def rank(self) -> int:
         return len(self.shape)
 
+    @property
+    def _decoded_bytes(self) -> int:
+        """Bytes that are decoded at a time: a storage chunk; of a shard, a piece, and its index."""
+        itemsize, size, index = np.dtype(self.dtype).itemsize, math.prod(self.chunk), 0
+        for codec in self.metadata.get("codecs", ()):
+            if codec["name"] == "sharding_indexed":
+                piece = math.prod(codec["configuration"]["chunk_shape"])
+                size, index = piece, 16 * (size // max(1, piece))
+        return max(size * itemsize, index)
+
     def scale(self, path: str, key: str, space: Space) -> LayerScale:
         at = {letter: i for i, letter in enumerate(space.letters)}
         if len(at) != self.rank or "y" not in at or "x" not in at or not set(at) <= set("tczyx"):
@@ -258,6 +274,8 @@ class _Array:
             )
         if self.rank != len(self.chunk) or min(*self.shape, *self.chunk) < 1:
             raise UnclearError(f"shape {self.shape}, storage chunks of {self.chunk}")
+        if self._decoded_bytes > _LARGEST:
+            raise UnclearError(f"storage chunks of {self.chunk}, expected at most {_LARGEST:,} bytes decoded at a time")
         if "t" in at and self.shape[at["t"]] != 1:
             raise MissingInputError(
                 f"{path}: it has {self.shape[at['t']]} time points; a layer has one. Copy the one that is meant into "

@@ -475,3 +475,20 @@ def test_a_small_box_needs_only_its_pieces_of_a_shard(tmp_path: Path, location: 
         layer.read(box)
     filled = opened(f"zarr://file://{tmp_path}", fill_missing=True)
     assert not filled.read(box).any()
+
+
+@pytest.mark.parametrize("version", [2, 3, 5])
+@pytest.mark.parametrize("size", [2**20, 2**40])
+def test_storage_chunks_for_which_there_is_no_memory(tmp_path: Path, version: int, size: int) -> None:
+    """TensorStore ends the process that tries."""
+    if version == 5:
+        write_n5(tmp_path, random_voxels((4, 4, 4)))
+        add(tmp_path / "attributes.json", blockSize=[size] * 3)
+    else:
+        write_zarr(tmp_path, random_voxels((4, 4, 4)), chunks=(2, 2, 2), version=version)
+        if version == 2:
+            add(tmp_path / "0/.zarray", chunks=[size] * 3)
+        else:
+            edit(tmp_path / "0/zarr.json", lambda c: c["chunk_grid"]["configuration"].update(chunk_shape=[size] * 3))
+    with pytest.raises(MissingInputError, match="bytes decoded at a time"):
+        read_scale(f"{'n5' if version == 5 else 'zarr'}://file://{tmp_path}", 0)
