@@ -6,8 +6,8 @@
 An image like electron microscopy lies on the local disk in several formats, written by zarr-python
 and, for N5, by TensorStore. Each reader reads all of it by slabs, as blocks do; who begins changes
 each round. The figures are seconds of ``this`` over seconds of the reader within a round, so that
-more than 1 says that the reader is faster. A reader that gives other voxels says so instead, one
-that can't read the format shows why.
+more than 1 says that the reader is faster. A reader that gives other voxels says so instead; why
+one can't read a format stands below the table.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def by_slabs(read: Read, depth: int) -> Array:
     return np.concatenate([read(a, min(a + CHUNK[0], depth)) for a in range(0, depth, CHUNK[0])])
 
 
-def measure(folder: Path, what: str, image: Array, rounds: int) -> list[str]:
-    """A row of the table: of each reader, the median of ratios, or what is wrong."""
+def measure(folder: Path, what: str, image: Array, rounds: int, reasons: list[str]) -> list[str]:
+    """A row of the table: of each reader, the median of ratios, or that it can't; notes why."""
     kind, driver, write = FORMATS[what]
     write(folder, image)
     told, readers, seconds = dict[str, str](), dict[str, Read](), dict[str, list[float]]()
@@ -147,7 +147,8 @@ def measure(folder: Path, what: str, image: Array, rounds: int) -> list[str]:
             if not np.array_equal(by_slabs(readers[name], len(image)), image):
                 told[name] = "other voxels"
         except Exception as error:  # the others go on
-            told[name] = error_text(error)
+            told[name] = "no"
+            reasons.append(f"{name}, {what}: {error_text(error)}")
     good = [name for name in readers if name not in told]
     for number in range(rounds):
         for name in good[number % len(good) :] + good[: number % len(good)]:
@@ -166,13 +167,14 @@ def main(arguments: list[str] | None = None) -> None:
     z, y, x = options.volume
     size: Vector = (z, y, x)
     image = em_like(size)
-    rows = []
+    rows, reasons = [], list[str]()
     with tempfile.TemporaryDirectory() as folder:
         for number, what in enumerate(tqdm(FORMATS, disable=not sys.stderr.isatty())):
-            rows.append(measure(Path(folder) / str(number), what, image, options.rounds))
+            rows.append(measure(Path(folder) / str(number), what, image, options.rounds, reasons))
     print(describe(machine()))
     print()
     print(table(["format", "this, MB/s", *READERS], rows))
+    print("\n".join(["", *(f"- {reason}" for reason in reasons)]))
 
 
 if __name__ == "__main__":

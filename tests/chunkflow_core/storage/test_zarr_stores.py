@@ -94,8 +94,8 @@ def independent(files: dict[str, bytes]) -> NDArray[Any]:
     """The array of a layer's files, by TensorStore's own eyes."""
     context = tensorstore.Context()
     memory = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
-    for name, content in files.items():
-        memory[name.removeprefix("0/")] = content if name.startswith("0/") else b""
+    for name in filter(lambda name: name.startswith("0/"), files):
+        memory[name.removeprefix("0/")] = files[name]
     opened = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "memory"}}, context=context, open=True)
     return np.asarray(opened.result().read().result())
 
