@@ -12,17 +12,19 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.storage.addresses import layer_format, plain
-from chunkflow_core.storage.files import Files, open_files, storage_errors
 from chunkflow_core.storage.layer_scale import FARTHEST, MOST_CHANNELS, LayerScale, ZarrArray, is_size
 from chunkflow_core.storage.naming import Naming
 from chunkflow_core.storage.zarr_space import Space, UnclearError, has_space, ome_space, own_space
+
+if TYPE_CHECKING:
+    from chunkflow_core.storage.files import Files
 
 METADATA: Final = {"zarr3": "zarr.json", "zarr": ".zarray", "n5": "attributes.json"}
 """Name of an array's metadata file, by TensorStore's name of the format."""
@@ -119,6 +121,8 @@ def layer_scale(path: str, key: str, array: dict[str, Any], group: dict[str, Any
 
 def _read(path: str, key: str, kind: str) -> dict[str, Any]:
     """The JSON objects of the metadata files in a folder of a layer, by name."""
+    from chunkflow_core.storage.files import open_files, storage_errors  # a DAG of file:// layers need not pay them
+
     folder, files = f"{key}/" if key else "", open_files(plain(path))
     names = [f"{folder}{name}" for name in _FILES[kind]]
     try:
@@ -140,6 +144,8 @@ def _read(path: str, key: str, kind: str) -> dict[str, Any]:
 
 def _each(path: str, files: Files, names: list[str]) -> list[dict[str, Any]]:
     """Answers to questions for each file; the refusal if all are refused."""
+    from chunkflow_core.storage.files import storage_errors
+
     answers, refusal = list[dict[str, Any]](), None
     for name in names:
         try:
