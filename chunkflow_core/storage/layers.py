@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from time import time
-from typing import Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from chunkflow_core.storage.layer_scale import LayerScale
 from chunkflow_core.storage.listing.grid import Chunks
 from chunkflow_core.storage.presence import Absence, nothing_there
 from chunkflow_core.storage.signatures import LayerSignatures, WrittenChunk, signature_number
+
+if TYPE_CHECKING:
+    from chunkflow_core.storage.zarr_chunks import ChunkCodec
 
 _CACHE = "public, max-age=3600"
 """What HTTP caches may do with storage chunks.
@@ -175,35 +178,6 @@ def padded_positions(start: int, stop: int, low: int, high: int, padding: str) -
     return low + np.clip(positions, 0, high - low - 1)
 
 
-class Encoding(Protocol):
-    """How voxels of a storage chunk are stored, before the compression of its file."""
-
-    def encode(self, chunk: Box, voxels: NDArray[Any]) -> bytes:
-        """The file of a storage chunk from all its voxels, ``(channels, z, y, x)``."""
-
-    def voxels(self, chunk: Box, name: str, content: bytes) -> bytes:
-        """The voxels of a storage chunk's file, in the order of ``(channels, z, y, x)``.
-
-        Args:
-            chunk: The storage chunk.
-            name: Name of its file, for messages.
-            content: What is in the file.
-
-        Raises:
-            CorruptFileError: The file is damaged.
-        """
-
-
-class _Raw:
-    """Encoding ``raw`` of precomputed layers: x fastest, channels last."""
-
-    def encode(self, chunk: Box, voxels: NDArray[Any]) -> bytes:
-        return voxels.tobytes()
-
-    def voxels(self, chunk: Box, name: str, content: bytes) -> bytes:
-        return content
-
-
 class OutputLayer:
     """The layer to write: whole storage chunks only.
 
@@ -229,12 +203,13 @@ class OutputLayer:
             return open_layer(self.path, self.scale)
 
     @cached_property
-    def _encoding(self) -> Encoding:
-        if self.scale.array is not None:
-            from chunkflow_core.storage.zarr_chunks import ChunkCodec  # a second of CPU
+    def _codec(self) -> ChunkCodec | None:
+        """What encodes storage chunks; None if their files hold plain voxels, compressed or not."""
+        if self.scale.array is None:
+            return None
+        from chunkflow_core.storage.zarr_chunks import ChunkCodec  # a second of CPU
 
-            return ChunkCodec(self.path, self.scale)
-        return _Raw()
+        return ChunkCodec(self.path, self.scale)
 
     @cached_property
     def _chunks(self) -> Chunks:
@@ -260,15 +235,16 @@ class OutputLayer:
         written: dict[str, WrittenChunk] = {}
         for chunk in self.expected_chunks(box):
             image = data[(slice(None), *chunk.slices(box.start))]
-            content = compress(self._encoding.encode(chunk, image), self._compression)
+            voxels = image.tobytes()  # x fastest, channels last: the order of encoding "raw"
+            content = compress(voxels, self._compression) if self._codec is None else self._codec.encode(chunk, image)
             name = self.scale.file(chunk)
             said = put_file(plain(self.path), name, content, compression=self._compression, cache=_CACHE)
-            written[chunk.key] = WrittenChunk(short_digest(image.tobytes()), signature_number(said))
+            written[chunk.key] = WrittenChunk(short_digest(voxels), signature_number(said))
         return written
 
     def signatures(self) -> LayerSignatures:
         """What the storage says of the layer's storage chunks; nothing is asked yet."""
-        return LayerSignatures(self.path, 0, self.scale)
+        return LayerSignatures(self.path, self.scale)
 
     def read(self, box: Box) -> NDArray[Any]:
         """What is stored in a box, ``(channels, z, y, x)``.
@@ -329,7 +305,9 @@ class OutputLayer:
             return None
         try:
             content = decompress(answer["content"], answer["compress"])
-            return short_digest(self._encoding.voxels(Box.from_key(key), name, content))
+            if self._codec is not None:
+                content = self._codec.decode(Box.from_key(key), {name: content}).tobytes()
+            return short_digest(content)
         except CorruptFileError as error:
             raise DataError(str(error)) from error
 
@@ -363,16 +341,18 @@ def layer_exists(path: str) -> bool:
 
     An empty ``info`` is none: a machine that crashed while it made the layer may have left it.
     """
-    name = "info" if layer_format(path) == "precomputed" else "zarr.json"
     with storage_errors(f"looking for {path}"):
-        return bool(layer_files(path).get(name))
+        return bool(layer_files(path).get(_description(path)))
+
+
+def _description(path: str) -> str:
+    """Name of the file by which a layer that is written here is known."""
+    return "info" if layer_format(path) == FORMATS[0] else "zarr.json"
 
 
 def format_beside(path: str) -> str:
     """The file of a layer of another format at an address, by which it is known; empty if none."""
-    known = {"info", "zarr.json", ".zgroup", ".zarray", "attributes.json"}
-    own = "info" if layer_format(path) == FORMATS[0] else "zarr.json"
-    names = sorted(known - {own})
+    names = sorted({"info", "zarr.json", ".zgroup", ".zarray", "attributes.json"} - {_description(path)})
     with storage_errors(f"looking for {path}"):
         answers = layer_files(path).get(names)
     return next((answer["path"] for answer in answers if answer["content"]), "")

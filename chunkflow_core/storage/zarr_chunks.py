@@ -98,31 +98,12 @@ class ChunkCodec:
         del store[name]
         return content
 
-    def voxels(self, chunk: Box, name: str, content: bytes) -> bytes:
-        """The voxels of a storage chunk's file, in the order of ``(channels, z, y, x)``.
-
-        Args:
-            chunk: The storage chunk.
-            name: Name of its file below the layer's address.
-            content: What is in the file.
-
-        Raises:
-            CorruptFileError: The file is damaged.
-        """
-        return self.decode(chunk, {name: content}).tobytes()
-
     def _opened(self) -> tuple[tensorstore.KvStore, tensorstore.TensorStore]:
         """The array in this thread's own memory, with nothing but its metadata."""
         if not hasattr(self._own, "opened"):
             self._own.opened = _open(self._path, self._array)
         opened: tuple[tensorstore.KvStore, tensorstore.TensorStore] = self._own.opened
         return opened
-
-    @property
-    def fill_value(self) -> Any:
-        """What stands for voxels of storage chunks that aren't there."""
-        _, array = self._opened()
-        return 0 if array.fill_value is None else array.fill_value
 
     def _index(self, box: Box) -> tuple[Any, ...]:
         """The box, with all channels, in the order of the array's dimensions."""
