@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from chunkflow_core.errors import MissingInputError, StorageError
 from chunkflow_core.storage.addresses import check_address, is_same_place, plain
+from chunkflow_core.storage.json_text import parsed_json
 from chunkflow_core.storage.zarr_info import format_there
 
 _MOST_INFOS: Final = 10
@@ -71,11 +71,7 @@ def _read_info(path: str, said: str) -> dict[str, Any]:
             f"There is one of another format: write {other}" if other else "Check the path; prepare makes output layers"
         )
         raise MissingInputError(f"{said}: there is no layer here (no info file). {advice}")
-    try:
-        info: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        page = " It is a web page: check the address" if text.lstrip().startswith(b"<") else ""
-        raise MissingInputError(f"{said}: the layer's info file is not JSON: {error}.{page}".rstrip(".")) from error
+    info: dict[str, Any] = parsed_json(text, f"{said}: the layer's info file")
     if not isinstance(info, dict):
         raise MissingInputError(f"{said}: the info file is not that of a precomputed layer, it lists no scales")
     return info

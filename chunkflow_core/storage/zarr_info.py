@@ -19,6 +19,7 @@ import numpy as np
 from chunkflow_core.errors import ChunkflowError, MissingInputError, SpecError, StorageError
 from chunkflow_core.lattice.boxes import Box, vector
 from chunkflow_core.storage.addresses import layer_format, plain
+from chunkflow_core.storage.json_text import parsed_json
 from chunkflow_core.storage.layer_scale import FARTHEST, MOST_CHANNELS, LayerScale, ZarrArray, is_size
 from chunkflow_core.storage.naming import Naming
 from chunkflow_core.storage.zarr_space import Space, UnclearError, has_space, ome_space, own_space
@@ -159,11 +160,7 @@ def _each(path: str, files: Files, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _parsed(path: str, name: str, content: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        page = " It is a web page: check the address" if content.lstrip().startswith(b"<") else ""
-        raise MissingInputError(f"{path}: {name} is not JSON: {error}.{page}".rstrip(".")) from error
+    parsed = parsed_json(content, f"{path}: {name}")
     if not isinstance(parsed, dict):
         raise MissingInputError(f"{path}: {name} is not a JSON object")
     return parsed
@@ -315,7 +312,7 @@ class _Array:
             chunk=vector(along(self.chunk, 1)),
             dtype="uint8" if self.dtype == "bool" else self.dtype,
             channels=channels,
-            encoding=f"{self.driver} {_form(self.metadata)}",
+            encoding=f"{self.driver} {letters} {_form(self.metadata)}",
             info={},
             address=path,
             codec=self.driver,

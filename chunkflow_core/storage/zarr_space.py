@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from chunkflow_core.storage.units import nanometres_in
+
 _NAMES: Final = {
     **dict.fromkeys(("t", "time"), "t"),
     **dict.fromkeys(("c", "c^", "channel", "channels"), "c"),
@@ -27,20 +29,6 @@ _NAMES: Final = {
 
 _BY_RANK: Final = {2: "yx", 3: "zyx", 4: "czyx", 5: "tczyx"}
 """What dimensions are, by their number, where nothing says so; in N5 the other way round."""
-
-_SYMBOLS: Final = {"nm": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "mm": 1e6, "cm": 1e7, "m": 1e9, "pm": 1e-3, "Å": 0.1}
-_WORDS: Final = {
-    "angstrom": 0.1,
-    "ångström": 0.1,
-    "picometer": 1e-3,
-    "nanometer": 1.0,
-    "micrometer": 1e3,
-    "micron": 1e3,
-    "millimeter": 1e6,
-    "centimeter": 1e7,
-    "meter": 1e9,
-}
-"""Nanometres in a unit of length, by its symbol, and by its name in the singular."""
 
 _QUANTITY: Final = re.compile(r"\s*([0-9.eE+-]*)\s*([^\W\d]*)\s*")
 
@@ -204,7 +192,4 @@ def _letters(names: Sequence[Any]) -> str:
 
 def _nanometres(unit: Any) -> float:
     """Nanometres in a unit; 0 for one that is not known or not said."""
-    text = str(unit or "").strip()
-    word = text.lower().removesuffix("s")
-    word = word.removesuffix("metre") + "meter" if word.endswith("metre") else word
-    return _SYMBOLS.get(text, _WORDS.get(word, 0.0))
+    return float(nanometres_in(str(unit or "")) or 0)

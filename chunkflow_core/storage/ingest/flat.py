@@ -72,14 +72,16 @@ def open_flat(
         if not file.is_file():
             raise MissingInputError(f"{name}: its file {file} is not there")
     parts = [_Part(file, flat, name) for file in flat.files]
+    stack: Stack
     if len(parts) == 1 and not flat.compression and flat.size:
         mapped = readable(
             lambda: np.memmap(flat.files[0], flat.dtype, mode="r", offset=parts[0].first, shape=flat.shape), name
         )
-        stack: Stack = ArrayStack(mapped, name, axes, choice, meaning=meaning, dtype=dtype, sizes=sizes)
+        stack = ArrayStack(mapped, name, axes, choice, meaning=meaning, dtype=dtype, sizes=sizes)
     else:
-        stack = _FlatStack(parts, flat, name, select(name, flat.shape, axes, choice), meaning, dtype or flat.dtype)
-        stack.voxel_size = voxel_size(select(name, flat.shape, axes, choice), sizes)
+        selection = select(name, flat.shape, axes, choice)
+        stack = _FlatStack(parts, flat, name, selection, meaning, dtype or flat.dtype)
+        stack.voxel_size = voxel_size(selection, sizes)
     stack.files = [*flat.files]
     return stack
 

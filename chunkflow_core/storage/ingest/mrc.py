@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from chunkflow_core.errors import DataError
 from chunkflow_core.storage.ingest.axes import Choice, native
 from chunkflow_core.storage.ingest.stack import ArrayStack, Stack, readable, reader
-from chunkflow_core.storage.ingest.units import nanometres
+from chunkflow_core.storage.units import nanometres
 
 MRC = (".mrc", ".mrcs", ".rec", ".st", ".ali", ".map", ".ccp4")
 

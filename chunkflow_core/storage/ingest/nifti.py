@@ -14,7 +14,7 @@ from chunkflow_core.errors import DataError, MissingInputError
 from chunkflow_core.storage.ingest.axes import Choice, native
 from chunkflow_core.storage.ingest.flat import Flat, open_flat
 from chunkflow_core.storage.ingest.stack import Stack, readable, reader
-from chunkflow_core.storage.ingest.units import nanometres
+from chunkflow_core.storage.units import nanometres
 
 NIFTI = (".nii", ".hdr", ".img", ".nii.gz", ".hdr.gz", ".img.gz")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from chunkflow_core.errors import DataError
 from chunkflow_core.storage.ingest.flat import Flat
-from chunkflow_core.storage.ingest.units import nanometres
+from chunkflow_core.storage.units import nanometres
 
 _LONGEST, _MOST_FILES = 1 << 16, 10**7
 """Limits of headers: bytes of a line, and files of a pattern."""
