@@ -47,10 +47,10 @@ class Inputs:
 
     def _forget(self, *, versions: bool = False) -> None:
         spec, mask = self._spec, self._mask
-        self._signatures = LayerSignatures(self._layer.path, spec.input.mip, self._layer.scale, versions=versions)
+        self._signatures = LayerSignatures(self._layer.path, self._layer.scale, versions=versions)
         self._mask_signatures: LayerSignatures | None = None
         if mask is not None and spec.skip.mask is not None:
-            self._mask_signatures = LayerSignatures(mask.path, spec.skip.mask.mip, mask.scale, versions=versions)
+            self._mask_signatures = LayerSignatures(mask.path, mask.scale, versions=versions)
 
     def load(self, blocks: Collection[Vector]) -> None:
         """Ask storage for the signatures of many blocks at once."""

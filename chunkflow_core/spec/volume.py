@@ -190,8 +190,7 @@ class VolumeSpec(Section):
             f"output.channels: {output.told_channels}: the model gives {model.channels} channels (model.channels), "
             "which are counted from 0": model.channels is not None and max(output.taken or (0,)) >= model.channels,
             "model.activation: softmax is for channels of which one holds, expected none or sigmoid with "
-            "model.outputs: affinity or model.affinities": model.activation == "softmax"
-            and bool(self.network_affinities),
+            "model.outputs: affinity or model.affinities": model.activation == "softmax" and are_affinities,
             "model.activation: softmax of a single channel is 1 everywhere; expected sigmoid, or output.channels: "
             "2 or more": model.activation == "softmax" and 1 in (output.channels, model.channels),
             "output.argmax: the largest of several affinities is no class, expected model.outputs: independent": (

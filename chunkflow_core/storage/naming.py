@@ -35,7 +35,7 @@ class Naming:
     @cached_property
     def order(self) -> str:
         """The axes in the order in which a name has them, such as ``xyz``."""
-        return "".join(re.findall(r"\{([xyz])\}", self.template))
+        return "".join(axis for axis in self._axes if axis != "c")
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

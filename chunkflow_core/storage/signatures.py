@@ -37,20 +37,18 @@ class WrittenChunk(NamedTuple):
 class LayerSignatures:
     """What the storage says of a layer's storage chunks, without reading them."""
 
-    def __init__(self, path: str, mip: int, scale: LayerScale, *, versions: bool = False) -> None:
+    def __init__(self, path: str, scale: LayerScale, *, versions: bool = False) -> None:
         """Name the storage chunks of one scale of a layer; nothing is asked yet.
 
         Args:
             path: Address of the layer.
-            mip: Index of the scale.
             scale: The scale.
             versions: Whether to remember what :meth:`version` takes, which needs more memory.
         """
         self.path = plain(path)
         self._versions: dict[tuple[Column, int], str] | None = {} if versions else None
         self._chunks = Chunks(scale)
-        axes = f" {scale.array.axes}" if scale.array else ""
-        self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}{axes}"
+        self._meaning = f"{scale.meaning} {scale.encoding} {scale.chunk}"
         self._columns: dict[Column, array[int]] = {}
         with storage_errors(f"opening {self.path}"):
             self._store = open_store(self.path, scale) if scale.has_own_files else None

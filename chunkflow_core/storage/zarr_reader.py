@@ -52,8 +52,10 @@ class ZarrReader:
         """
         if not box:
             return np.zeros((self._scale.channels, *box.shape), self._scale.dtype)
+        if self._shards is None:
+            return self._read_whole(box)
         shards = list(self._scale.storage_chunks(box))
-        if self._shards is None or sum(shard.voxels for shard in shards) < _MANY_TIMES * box.voxels:
+        if sum(shard.voxels for shard in shards) < _MANY_TIMES * box.voxels:
             return self._read_whole(box)
         voxels = np.empty((self._scale.channels, *box.shape), self._scale.dtype)
         for shard in shards:

@@ -41,10 +41,11 @@ class ShardReader:
             sharding: Configuration of its codec ``sharding_indexed``.
         """
         assert scale.array is not None
-        self._path, self._scale, self._sharding = path, scale, sharding
+        self._place, self._scale, self._sharding = plain(path), scale, sharding
+        self._files = open_files(self._place)
         metadata = json.loads(scale.array.metadata)
-        self._shard: list[int] = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        self._counts = [n // m for n, m in zip(self._shard, sharding["chunk_shape"], strict=True)]
+        shard: list[int] = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        self._counts = [n // m for n, m in zip(shard, sharding["chunk_shape"], strict=True)]
         inside = metadata | {
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": sharding["chunk_shape"]}},
             "codecs": sharding["codecs"],
@@ -65,7 +66,7 @@ class ShardReader:
             CorruptFileError: The shard is damaged.
         """
         name = self._scale.file(shard)
-        size = open_files(plain(self._path)).size([name])[name]
+        size = self._files.size([name])[name]
         if size is None:
             if not fill_missing:
                 raise MissingChunkError(name)
@@ -75,7 +76,7 @@ class ShardReader:
         ranges = {file: (int(start), int(start + length)) for file, (start, length) in wanted.items() if start != _NONE}
         if any(stop > size or start > stop for start, stop in ranges.values()):
             raise CorruptFileError(f"storage chunk {name}: its index names bytes past its end ({size})", name)
-        contents = get_parts(plain(self._path), name, list(ranges.values()))
+        contents = get_parts(self._place, name, list(ranges.values()))
         try:
             return self._codec.decode(box, dict(zip(ranges, contents, strict=True)), whole=False)
         except CorruptFileError as error:
@@ -87,7 +88,7 @@ class ShardReader:
         if length > size:
             raise CorruptFileError(f"storage chunk {name} has {size} bytes, fewer than its index has", name)
         start = 0 if self._sharding.get("index_location") == "start" else size - length
-        (content,) = get_parts(plain(self._path), name, [(start, start + length)])
+        (content,) = get_parts(self._place, name, [(start, start + length)])
         try:
             return decode_whole((*self._counts, 2), "uint64", self._sharding["index_codecs"], content)
         except ValueError as error:

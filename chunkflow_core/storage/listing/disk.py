@@ -71,14 +71,10 @@ class Disk:
 
     def _scan(self, extensions: dict[str, tuple[str, ...]]) -> None:
         """Note the extensions under which files are there."""
-        try:
-            with os.scandir(self._folder) as entries:
-                for entry in entries:
-                    name, found = self._split(entry.name)
-                    if name in extensions:
-                        extensions[name] += found
-        except FileNotFoundError:  # no storage chunk has been written yet
-            return
+        for entry in scan(self._folder):
+            name, found = self._split(entry.name)
+            if name in extensions:
+                extensions[name] += found
 
     def _signatures(self, batch: list[tuple[str, tuple[str, ...]]]) -> Found:
         found = []

@@ -296,7 +296,7 @@ def test_layers_on_web_servers(tmp_path: Path, mood: str) -> None:
         assert nothing_there(path, scale, 0, ALL).text == ""
         assert len(handler.asked) <= 2, "one request, and where it leads"
         np.testing.assert_array_equal(open_layer(path, scale).read(ALL), expected)
-        digest = LayerSignatures(path, 0, scale).digest(ALL)
+        digest = LayerSignatures(path, scale).digest(ALL)
         assert (digest == "") == (mood in ("no HEAD", "HEAD forbidden"))
 
 

@@ -67,7 +67,7 @@ def write_layer(path: str, *, shape: Vector = SHAPE) -> None:
 
 def opened(path: str) -> LayerSignatures:
     """The layer as another process would see it."""
-    return LayerSignatures(path, 0, read_scale(path, 0))
+    return LayerSignatures(path, read_scale(path, 0))
 
 
 def digests(path: str, boxes: list[Box]) -> list[str]:
@@ -200,7 +200,7 @@ def test_a_layer_that_grows(folder: Path) -> None:
     before = digests(path, CHUNKS)
     scale = read_scale(path, 0)
     larger = replace(scale, bounds=Box(START, (20, *STOP[1:])))
-    layer = LayerSignatures(path, 0, larger)
+    layer = LayerSignatures(path, larger)
     after = [layer.digest(box) for box in CHUNKS]
     cut_off = {box for box in CHUNKS if box.stop[0] == STOP[0]}  # they have other names now
     assert {box for box, old, new in zip(CHUNKS, before, after, strict=True) if old != new} == cut_off
@@ -208,7 +208,7 @@ def test_a_layer_that_grows(folder: Path) -> None:
 
 @pytest.mark.parametrize("path", ["graphene://https://example.org/em", "boss://a/b/c"])
 def test_places_that_cannot_tell(path: str, folder: Path) -> None:
-    layer = LayerSignatures(path, 0, read_scale(f"file://{folder}", 0))
+    layer = LayerSignatures(path, read_scale(f"file://{folder}", 0))
     layer.load([ALL])
     assert layer.digest(ALL) == ""
 
@@ -216,7 +216,7 @@ def test_places_that_cannot_tell(path: str, folder: Path) -> None:
 def test_sharded_scales(folder: Path) -> None:
     scale = read_scale(f"file://{folder}", 0)
     sharded = replace(scale, encoding="sharded")
-    assert LayerSignatures(f"file://{folder}", 0, sharded).digest(ALL) == ""
+    assert LayerSignatures(f"file://{folder}", sharded).digest(ALL) == ""
 
 
 Use = Callable[[str], tuple[Proxy, str]]

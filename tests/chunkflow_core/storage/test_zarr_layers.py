@@ -386,7 +386,7 @@ def test_channels_with_files_of_their_own(tmp_path: Path) -> None:
     write_zarr(tmp_path, voxels, chunks=(2, 2, 2, 2), axes="czyx")
     address = f"zarr://file://{tmp_path}"
     np.testing.assert_array_equal(read_all(address), voxels)
-    signatures = LayerSignatures(address, 0, read_scale(address, 0))
+    signatures = LayerSignatures(address, read_scale(address, 0))
     assert signatures.digest(Box((0, 0, 0), (4, 4, 4))) == ""  # so that voxels are looked at
     (tmp_path / "0/c/1/0/0/1").unlink()
     with pytest.raises(MissingInputError, match="0/c/1/0/0/1"):
@@ -404,7 +404,7 @@ def test_changes_are_noticed_where_they_are(tmp_path: Path, version: int, separa
     boxes = list(scale.storage_chunks(scale.bounds))
 
     def digests() -> list[str]:
-        signatures = LayerSignatures(address, 0, scale)
+        signatures = LayerSignatures(address, scale)
         signatures.load(boxes)
         return [signatures.digest(box) for box in boxes]
 

@@ -193,10 +193,10 @@ def test_an_empty_file_is_missing_where_that_is_allowed(tmp_path: Path) -> None:
 def test_other_axes_are_another_input(tmp_path: Path) -> None:
     write_zarr(tmp_path, random_voxels((4, 4, 4)), chunks=(2, 2, 2), voxel_size=(4, 4, 4))
     address, box = f"zarr://file://{tmp_path}", Box((0, 0, 0), (2, 2, 2))
-    before = LayerSignatures(address, 0, read_scale(address, 0)).digest(box)
+    before = LayerSignatures(address, read_scale(address, 0)).digest(box)
     axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "xyz"]
     edit(tmp_path / "zarr.json", lambda c: c["attributes"]["ome"]["multiscales"][0].update(axes=axes))
-    assert LayerSignatures(address, 0, read_scale(address, 0)).digest(box) != before
+    assert LayerSignatures(address, read_scale(address, 0)).digest(box) != before
 
 
 # ------------------------------------------------------------------------------------ whole volumes

@@ -53,10 +53,10 @@ def test_pieces_of_shards_and_changes(use: Callable[[str], Store], tmp_path: Pat
     np.testing.assert_array_equal(layer.read(Box((7, 15, 15), (9, 17, 17)))[0], voxels[7:9, 15:17, 15:17])
     assert sum(store.proxy.counts().values()) == 8 * 3  # of eight shards: their size, their index, a piece
     scale, everything = layer.scale, Box((0, 0, 0), (16, 32, 32))
-    before = LayerSignatures(place, 0, scale).digest(everything)
+    before = LayerSignatures(place, scale).digest(everything)
     name = "0/c/1/0/1"
     open_files(place).put(name, (tmp_path / name).read_bytes() + b"x", cache_control="no-cache")
-    assert before and LayerSignatures(place, 0, scale).digest(everything) != before
+    assert before and LayerSignatures(place, scale).digest(everything) != before
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ bioimage.io's model descriptions 0.4 and 0.5, and of PyTorch Connectomics.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -399,28 +400,9 @@ def monai_ts_with_metadata(folder: Path) -> Published:
 
 # ------------------------------------------------------------------------------------- bioimage.io
 
-SMALL = '''
-import torch
-
 
 class Small(torch.nn.Module):
     """A network of one convolution and a head, of two or three dimensions."""
-
-    def __init__(self, in_channels: int = 1, out_channels: int = 2, dimensions: int = 3):
-        super().__init__()
-        kind = torch.nn.Conv3d if dimensions == 3 else torch.nn.Conv2d
-        norm = torch.nn.BatchNorm3d if dimensions == 3 else torch.nn.BatchNorm2d
-        self.conv = kind(in_channels, 3, 3, padding=1)
-        self.norm = norm(3)
-        self.head = kind(3, out_channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.nn.functional.elu(self.norm(self.conv(x))))
-'''
-
-
-class Small(torch.nn.Module):
-    """The network of the text above."""
 
     def __init__(self, in_channels: int = 1, out_channels: int = 2, dimensions: int = 3) -> None:
         super().__init__()
@@ -433,6 +415,10 @@ class Small(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.head(torch.nn.functional.elu(self.norm(self.conv(x))))
         return output
+
+
+SMALL = f"import torch\n\n\n{inspect.getsource(Small)}"
+"""The same network as a file."""
 
 
 def small(**arguments: int) -> torch.nn.Module:
